@@ -1,0 +1,110 @@
+"""What every set of images looks like to the rest of the program."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from quarterview.errors import UserError
+
+
+class BadSample(Exception):
+    """One image cannot be used: broken, hostile or empty. The loader replaces and records it."""
+
+
+class Picture(NamedTuple):
+    """One decoded image.
+
+    `pixels` is uint8 [C, H, W], or float32 [C, H, W] where the file holds more than eight bits:
+    16-bit integers divided by 65535, floating-point arrays as they are. `notes` says in a few
+    words each thing that was done to it beyond decoding, such as "CMYK converted to RGB".
+    """
+
+    pixels: Tensor
+    notes: tuple[str, ...] = ()
+
+
+class Source(Protocol):
+    """A sequence of images, some of which may be labelled or broken.
+
+    Sources travel to worker processes by pickling, so they open files late and keep no handles.
+    """
+
+    classes: Sequence[str] | None
+    """The names of the labels 0, 1, …; None where there are no labels, or they have no names."""
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> Picture:
+        """Decode image `index`. Raises BadSample if that image is unusable, and UserError if the
+        set as a whole does not fit the request (a number of channels that cannot be met)."""
+        ...
+
+    def label(self, index: int) -> int | None: ...
+
+    def name(self, index: int) -> str:
+        """What a person would call it: a path, or the set and the row."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change when the set changes; cheap even for large sets."""
+        ...
+
+
+class Concatenated:
+    """Several sources, one after the other."""
+
+    def __init__(self, parts: Sequence[Source]) -> None:
+        self.parts = list(parts)
+        self.classes = self.parts[0].classes
+        if any(part.classes != self.classes for part in self.parts):
+            self.classes = None  # labels of different sets do not mean the same thing
+        self._mixed = self.classes is None and len(self.parts) > 1
+        self._starts = [0]
+        for part in self.parts:
+            self._starts.append(self._starts[-1] + len(part))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def _find(self, index: int) -> tuple[Source, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside 0..{len(self) - 1}")
+        for part, start in zip(reversed(self.parts), reversed(self._starts[:-1]), strict=True):
+            if index >= start:
+                return part, index - start
+        raise AssertionError("unreachable: starts[0] is 0")
+
+    def image(self, index: int) -> Picture:
+        part, inner = self._find(index)
+        return part.image(inner)
+
+    def label(self, index: int) -> int | None:
+        if self._mixed:
+            return None
+        part, inner = self._find(index)
+        return part.label(inner)
+
+    def name(self, index: int) -> str:
+        part, inner = self._find(index)
+        return part.name(inner)
+
+    def fingerprint(self) -> str:
+        return digest(*(part.fingerprint() for part in self.parts))
+
+
+def digest(*parts: object) -> str:
+    """Sixteen hex digits of the parts' text, for fingerprints."""
+    return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).hexdigest()
+
+
+def labels_of(source: Source) -> list[int]:
+    """Every label of a labelled set. Raises UserError if an image has none."""
+    labels = [source.label(index) for index in range(len(source))]
+    if any(label is None for label in labels):
+        raise UserError(
+            "this needs labelled images, and these have no labels; accepted: a folder with one "
+            "sub-folder a class, parquet with a label column, .npz with `labels`, or torchvision sets"
+        )
+    return [label for label in labels if label is not None]

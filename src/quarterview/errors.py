@@ -1,0 +1,19 @@
+"""What goes wrong because of what the user gave: said once, clearly, without a traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """The request cannot be met. The message says what was given and what is accepted.
+
+    The command line prints it as one line and exits with code 2.
+    """
+
+
+def unknown(what: str, given: str, accepted: Iterable[str]) -> UserError:
+    """A UserError for a name that is none of the accepted ones, with the nearest of them."""
+    names = list(accepted)
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return UserError(f"unknown {what} {given!r}; accepted: {', '.join(names)}.{hint}")
