@@ -9,7 +9,7 @@ from torch import Tensor
 from quarterview.errors import UserError
 
 
-class BadSample(Exception):
+class BadSampleError(Exception):
     """One image cannot be used: broken, hostile or empty. The loader replaces and records it."""
 
 
@@ -37,7 +37,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def image(self, index: int) -> Picture:
-        """Decode image `index`. Raises BadSample if that image is unusable, and UserError if the
+        """Decode image `index`. Raises BadSampleError if that image is unusable, and UserError if the
         set as a whole does not fit the request (a number of channels that cannot be met)."""
         ...
 
