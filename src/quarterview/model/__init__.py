@@ -1,0 +1,1 @@
+"""The method: tensors in, tensors out, nothing but torch. Start with `mae.py`."""

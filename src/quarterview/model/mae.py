@@ -1,0 +1,366 @@
+"""The masked autoencoder, in the order of section 3 of He et al. 2021 (arXiv 2111.06377).
+
+Cut the image into patches, hide three quarters of them, encode what is left, decode it together
+with mask tokens, and compare the hidden patches with the truth. One polarity everywhere: `mask` is
+bool [B, L], True where hidden. One order of tokens: cls, visible, hidden; attention does not care
+about order once positions are added, so nothing is ever shuffled back but pictures for people.
+
+Letters in shapes: B images, C channels, H×W pixels, p the patch size, L patches, V visible ones,
+P = p*p*C numbers in a patch, D the encoder's width and E the decoder's.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from quarterview.errors import UserError, unknown
+from quarterview.model import masking
+from quarterview.model.masking import MaskKind
+from quarterview.model.positions import sincos_2d
+from quarterview.model.targets import PixelTarget, Target, patch_statistics
+from quarterview.model.vit import (
+    LAYER_NORM_EPS,
+    Block,
+    PatchEmbed,
+    ViTShape,
+    check_width,
+    init_weights,
+    parse_model_name,
+)
+
+
+@dataclass(frozen=True)
+class MAEConfig:
+    """What a masked autoencoder is. The defaults are the paper's."""
+
+    model: str = "mae_vit_base_patch16"
+    """Encoder: mae_vit_{tiny,small,base,large,huge}_patch{N}, or mae_vit_{WIDTH}x{DEPTH}x{HEADS}_patch{N}."""
+    image_size: tuple[int, int] = (224, 224)
+    """Height and width in pixels; one number means a square. Each must divide by the patch size."""
+    in_chans: int = 3
+    """Channels of the images."""
+    mask_ratio: float = 0.75
+    """Share of the patches that is hidden."""
+    mask: MaskKind = "random"
+    """How hidden patches are chosen: random, block (BEiT's rectangles) or grid (a regular lattice)."""
+    norm_pix_loss: bool = True
+    """Predict pixels normalised by each patch's own mean and deviation, rather than plain pixels."""
+    decoder_width: int = 512
+    """Width of the decoder."""
+    decoder_depth: int = 8
+    """Blocks of the decoder; 0 is a linear head."""
+    decoder_heads: int = 16
+    """Attention heads of the decoder."""
+    encoder_mask_tokens: bool = False
+    """Let the encoder see mask tokens in place of hidden patches (table 1c: slower and worse)."""
+    predict_all: bool = False
+    """Predict visible patches too and count them in the loss (footnote 1: costs half a point)."""
+    mean: tuple[float, ...] | None = None
+    """Channel means, of pixels in [0, 1], that images are normalised by; measured when None."""
+    std: tuple[float, ...] | None = None
+    """Channel standard deviations, likewise."""
+
+    def __post_init__(self) -> None:
+        size = self.image_size
+        object.__setattr__(self, "image_size", (size, size) if isinstance(size, int) else tuple(size))
+        patch = self.shape.patch_size
+        if len(self.image_size) != 2 or any(side < 1 or side % patch for side in self.image_size):
+            raise UserError(
+                f"image size {self.image_size} with patches of {patch} pixels; "
+                f"accepted: one side or two (height width), each a multiple of {patch}"
+            )
+        if self.in_chans < 1:
+            raise UserError(f"{self.in_chans} channels; accepted: 1 or more")
+        if self.mask not in ("random", "block", "grid"):
+            raise unknown("mask", self.mask, ["random", "block", "grid"])
+        if self.decoder_depth < 0:
+            raise UserError(f"a decoder of {self.decoder_depth} blocks; accepted: 0 or more")
+        check_width("the decoder", self.decoder_width, self.decoder_heads)
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            object.__setattr__(
+                self, name, None if values is None else tuple(float(value) for value in values)
+            )
+            if values is not None and len(values) != self.in_chans:
+                raise UserError(f"{name} has {len(values)} numbers for {self.in_chans} channels")
+        if self.std is not None and not all(value > 0 for value in self.std):
+            raise UserError(f"std {self.std}; accepted: numbers above 0")
+        try:
+            masking.keep_count(self.patches, self.mask_ratio)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    @property
+    def shape(self) -> ViTShape:
+        """Width, depth, heads and patch size of the encoder."""
+        return parse_model_name(self.model)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.image_size
+        return height // self.shape.patch_size, width // self.shape.patch_size
+
+    @property
+    def patches(self) -> int:
+        """L, the number of patches."""
+        return self.grid[0] * self.grid[1]
+
+
+class MAEOutput(NamedTuple):
+    """What `MaskedAutoencoder.forward` returns."""
+
+    loss: Tensor
+    """float32 scalar: the mean squared error over hidden patches."""
+    mask: Tensor
+    """bool [B, L], True where hidden."""
+    pred: Tensor
+    """float [B, L - V, P], a row for each hidden patch in ascending patch index; [B, L, P] with
+    `predict_all`."""
+
+
+class MaskedAutoencoder(nn.Module):
+    """A vision transformer that sees a quarter of the picture, and a small one that completes it."""
+
+    def __init__(self, config: MAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        shape = config.shape
+        self.patch_size, self.grid = shape.patch_size, config.grid
+        self.kept = masking.keep_count(config.patches, config.mask_ratio)
+        patch_numbers = shape.patch_size**2 * config.in_chans
+
+        self.patch_embed = PatchEmbed(shape.patch_size, config.in_chans, shape.width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.width))
+        self.pos_embed = nn.Parameter(sincos_2d(shape.width, self.grid), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(shape.width, shape.heads) for _ in range(shape.depth))
+        self.norm = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
+
+        # A decoder without blocks is a linear head on the encoder's own tokens.
+        headless = config.decoder_depth == 0
+        width = shape.width if headless else config.decoder_width
+        mask_width = shape.width if config.encoder_mask_tokens else width
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, mask_width))
+        self.decoder_embed = nn.Identity() if headless else nn.Linear(shape.width, width)
+        self.decoder_pos_embed = nn.Parameter(sincos_2d(width, self.grid), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(
+            Block(width, config.decoder_heads) for _ in range(config.decoder_depth)
+        )
+        self.decoder_norm = nn.Identity() if headless else nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.target: Target = PixelTarget(patch_numbers, normalised=config.norm_pix_loss)
+        self.decoder_pred = nn.Linear(width, self.target.width)
+
+        self.apply(init_weights)
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    # ------------------------------------------------------------------ patches
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """float [B, C, H, W] -> float [B, L, p*p*C]: patches by row, numbers by row, column, channel."""
+        rows, columns = self.grid
+        p = self.patch_size
+        x = images.unflatten(2, (rows, p)).unflatten(4, (columns, p))  # [B, C, rows, p, columns, p]
+        return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """float [B, L, p*p*C] -> float [B, C, H, W]; the exact inverse of `patchify`."""
+        p = self.patch_size
+        x = patches.unflatten(2, (p, p, -1)).unflatten(1, self.grid)  # [B, rows, columns, p, p, C]
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+    # ------------------------------------------------------------------ masking
+
+    def mask_noise(self, uniforms: Tensor) -> Tensor:
+        """Noise for `forward` of this model's kind of mask: float [B, L] from uniform numbers
+        [B, `uniforms_needed`]."""
+        return masking.mask_noise(self.config.mask, uniforms, self.grid, self.config.mask_ratio)
+
+    @property
+    def uniforms_needed(self) -> int:
+        """How many uniform numbers the mask of one image takes."""
+        return masking.uniforms_needed(self.config.mask, self.config.patches)
+
+    def _choose_mask(self, images: Tensor, noise: Tensor | None, mask: Tensor | None) -> tuple[Tensor, int]:
+        if mask is not None:
+            kept = self._check_mask(mask, len(images))
+            if kept == self.config.patches:
+                raise ValueError(
+                    "mask hides nothing, so there is nothing to predict; accepted: 1 or more hidden"
+                )
+            return mask, kept
+        if noise is None:
+            uniforms = torch.rand(len(images), self.uniforms_needed, device=images.device)
+            noise = self.mask_noise(uniforms)
+        elif noise.shape != (len(images), self.config.patches):
+            raise ValueError(
+                f"noise of shape {tuple(noise.shape)}; accepted: {(len(images), self.config.patches)}"
+            )
+        return masking.mask_from_noise(noise, self.kept), self.kept
+
+    def _check_mask(self, mask: Tensor, batch: int) -> int:
+        """How many patches a caller's mask leaves visible in every row."""
+        if mask.dtype != torch.bool or mask.shape != (batch, self.config.patches):
+            raise ValueError(
+                f"mask of {mask.dtype} {tuple(mask.shape)}; "
+                f"accepted: torch.bool {(batch, self.config.patches)}, True where hidden"
+            )
+        counts = (~mask).sum(dim=1).unique().tolist()
+        if len(counts) != 1 or counts[0] == 0:
+            raise ValueError(
+                f"mask rows that leave {counts} patches visible; accepted: the same count, above 0, in every row"
+            )
+        return counts[0]
+
+    # ------------------------------------------------------------------ encode
+
+    def encode(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The encoder's features; nothing is hidden unless a mask says so.
+
+        Args:
+            images: float [B, C, H, W], normalised.
+            mask: bool [B, L], True where hidden, with equal counts in every row.
+
+        Returns:
+            float [B, 1 + V, D] after the final norm: cls, then the visible patches in ascending
+            patch index. Deterministic.
+
+        Raises:
+            ValueError: if the images or the mask have another shape than the model's.
+        """
+        patches = self.patchify(self._check_images(images))
+        if mask is None:
+            return self._encode(patches, visible=None)
+        return self._encode(patches, masking.split(mask, self._check_mask(mask, len(images)))[0])
+
+    def _encode(self, patches: Tensor, visible: Tensor | None, hidden: Tensor | None = None) -> Tensor:
+        """Only visible patches are embedded. With `hidden`, mask tokens stand in for those."""
+        positions = self.pos_embed[:, 1:]
+        if visible is not None:
+            patches, positions = take(patches, visible), take(positions, visible)
+        x = self.patch_embed(patches) + positions  # [B, V, D]
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1).to(x.dtype)
+        tokens = [cls, x]
+        if hidden is not None:
+            tokens.append((self.mask_token + take(self.pos_embed[:, 1:], hidden)).to(x.dtype))
+        x = torch.cat(tokens, dim=1)  # [B, 1 + V, D], or [B, 1 + L, D] with mask tokens
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    # ------------------------------------------------------------------ decode
+
+    def _decode(self, tokens: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
+        """The encoder's tokens -> predictions: float [B, L - V, P], or of all patches."""
+        x = self.decoder_embed(tokens)
+        if not self.config.encoder_mask_tokens:
+            x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), hidden.shape[1], -1)], dim=1)
+        x = x + self._decoder_positions(visible, hidden).to(x.dtype)  # [B, 1 + L, E]: cls, visible, hidden
+        for block in self.decoder_blocks:
+            x = block(x)
+        if self.config.predict_all:
+            order = torch.cat([visible, hidden], dim=1)
+            x = take(x[:, 1:], order.argsort(dim=1))  # [B, L, E], ascending
+        else:
+            x = x[:, 1 + visible.shape[1] :]  # [B, L - V, E]
+        return self.decoder_pred(self.decoder_norm(x))
+
+    def _decoder_positions(self, visible: Tensor, hidden: Tensor) -> Tensor:
+        order = torch.cat([visible.new_zeros(len(visible), 1), 1 + visible, 1 + hidden], dim=1)
+        return take(self.decoder_pos_embed, order)
+
+    # ------------------------------------------------------------------ target and loss
+
+    def forward(self, images: Tensor, noise: Tensor | None = None, mask: Tensor | None = None) -> MAEOutput:
+        """Hide patches, predict them, and measure the error.
+
+        Args:
+            images: float [B, C, H, W], normalised.
+            noise: float [B, L], of which the lowest ``int(L * (1 - ratio))`` a row are kept; None
+                draws from torch's default generator.
+            mask: bool [B, L], True where hidden: any pattern with equal counts in every row,
+                instead of noise.
+
+        Raises:
+            ValueError: if the images, the noise or the mask have another shape than the model's.
+        """
+        patches = self.patchify(self._check_images(images))
+        mask, kept = self._choose_mask(images, noise, mask)
+        visible, hidden = masking.split(mask, kept)
+
+        tokens = self._encode(patches, visible, hidden if self.config.encoder_mask_tokens else None)
+        pred = self._decode(tokens, visible, hidden)
+
+        with torch.autocast(images.device.type, enabled=False):  # targets and loss in float32
+            truth = self.target(patches if self.config.predict_all else take(patches, hidden))
+            loss = self.target.loss(pred, truth).mean()  # every row hides equally many
+        return MAEOutput(loss, mask, pred)
+
+    def _check_images(self, images: Tensor) -> Tensor:
+        expected = (self.config.in_chans, *self.config.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}; accepted: (B, {', '.join(map(str, expected))})"
+            )
+        return images
+
+    # ------------------------------------------------------------------ pictures for people
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The picture as the model completes it: visible patches as they are, hidden ones predicted.
+
+        With normalised targets the model predicts each patch up to its mean and contrast. Those
+        are guessed from the visible patches around it (the nearer, the more), never taken from
+        the hidden ones, which would leak the answer.
+
+        Args:
+            images: float [B, C, H, W], normalised.
+            mask: bool [B, L], True where hidden; None draws one from torch's default generator.
+
+        Returns:
+            float32 [B, C, H, W], normalised as the images are.
+        """
+        out = self(images, mask=mask)
+        patches = self.patchify(images).float()
+        visible, hidden = masking.split(out.mask, int((~out.mask[0]).sum()))
+        pred = take(out.pred, hidden) if self.config.predict_all else out.pred
+        mean, std = patch_statistics(take(patches, visible))
+        weights = self._nearness(hidden, visible)  # [B, L - V, V]
+        pixels = self.target.to_pixels(pred, weights @ mean, weights @ std)
+        if pixels is None:
+            raise UserError("this model's target is no picture, so there is nothing to reconstruct")
+        index = hidden[:, :, None].expand(-1, -1, patches.shape[2])
+        return self.unpatchify(patches.scatter(1, index, pixels))
+
+    def _nearness(self, of: Tensor, to: Tensor) -> Tensor:
+        """Weights that sum to 1 over the patches `to`, falling with the fourth power of distance."""
+        columns = self.grid[1]
+        rows_and_columns = [torch.stack([i // columns, i % columns], dim=2).float() for i in (of, to)]
+        weights = torch.cdist(*rows_and_columns) ** -4.0
+        return weights / weights.sum(dim=2, keepdim=True)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [B, K] of x [B or 1, L, D]: [B, K, D]."""
+    if len(x) == 1:
+        return x[0][index]
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def create_model(model: str, **config) -> MaskedAutoencoder:
+    """A masked autoencoder with fresh weights, drawn from torch's default generator.
+
+    Args:
+        model: ``mae_vit_{tiny,small,base,large,huge}_patch{N}``, see `parse_model_name`.
+        config: any field of `MAEConfig`.
+
+    Raises:
+        UserError: if the name, a field or a value is not accepted.
+    """
+    for name in config:
+        if name not in MAEConfig.__dataclass_fields__:
+            raise unknown("model option", name, MAEConfig.__dataclass_fields__)
+    return MaskedAutoencoder(MAEConfig(model=model, **config))

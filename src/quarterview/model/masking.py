@@ -1,0 +1,137 @@
+"""Which patches are hidden.
+
+Every kind of mask is expressed as one *noise* value per patch, of which the lowest are kept. That
+is how the official code draws its random masks; block and grid masks become orders of preference.
+So every row keeps exactly ``keep_count`` patches, whatever the kind, and batches stay rectangular.
+
+The uniform numbers come from the caller, who knows what they should depend on.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+MaskKind = Literal["random", "block", "grid"]
+
+BLOCK_MIN_PATCHES = 4
+BLOCK_MIN_ASPECT = 0.3
+_BLOCK_PROPOSALS = 60  # BEiT gives up after ten failures in a row; this many fill 0.9 of any grid we use
+_DRAWS_PER_PROPOSAL = 4
+
+
+def keep_count(patches: int, mask_ratio: float) -> int:
+    """How many patches stay visible: the official expression ``int(L * (1 - ratio))``.
+
+    Floating point is part of it: 64 patches at ratio 0.8 keep 12, and 10 at 0.9 would keep 0.
+
+    Raises:
+        ValueError: if none or all of the patches would be kept.
+    """
+    kept = int(patches * (1 - mask_ratio))
+    if not 0 < kept < patches:
+        raise ValueError(
+            f"a mask ratio of {mask_ratio} keeps {kept} of {patches} patches; accepted: ratios that keep "
+            f"at least one and hide at least one (int({patches} * (1 - ratio)) from 1 to {patches - 1})"
+        )
+    return kept
+
+
+def uniforms_needed(kind: MaskKind, patches: int) -> int:
+    """How many uniform numbers a sample's mask takes."""
+    return patches + (_BLOCK_PROPOSALS * _DRAWS_PER_PROPOSAL if kind == "block" else 0)
+
+
+def mask_noise(kind: MaskKind, uniforms: Tensor, grid: tuple[int, int], mask_ratio: float) -> Tensor:
+    """Turn uniform numbers into noise, lowest kept.
+
+    Args:
+        kind: ``"random"``, ``"block"`` or ``"grid"`` (He et al. 2021, table 1f).
+        uniforms: float [B, uniforms_needed(kind, L)] in [0, 1).
+        grid: rows and columns of patches; L = rows * columns.
+        mask_ratio: the share of patches to hide.
+
+    Returns:
+        float [B, L].
+    """
+    patches = grid[0] * grid[1]
+    if kind == "random":
+        return uniforms[:, :patches]
+    if kind == "grid":
+        return grid_order(grid).to(uniforms).expand(len(uniforms), -1)
+    blocks = _block_mask(uniforms[:, patches:], grid, patches - keep_count(patches, mask_ratio))
+    # The blocks never exceed the count but may fall short of it: the rest is drawn at random.
+    return blocks.to(uniforms.dtype) + 0.5 * uniforms[:, :patches]
+
+
+def mask_from_noise(noise: Tensor, kept: int) -> Tensor:
+    """bool [B, L], True where hidden: all but the `kept` patches of lowest noise in each row."""
+    order = noise.argsort(dim=1, stable=True)
+    hidden = torch.ones(noise.shape, dtype=torch.bool, device=noise.device)
+    return hidden.scatter(1, order[:, :kept], False)
+
+
+def split(mask: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """The patch indices of the visible and of the hidden patches, each ascending.
+
+    Args:
+        mask: bool [B, L], True where hidden, `kept` False a row.
+
+    Returns:
+        int64 [B, kept] and int64 [B, L - kept].
+    """
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+    return order[:, :kept], order[:, kept:]
+
+
+def grid_order(grid: tuple[int, int]) -> Tensor:
+    """The rank of each patch in an ordered (Bayer) dithering of the grid.
+
+    Keeping the patches of lowest rank keeps a lattice as regular as the count allows: the first
+    quarter of an even grid is one patch of each 2×2.
+
+    Returns:
+        float32 [L], a permutation of 0 … L-1.
+    """
+    rows, columns = grid
+    bits = max(1, (max(rows, columns) - 1).bit_length())
+    row, column = torch.arange(rows)[:, None], torch.arange(columns)[None, :]
+    level = torch.zeros(rows, columns, dtype=torch.int64)
+    for bit in range(bits):  # the lowest bits of the coordinates are the highest digits of the level
+        r, c = (row >> bit) & 1, (column >> bit) & 1
+        level = level * 4 + (2 * (r ^ c) + r)
+    return level.flatten().argsort(stable=True).argsort().to(torch.float32)
+
+
+def _block_mask(uniforms: Tensor, grid: tuple[int, int], count: int) -> Tensor:
+    """BEiT's block-wise mask (Bao et al. 2021, algorithm 1), a batch at a time.
+
+    Rectangles of at least four patches and an aspect ratio between 0.3 and 1 / 0.3 are proposed
+    one after another; one is taken if it hides something new and not more than is still wanted.
+
+    Args:
+        uniforms: float [B, proposals * 4].
+
+    Returns:
+        bool [B, L], at most `count` True a row.
+    """
+    rows, columns = grid
+    row = torch.arange(rows, device=uniforms.device)[None, :, None]
+    column = torch.arange(columns, device=uniforms.device)[None, None, :]
+    hidden = torch.zeros(len(uniforms), rows, columns, dtype=torch.bool, device=uniforms.device)
+    log_aspect = math.log(BLOCK_MIN_ASPECT)
+    for draw in uniforms.split(_DRAWS_PER_PROPOSAL, dim=1):
+        wanted = count - hidden.sum((1, 2))  # [B]
+        area = BLOCK_MIN_PATCHES + draw[:, 0] * (wanted - BLOCK_MIN_PATCHES).clamp(min=0)
+        aspect = (log_aspect * (2 * draw[:, 1] - 1)).exp()
+        height, width = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+        top = (draw[:, 2] * (rows - height + 1)).long()
+        left = (draw[:, 3] * (columns - width + 1)).long()
+        inside_rows = (row >= top[:, None, None]) & (row < (top + height)[:, None, None])
+        inside_columns = (column >= left[:, None, None]) & (column < (left + width)[:, None, None])
+        block = inside_rows & inside_columns  # [B, rows, columns]
+        new = (block & ~hidden).sum((1, 2))
+        taken = (height <= rows) & (width <= columns) & (new > 0) & (new <= wanted)
+        hidden |= block & taken[:, None, None]
+    return hidden.flatten(1)

@@ -1,0 +1,66 @@
+"""What the decoder learns to predict.
+
+A target is a module: it says how many numbers it wants for a patch, makes them from the true
+patches, and judges predictions. Pixels are here; PCA, HOG and token targets join behind the same
+three names.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+
+class Target(Protocol):
+    """One answer to "what should be reconstructed?" (He et al. 2021, table 1d)."""
+
+    width: int
+    """How many numbers the decoder predicts for a patch."""
+
+    def __call__(self, patches: Tensor) -> Tensor:
+        """The truth for patches [..., p*p*C]: float32 [..., width], or indices for token targets."""
+        ...
+
+    def loss(self, pred: Tensor, truth: Tensor) -> Tensor:
+        """One error a patch: float32 [...], from pred [..., width] and what `__call__` gave."""
+        ...
+
+    def to_pixels(self, pred: Tensor, mean: Tensor, std: Tensor) -> Tensor | None:
+        """Patches [..., p*p*C] that a person can look at, given a guess of each patch's mean and
+        standard deviation [..., 1]; None if the prediction is no picture."""
+        ...
+
+
+class PixelTarget(nn.Module):
+    """The pixels of the patch, or its pixels normalised by their own mean and deviation.
+
+    The normalisation is over all p*p*C values of the patch together, with the unbiased variance
+    and the epsilon inside the root (He et al. 2021, section 3 and the official code).
+    """
+
+    def __init__(self, width: int, normalised: bool) -> None:
+        super().__init__()
+        self.width = width
+        self.normalised = normalised
+
+    def forward(self, patches: Tensor) -> Tensor:
+        patches = patches.float()
+        if not self.normalised:
+            return patches
+        mean, std = patch_statistics(patches)
+        return (patches - mean) / std
+
+    def loss(self, pred: Tensor, truth: Tensor) -> Tensor:
+        return F.mse_loss(pred.float(), truth, reduction="none").mean(dim=-1)
+
+    def to_pixels(self, pred: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        return pred.float() * std + mean if self.normalised else pred.float()
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each patch: float [..., 1] twice, epsilon inside the root."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
+    return mean, (variance + NORM_EPS).sqrt()
