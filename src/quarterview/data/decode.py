@@ -1,0 +1,177 @@
+"""From the bytes of an image file to a `Picture`, whatever the bytes are.
+
+Files come from anywhere: truncated, hostile, sixteen bits deep, rotated, transparent, animated. All of
+them end as pixels or as a BadSampleError with a reason a person can read, and nothing that was done to
+the pixels goes unsaid. Pillow's global settings are neither read nor changed here.
+"""
+
+import io
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from quarterview.data import sixteen_bit
+from quarterview.data.source import BadSampleError, Picture
+from quarterview.errors import UserError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+"""What is decoded; Pillow's other readers are never tried on a file."""
+
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+)
+"""What files of those formats are called, in lower case."""
+
+MAX_PIXELS = 128_000_000
+"""Larger images are refused by their header, before anything is allocated for them."""
+
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    **{2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1)},
+    **{6: (False, 3), 7: (True, 3), 8: (False, 1)},
+}
+"""For each EXIF orientation but the usual 1: whether to mirror, then how many quarter turns to the left."""
+
+
+def decode(data: bytes, channels: int) -> Picture:
+    """Decode one image file.
+
+    Turned upright by its EXIF orientation, composited on white where transparent, reduced to its first
+    frame, converted to RGB or grey; the picture's notes say which of these happened. Grey is repeated to
+    `channels`. Sixteen bits become float32 in [0, 1] without loss; floating point must lie there already.
+
+    Args:
+        data: the whole file.
+        channels: how many channels the picture shall have.
+
+    Returns:
+        A picture [channels, H, W].
+
+    Raises:
+        BadSampleError: if this is no readable image of an accepted format, or has more than
+            `MAX_PIXELS` pixels.
+        UserError: if the image is sound, but its colours cannot become `channels` channels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of sizes we check ourselves
+            return _decode(data, channels)
+    except (BadSampleError, UserError):
+        raise
+    except Exception as error:  # Pillow raises nearly everything, SyntaxError and struct.error included
+        raise BadSampleError(_reason(error)) from error
+
+
+def from_pillow(image: Image.Image, channels: int) -> Picture:
+    """A picture [channels, H, W], uint8, of an image that Pillow has already decoded to eight bits.
+
+    Raises:
+        UserError: if its colours cannot become `channels` channels.
+    """
+    notes: list[str] = []
+    samples = _on_white(_eight_bit(image), notes)
+    return Picture(_fit(samples, channels), tuple(notes))
+
+
+def _decode(data: bytes, channels: int) -> Picture:
+    image = _open(data)
+    notes: list[str] = []
+    if getattr(image, "is_animated", False):
+        notes.append("first of several frames")
+    if image.mode in ("CMYK", "YCbCr", "LAB"):
+        notes.append(f"{image.mode} converted to RGB")
+    wide = sixteen_bit.found_in(image)
+    orientation = _orientation(image)
+    if wide:
+        samples = sixteen_bit.samples(image, data)  # [H, W, 1 to 4]
+        notes.append("16 bits scaled to [0, 1]")
+    elif image.mode == "F":
+        samples = _unit_floats(np.array(image))[..., None]
+    else:
+        samples = _eight_bit(image)
+    samples = _on_white(samples, notes)  # [H, W, 1 or 3]
+    if orientation in _UPRIGHT:
+        notes.append("rotated by EXIF")
+        if image.format != "TIFF":  # there Pillow has done it while loading
+            mirror, turns = _UPRIGHT[orientation]
+            samples = np.rot90(samples[:, ::-1] if mirror else samples, turns)
+    return Picture(_fit(samples, channels), tuple(notes))
+
+
+def _open(data: bytes) -> Image.Image:
+    """The image with its header read and checked, not yet decoded."""
+    if not data:
+        raise BadSampleError("the file is empty")
+    limit = f"more than the {MAX_PIXELS // 1_000_000} megapixels accepted"
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise BadSampleError(f"not a readable image; accepted formats: {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError:
+        raise BadSampleError(limit) from None
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadSampleError(f"{width} × {height} pixels, {limit}")
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a broken EXIF block is no reason to lose the picture
+        return 1
+
+
+def _eight_bit(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, C]: grey, grey and alpha, RGB, or RGBA."""
+    image.load()
+    grey = image.mode in ("1", "L", "LA", "La") or _has_grey_palette(image)
+    mode = ("L" if grey else "RGB") + ("A" if image.has_transparency_data else "")
+    samples = np.array(image if image.mode == mode else image.convert(mode))
+    return samples if samples.ndim == 3 else samples[..., None]
+
+
+def _has_grey_palette(image: Image.Image) -> bool:
+    palette = image.getpalette("RGB") if image.mode == "P" else None
+    return palette is not None and palette[0::3] == palette[1::3] == palette[2::3]
+
+
+def _unit_floats(values: np.ndarray) -> np.ndarray:
+    low, high = float(values.min()), float(values.max())  # not a number if any value is not
+    if not (low >= 0.0 and high <= 1.0):
+        raise BadSampleError(f"floating-point values from {low:g} to {high:g}; accepted: 0 to 1")
+    return values.astype(np.float32)
+
+
+def _on_white(samples: np.ndarray, notes: list[str]) -> np.ndarray:
+    """Without the last of an even number of channels, the alpha."""
+    if samples.shape[2] % 2:
+        return samples
+    colour, alpha = samples[..., :-1], samples[..., -1:]
+    opaque = 255 if samples.dtype == np.uint8 else 1.0
+    if (alpha == opaque).all():
+        return colour
+    notes.append("transparency composited on white")
+    if samples.dtype != np.uint8:
+        return colour * alpha + (1.0 - alpha)
+    weighted = colour * alpha.astype(np.uint16) + 255 * (255 - alpha.astype(np.uint16))  # fits: 255² at most
+    return ((weighted + 127) // 255).astype(np.uint8)
+
+
+def _fit(samples: np.ndarray, channels: int) -> torch.Tensor:
+    given = samples.shape[2]
+    if given not in (1, channels):
+        raise UserError(
+            f"an RGB image cannot become {channels} channels; accepted: grey images for any number of "
+            "channels, RGB images for 3; for anything else give arrays (.npy or .npz)"
+        )
+    pixels = torch.from_numpy(np.ascontiguousarray(samples)).permute(2, 0, 1)  # [1 or 3, H, W]
+    return pixels.expand(channels, -1, -1).contiguous()
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"cannot be decoded: {lines[0] if lines else type(error).__name__}"
