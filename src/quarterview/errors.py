@@ -17,3 +17,11 @@ def unknown(what: str, given: str, accepted: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return UserError(f"unknown {what} {given!r}; accepted: {', '.join(names)}.{hint}")
+
+
+class RunError(RuntimeError):
+    """A run cannot go on: it diverged, or its data is too broken.
+
+    The message says what happened and what to do. The command line prints it as one line and exits
+    with code 1.
+    """

@@ -210,7 +210,7 @@ class MaskedAutoencoder(nn.Module):
         counts = (~mask).sum(dim=1).unique().tolist()
         if len(counts) != 1 or counts[0] == 0:
             raise ValueError(
-                f"mask rows that leave {counts} patches visible; accepted: the same count, above 0, in every row"
+                f"mask rows that leave {counts} patches visible; accepted: one count above 0 in all rows"
             )
         return counts[0]
 

@@ -1,0 +1,72 @@
+"""What was broken or converted on the way in, each image once."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from quarterview.data.fetch import Report
+from quarterview.errors import RunError
+
+_NOTED_MOST = 100_000
+
+
+class Ledger:
+    """Counts broken and converted images, and stops a run that has too many broken ones.
+
+    Broken images go to `path` as one JSON line each, kept across resumes; conversions are counted.
+
+    Args:
+        path: of ``bad_samples.jsonl``; None keeps the ledger in memory.
+        size: images in the set.
+        limit: share of them that may be broken.
+    """
+
+    def __init__(self, path: Path | None, size: int, limit: float) -> None:
+        self.path, self.size, self.limit = path, size, limit
+        self.broken: dict[int, str] = {}
+        self.converted: Counter[str] = Counter()
+        self._noted: set[int] = set()
+        if path is not None and path.exists():
+            lines = path.read_text("utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
+            path.write_text("".join(whole), "utf-8")
+            for row in map(json.loads, whole):
+                self.broken[row["id"]] = f"{row['name']}: {row['reason']}"
+
+    def __call__(self, report: Report) -> None:
+        """Take down one report. Raises RunError if the broken images are now too many."""
+        if report.broken is None:
+            if report.sample not in self._noted and len(self._noted) < _NOTED_MOST:
+                self._noted.add(report.sample)
+                self.converted.update(report.notes)
+            return
+        if report.sample not in self.broken:
+            self.broken[report.sample] = f"{report.name}: {report.broken}"
+            if self.path is not None:
+                row = {"id": report.sample, "name": report.name, "reason": report.broken}
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+        self.check()
+
+    def check(self) -> None:
+        """Raises RunError if more than the allowed share of the set is broken."""
+        if len(self.broken) <= self.limit * self.size:
+            return
+        shown = "\n".join(f"  {why}" for why in list(self.broken.values())[:10])
+        raise RunError(
+            f"{len(self.broken)} of {self.size} images are broken, which is more than the "
+            f"{self.limit:.2%} that --max-bad-samples allows:\n{shown}\n"
+            "Mend or remove them, or allow more with --max-bad-samples."
+        )
+
+    def summary(self) -> list[str]:
+        """A sentence for each thing worth saying."""
+        lines = []
+        if self.broken:
+            lines.append(
+                f"{len(self.broken)} broken image(s) replaced by others, listed in bad_samples.jsonl:"
+            )
+            lines += [f"  {why}" for why in list(self.broken.values())[:10]]
+        more = " or more" if len(self._noted) >= _NOTED_MOST else ""
+        lines += [f"{count}{more} image(s): {note}" for note, count in sorted(self.converted.items())]
+        return lines

@@ -1,0 +1,43 @@
+"""The channel means and deviations of a set."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from quarterview.data.augment import to_float
+from quarterview.data.fetch import Report, read
+from quarterview.data.source import Source
+from quarterview.data.stream import SampleStream
+from quarterview.errors import RunError
+
+STATISTICS_IMAGES = 1024
+_LEAST_STD = 1 / 255  # a constant set must not be divided by nothing
+
+
+def channel_statistics(
+    source: Source, stream: SampleStream, threads: int, report: Callable[[Report], None]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, of pixels in [0, 1].
+
+    Over the pixels of up to 1,024 keyed training images, each image counting alike whatever its
+    size. Broken images are reported and left out.
+
+    Raises:
+        RunError: if none of them can be read.
+    """
+    means, squares = [], []
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        ids = stream.training_sample(STATISTICS_IMAGES).tolist()
+        for picture, reports in pool.map(lambda sample: read(source, sample), ids):
+            for said in reports:
+                report(said)
+            if picture is not None:
+                pixels = to_float(picture.pixels).double().flatten(1)  # [C, H*W]
+                means.append(pixels.mean(1))
+                squares.append(pixels.square().mean(1))
+    if not means:
+        raise RunError(f"none of {len(ids)} images could be read; see bad_samples.jsonl for the reasons")
+    mean = torch.stack(means).mean(0)
+    std = (torch.stack(squares).mean(0) - mean.square()).clamp(min=0).sqrt().clamp(min=_LEAST_STD)
+    return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,0 +1,118 @@
+"""Checkpoints: written whole or not at all, without pickle.
+
+A checkpoint is a folder ``step-00001000`` of safetensors files and one ``state.json``. It is
+written under a temporary name, every file and the folder are synced to disk, and only then it gets
+its name; so a folder with such a name is complete, whatever was killed and when. ``last`` is a
+relative link to the newest.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quarterview.errors import UserError
+
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class Checkpoint(NamedTuple):
+    """A loaded checkpoint."""
+
+    path: Path
+    tensors: dict[str, dict[str, Tensor]]
+    """By the name of the file without its ending: ``model``, ``optimizer``, …"""
+    state: dict
+    """What ``state.json`` holds."""
+
+
+def save(
+    folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, metadata: dict[str, str]
+) -> Path:
+    """Write the checkpoint of a step into the run's ``checkpoints`` folder, atomically.
+
+    Args:
+        folder: ``RUN/checkpoints``; made if it is not there.
+        tensors: the files to write and what is in each.
+        state: numbers and texts, as JSON.
+        metadata: texts for the header of ``model.safetensors``, which make it a file of its own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final, partial = folder / f"step-{step:08d}", folder / f".partial-step-{step:08d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for name, named in tensors.items():
+        contiguous = {key: value.detach().cpu().contiguous() for key, value in named.items()}
+        save_file(contiguous, partial / f"{name}.safetensors", metadata if name == "model" else None)
+    (partial / "state.json").write_text(json.dumps(state, indent=1), "utf-8")
+    for path in partial.iterdir():
+        _sync(path)
+    _sync(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync(folder)
+    _point(folder / "last", final.name)
+    return final
+
+
+def _point(link: Path, target: str) -> None:
+    fresh = link.with_name(".last")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target)
+    fresh.replace(link)
+    _sync(link.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that have a complete checkpoint, ascending."""
+    found = [_NAME.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(match[1]) for match in found if match)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest complete checkpoint of ``RUN/checkpoints``, or None."""
+    found = steps(folder)
+    return folder / f"step-{found[-1]:08d}" if found else None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and what a killed save left behind."""
+    for step in steps(folder)[:-keep]:
+        shutil.rmtree(folder / f"step-{step:08d}")
+    for path in folder.glob(".partial-*"):
+        shutil.rmtree(path)
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints beyond a step, of which a run resumed there knows nothing."""
+    for later in steps(folder):
+        if later > step:
+            shutil.rmtree(folder / f"step-{later:08d}")
+    if (folder / f"step-{step:08d}").is_dir():
+        _point(folder / "last", f"step-{step:08d}")
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint folder.
+
+    Raises:
+        UserError: if it is none.
+    """
+    if not (path / "state.json").is_file() or not (path / "model.safetensors").is_file():
+        raise UserError(f"{path} is no checkpoint; accepted: a folder like RUN/checkpoints/step-00001000")
+    state = json.loads((path / "state.json").read_text("utf-8"))
+    return Checkpoint(path, {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, state)
