@@ -1,0 +1,131 @@
+import io
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from quarterview.data.parquet import ParquetSource
+from quarterview.data.source import BadSampleError
+from quarterview.errors import UserError
+
+
+def png(level: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 3), (level, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write(path: Path, levels: range, features: dict | None = None, column: str = "img") -> Path:
+    """A shard as the Hub has it: structures of bytes and path, and labels that are the levels modulo 2."""
+    images = [{"bytes": png(level), "path": f"{level}.png"} for level in levels]
+    table = pa.table({column: images, "label": pa.array([level % 2 for level in levels], pa.int64())})
+    if features is not None:
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(table, path)
+    return path
+
+
+def levels_of(source: ParquetSource) -> list[int]:
+    return [int(source.image(i).pixels[0, 0, 0]) for i in range(len(source))]
+
+
+NAMES_AS_LIST = {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}
+NAMES_BY_NUMBER = {"label": {"dtype": {"class_label": {"names": {"1": "dog", "0": "cat"}}}}}
+
+
+@pytest.mark.parametrize("features", [NAMES_AS_LIST, NAMES_BY_NUMBER])
+def test_one_file(tmp_path, features):
+    source = ParquetSource(write(tmp_path / "train.parquet", range(5), features), 3)
+    assert source.classes == ["cat", "dog"]
+    assert [source.label(i) for i in range(5)] == [0, 1, 0, 1, 0]
+    assert levels_of(source) == list(range(5))
+    assert source.name(3).endswith("train.parquet row 3")
+
+
+@pytest.mark.parametrize("note", [None, {}, {"label": {"_type": "Value"}}, {"label": {"names": 3}}])
+def test_without_class_names_there_are_still_labels(tmp_path, note):
+    source = ParquetSource(write(tmp_path / "a.parquet", range(2), note), 3)
+    assert source.classes is None
+    assert source.label(1) == 1
+
+
+def test_shards_of_a_folder_or_a_glob_come_in_the_order_of_their_names(tmp_path):
+    write(tmp_path / "train-00001-of-00002.parquet", range(3, 5))
+    write(tmp_path / "train-00000-of-00002.parquet", range(3))
+    assert levels_of(ParquetSource(tmp_path, 3)) == [0, 1, 2, 3, 4]
+    write(tmp_path / "test-00000-of-00001.parquet", range(9))
+    assert levels_of(ParquetSource(tmp_path / "train-*.parquet", 3)) == [0, 1, 2, 3, 4]
+    with pytest.raises(UserError, match="several sets: test, train"):
+        ParquetSource(tmp_path, 3)
+
+
+def test_binary_columns(tmp_path):
+    pq.write_table(pa.table({"photo": [png(7), None, b"rubbish"]}), tmp_path / "a.parquet")
+    source = ParquetSource(tmp_path / "a.parquet", 3)
+    assert int(source.image(0).pixels[0, 0, 0]) == 7
+    assert source.label(0) is None
+    for index, reason in ((1, "no image"), (2, "not a readable image")):
+        with pytest.raises(BadSampleError, match=reason):
+            source.image(index)
+
+
+def test_which_of_several_binary_columns(tmp_path):
+    pq.write_table(pa.table({"mask": [b""], "image": [png(7)]}), tmp_path / "a.parquet")
+    assert levels_of(ParquetSource(tmp_path / "a.parquet", 3)) == [7]
+    pq.write_table(pa.table({"mask": [b""], "photo": [png(7)]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"2 columns that could be the images, .* photo \(binary\)"):
+        ParquetSource(tmp_path / "b.parquet", 3)
+    pq.write_table(pa.table({"text": ["no image"]}), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match="0 columns that could be the images"):
+        ParquetSource(tmp_path / "c.parquet", 3)
+
+
+def test_missing_and_negative_labels_are_none(tmp_path):
+    table = pa.table({"image": [png(0)] * 3, "fine_label": [-1, None, 4], "coarse_label": [1, 1, 1]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    source = ParquetSource(tmp_path / "a.parquet", 3)
+    assert [source.label(i) for i in range(3)] == [None, None, 4]
+
+
+def test_what_cannot_be_read(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 but not really")
+    with pytest.raises(UserError, match="as Parquet"):
+        ParquetSource(tmp_path / "a.parquet", 3)
+    (tmp_path / "empty").mkdir()
+    for nothing in ("empty", "missing.parquet", "x*.parquet"):
+        with pytest.raises(UserError, match="no Parquet file"):
+            ParquetSource(tmp_path / nothing, 3)
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="no rows"):
+        ParquetSource(tmp_path / "b.parquet", 3)
+
+
+def test_shards_that_do_not_fit_together(tmp_path):
+    write(tmp_path / "train-0.parquet", range(2))
+    write(tmp_path / "train-1.parquet", range(2), column="other")
+    with pytest.raises(UserError, match="other columns"):
+        ParquetSource(tmp_path, 3)
+
+
+def test_the_table_stays_behind_when_the_source_travels(tmp_path):
+    levels = range(3)
+    source = ParquetSource(write(tmp_path / "a.parquet", levels), 3)
+    small = len(pickle.dumps(source))
+    assert levels_of(source) == list(levels)
+    assert source.label(1) == 1
+    assert len(pickle.dumps(source)) == small
+    copy = pickle.loads(pickle.dumps(source))
+    assert levels_of(copy) == list(levels)
+    assert np.array_equal(copy.image(2).pixels, source.image(2).pixels)
+
+
+def test_the_fingerprint_follows_the_shards(tmp_path):
+    first = ParquetSource(write(tmp_path / "a.parquet", range(3)), 3).fingerprint()
+    assert ParquetSource(tmp_path / "a.parquet", 3).fingerprint() == first
+    assert ParquetSource(write(tmp_path / "a.parquet", range(4)), 3).fingerprint() != first
