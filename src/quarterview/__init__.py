@@ -1,1 +1,34 @@
-"""Quarterview."""
+"""Quarterview: learn to see from a quarter of the picture.
+
+Masked autoencoders (He et al. 2021) for anyone's images::
+
+    import quarterview as qv
+    run = qv.pretrain(qv.PretrainConfig(data=["photos"], out="runs/x"))
+    model = qv.load("runs/x")
+    tokens = model.encode(images)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quarterview.exchange import load
+    from quarterview.model.mae import MAEConfig, create_model
+    from quarterview.pretraining import PretrainConfig, Run, pretrain
+
+_HOMES = {
+    "MAEConfig": "quarterview.model.mae",
+    "PretrainConfig": "quarterview.pretraining",
+    "Run": "quarterview.pretraining",
+    "create_model": "quarterview.model.mae",
+    "load": "quarterview.exchange",
+    "pretrain": "quarterview.pretraining",
+}
+
+__all__ = ["MAEConfig", "PretrainConfig", "Run", "create_model", "load", "pretrain"]
+
+
+def __getattr__(name: str) -> Any:  # so that importing the package costs nothing
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'quarterview' has no attribute {name!r}")

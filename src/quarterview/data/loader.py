@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from quarterview.data.augment import (
     crop_resize,
@@ -110,7 +110,7 @@ class Loader:
             return
         samples = DataLoader(
             _StreamedSamples(self.source, self.stream, self.image_size),
-            batch_sampler=parts,
+            batch_sampler=_Parts(parts),
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
@@ -166,6 +166,19 @@ def stack(images: Sequence[Tensor]) -> Tensor:
     if any(image.dtype != torch.uint8 for image in images):
         images = [to_float(image) for image in images]
     return torch.stack(list(images))
+
+
+class _Parts(Sampler[list[int]]):
+    """Ranges of positions, as the lists that a DataLoader wants, each made when its turn comes."""
+
+    def __init__(self, parts: Sequence[range]) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(list, self.parts)
 
 
 class _StreamedSamples(Dataset):

@@ -115,4 +115,6 @@ def load(path: Path) -> Checkpoint:
     if not (path / "state.json").is_file() or not (path / "model.safetensors").is_file():
         raise UserError(f"{path} is no checkpoint; accepted: a folder like RUN/checkpoints/step-00001000")
     state = json.loads((path / "state.json").read_text("utf-8"))
-    return Checkpoint(path, {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, state)
+    return Checkpoint(
+        path, {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, state
+    )

@@ -36,7 +36,9 @@ class World:
         """Average gradients over ranks in the backward pass."""
         if self.size == 1:
             return module
-        return DistributedDataParallel(module, device_ids=[self.device] if self.device.type == "cuda" else None)
+        return DistributedDataParallel(
+            module, device_ids=[self.device] if self.device.type == "cuda" else None
+        )
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over ranks; no copy to the host."""

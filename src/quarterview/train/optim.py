@@ -62,7 +62,9 @@ class Schedule:
         return self.peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def warmup_steps(warmup_epochs: float | None, steps_per_epoch: float, total_steps: int) -> tuple[int, str | None]:
+def warmup_steps(
+    warmup_epochs: float | None, steps_per_epoch: float, total_steps: int
+) -> tuple[int, str | None]:
     """The updates of warm-up, and what to say if it is not what was asked for.
 
     A warm-up as long as the run or longer would never reach the learning rate; it shrinks to the
@@ -75,8 +77,8 @@ def warmup_steps(warmup_epochs: float | None, steps_per_epoch: float, total_step
     if asked < total_steps:
         return asked, None
     return proportion, (
-        f"a warm-up of {warmup_epochs:g} epochs ({asked} updates) does not fit a run of {total_steps} updates; "
-        f"it shrinks to {proportion}, the paper's proportion"
+        f"a warm-up of {warmup_epochs:g} epochs ({asked} updates) does not fit a run of {total_steps} "
+        f"updates; it shrinks to {proportion}, the paper's proportion"
     )
 
 
@@ -95,7 +97,9 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def adamw(module: nn.Module, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.AdamW:
+def adamw(
+    module: nn.Module, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
+) -> torch.optim.AdamW:
     """Fused AdamW over `decay_groups`; its learning rate is set at every step."""
     return torch.optim.AdamW(decay_groups(module, weight_decay), lr=0.0, betas=betas, fused=True)
 

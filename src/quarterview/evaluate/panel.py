@@ -1,0 +1,90 @@
+"""Reconstruction panels: what the model was shown, and what it made of it."""
+
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from quarterview.data.augment import denormalise
+from quarterview.model.mae import MaskedAutoencoder
+
+_PANEL_MOST = 8
+_HIDDEN_GREY = 0.5
+_INCHES = 1.6
+
+
+@torch.no_grad()
+def draw_panel(model: MaskedAutoencoder, images: Tensor, noise: Tensor, path: Path, title: str = "") -> None:
+    """Write a PNG with a row for each image: the original, the visible part, the completed picture.
+
+    Args:
+        images: float [B, C, H, W], normalised; the first eight are drawn.
+        noise: float [B, L], which decides what is hidden, lowest kept.
+    """
+    images, noise = images[:_PANEL_MOST], noise[:_PANEL_MOST]
+    mask = model(images, noise=noise).mask
+    pictures = model.reconstruct(images, mask=mask)
+    mean, std = model.config.mean or (0.0,) * images.shape[1], model.config.std or (1.0,) * images.shape[1]
+    original, completed = (denormalise(x.float(), mean, std).clamp(0, 1) for x in (images, pictures))
+    hidden = model.unpatchify(mask[:, :, None].expand(-1, -1, model.target.width).float())
+    visible = original * (1 - hidden) + _HIDDEN_GREY * hidden
+    columns = {
+        "original": original,
+        f"visible ({1 - mask.float().mean():.0%})": visible,
+        "reconstruction": completed,
+    }
+    _draw(columns, _caption(model), title, path)
+
+
+def _caption(model: MaskedAutoencoder) -> str:
+    lines = ["Reconstruction: visible patches as they are, hidden ones predicted."]
+    if model.config.norm_pix_loss:
+        lines.append(
+            "This model predicts each patch up to its brightness and contrast;\n"
+            "those of hidden patches are guessed from visible ones nearby."
+        )
+    if model.config.in_chans not in (1, 3):
+        shown = min(model.config.in_chans, 3)
+        lines.append(
+            f"Shown: {'the first channel' if shown < 3 else 'the first three channels'}"
+            f" of {model.config.in_chans}."
+        )
+    return "\n".join(lines)
+
+
+def _draw(columns: dict[str, Tensor], caption: str, title: str, path: Path) -> None:
+    count = len(next(iter(columns.values())))
+    height, width = next(iter(columns.values())).shape[2:]
+    cell_height = _INCHES * min(2.0, height / width)
+    figure = Figure(figsize=(_INCHES * len(columns) + 0.2, cell_height * count + 1.1), dpi=100)
+    axes = figure.subplots(count, len(columns), squeeze=False)
+    for column, (name, images) in enumerate(columns.items()):
+        for row, image in enumerate(images):
+            pixels = (image if len(image) >= 3 else image[:1].expand(3, -1, -1))[:3]
+            axes[row][column].imshow(pixels.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+            axes[row][column].set_axis_off()
+        axes[0][column].set_title(name, fontsize=9)
+    figure.suptitle(title, fontsize=9)
+    figure.text(0.02, 0.01, caption, fontsize=6, va="bottom")
+    bottom, top = 0.6 / figure.get_figheight(), 1 - 0.45 / figure.get_figheight()
+    figure.subplots_adjust(left=0.02, right=0.98, bottom=bottom, top=top, wspace=0.04, hspace=0.04)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def draw_curve(rows: list[dict], path: Path, title: str = "") -> None:
+    """Write a PNG of the training and the validation loss over the steps of a run."""
+    figure = Figure(figsize=(5, 3), dpi=100)
+    axes = figure.subplots()
+    axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], label="training", linewidth=1)
+    held_out = [(r["step"], r["val_loss"]) for r in rows if r.get("val_loss") is not None]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", label="held out", markersize=3, linewidth=1)
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean squared error, hidden patches")
+    axes.legend()
+    axes.set_title(title, fontsize=9)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

@@ -1,0 +1,91 @@
+"""Open our own weights: a run, a checkpoint or a file."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from quarterview.errors import UserError
+from quarterview.model.mae import MAEConfig, MaskedAutoencoder
+from quarterview.train import checkpoint
+
+METADATA_KEY = "quarterview"
+ACCEPTED = "accepted: a run's folder, a checkpoint folder in it, or a .safetensors file of ours"
+
+
+def metadata(config: MAEConfig) -> dict[str, str]:
+    """The header that makes a weights file of ours self-describing."""
+    return {METADATA_KEY: json.dumps({"kind": "mae", "config": asdict(config)}), "format": "pt"}
+
+
+def find_weights(path: str | Path, ema: bool = False) -> Path:
+    """The weights file that a path means.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; {ACCEPTED}")
+    if path.is_file():
+        return path
+    folder = path if (path / "model.safetensors").is_file() else checkpoint.newest(path / "checkpoints")
+    if folder is None:
+        raise UserError(f"{path} holds no complete checkpoint; {ACCEPTED}")
+    file = folder / ("ema.safetensors" if ema else "model.safetensors")
+    if not file.is_file():
+        raise UserError(f"{folder} holds no moving average; it is kept only by runs with --ema")
+    return file
+
+
+def read_config(path: str | Path) -> MAEConfig:
+    """The configuration in the header of a weights file of ours."""
+    file = find_weights(path)
+    try:
+        with safe_open(file, "pt") as handle:
+            header = (handle.metadata() or {}).get(METADATA_KEY)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is no safetensors file ({error}); {ACCEPTED}") from None
+    if header is None:
+        raise UserError(f"{file} has no header of ours, so its architecture is unknown; {ACCEPTED}")
+    return MAEConfig(**json.loads(header)["config"])
+
+
+def load(path: str | Path, ema: bool = False) -> MaskedAutoencoder:
+    """The model of a run, a checkpoint folder or a ``.safetensors`` file, in evaluation mode.
+
+    Args:
+        path: a run means its newest complete checkpoint.
+        ema: the moving average of the weights instead of the weights.
+
+    Raises:
+        UserError: if there is no such model.
+    """
+    model = MaskedAutoencoder(read_config(path))
+    model.load_state_dict(load_file(find_weights(path, ema)))
+    return model.eval()
+
+
+def load_into(model: MaskedAutoencoder, path: str | Path) -> None:
+    """Give a model the weights of another of the same architecture.
+
+    Raises:
+        UserError: if any weight is missing, unexpected or of another shape.
+    """
+    weights, own = load_file(find_weights(path)), model.state_dict()
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    reshaped = sorted(k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape)
+    if missing or unexpected or reshaped:
+        raise UserError(
+            f"the weights in {path} do not fit {model.config.model}: missing {_few(missing)}; "
+            f"unexpected {_few(unexpected)}; of another shape {_few(reshaped)}; "
+            "accepted: weights of the same architecture, image size and channels"
+        )
+    model.load_state_dict(weights)
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more if names else "none"

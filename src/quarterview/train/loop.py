@@ -1,0 +1,354 @@
+"""The loop. It trains any objective, and knows nothing of what it trains.
+
+Nothing inside a step is decided on the host: a step whose gradient is not finite is dropped by the
+optimiser on the device, and loss, norm and flags are read only where a row of metrics is written.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from quarterview.data.loader import Batch, Loader
+from quarterview.errors import RunError, UserError
+from quarterview.objectives.objective import Loss, Objective
+from quarterview.train import checkpoint
+from quarterview.train.distributed import World
+from quarterview.train.journal import Journal, Meter
+from quarterview.train.optim import Schedule, load_optimizer_tensors, optimizer_tensors
+
+MOST_SKIPS = 3
+"""So many bad steps in a row stop a run."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long and how a run trains."""
+
+    epochs: float = 800
+    """Passes over the training images; the updates are ceil(epochs × images / batch size)."""
+    steps: int | None = None
+    """Updates, instead of epochs."""
+    batch_size: int = 256
+    """Images per update, over all ranks and accumulated parts."""
+    accum_iter: int = 1
+    """Parts that a batch is cut into to save memory; gradients are those of the whole batch."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16 autocast, or float32 throughout."""
+    compile: bool = False
+    """Compile the model: slow to start, faster after; needs a C++ compiler on CPU."""
+    deterministic: bool = False
+    """Use deterministic kernels only; bit-identical reruns on one GPU, too. CPU runs always are."""
+    seed: int = 0
+    """Of every random draw."""
+    log_every: int = 20
+    """Updates between rows of metrics."""
+    eval_every: int | None = None
+    """Updates between validations and panels; by default a twentieth of the run."""
+    checkpoint_every: int | None = None
+    """Updates between checkpoints; by default the clock decides."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints where `checkpoint_every` is not given."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept."""
+
+    def __post_init__(self) -> None:
+        whole = ("batch_size", "accum_iter", "log_every", "keep_checkpoints")
+        for name in (*whole, "steps", "eval_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} {value}; accepted: 1 or more")
+        for name in ("epochs", "checkpoint_minutes"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} {getattr(self, name)}; accepted: a number above 0")
+        if self.batch_size % self.accum_iter:
+            raise UserError(
+                f"a batch of {self.batch_size} cannot be cut into {self.accum_iter} equal parts; "
+                f"accepted: parts that divide it"
+            )
+        if self.precision not in ("bf16", "fp32"):
+            raise UserError(f"precision {self.precision!r}; accepted: bf16, fp32")
+
+    def total_steps(self, images: int) -> int:
+        """Updates of the whole run over a training set of so many images."""
+        return self.steps or math.ceil(self.epochs * images / self.batch_size)
+
+
+class Hook(Protocol):
+    """Something to do at every validation, such as drawing a panel. Returns columns for the metrics."""
+
+    def __call__(self, step: int) -> dict[str, float]: ...
+
+
+class Trainer:
+    """One run of the loop.
+
+    Args:
+        objective: what is trained; wrapped for several ranks here.
+        optimizer: over the objective's parameters, with `names` in its groups.
+        schedule: the learning rate of every update.
+        loader: the batches.
+        folder: the run's folder.
+        hooks: called at every validation, and at the end.
+        ema: decay of the moving average of the weights, or None.
+        clip_grad: largest norm of the gradient, or None.
+        state: what else every checkpoint's ``state.json`` is to hold.
+        metadata: for the header of ``model.safetensors``.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: torch.optim.AdamW,
+        schedule: Schedule,
+        loader: Loader,
+        config: LoopConfig,
+        world: World,
+        journal: Journal,
+        folder: Path,
+        hooks: Sequence[Hook] = (),
+        ema: float | None = None,
+        clip_grad: float | None = None,
+        state: dict[str, Any] | None = None,
+        metadata: dict[str, str] | None = None,
+    ) -> None:
+        assert isinstance(objective, nn.Module)
+        self.objective, self.wrapped = objective, world.wrap(objective)
+        self.optimizer, self.schedule, self.loader = optimizer, schedule, loader
+        self.config, self.world, self.journal, self.folder = config, world, journal, folder
+        self.hooks, self.clip_grad = hooks, clip_grad
+        self.extra_state, self.metadata = state or {}, metadata or {}
+        self.parameters = [p for p in objective.parameters() if p.requires_grad]
+        self.ema_decay = ema
+        self.ema = {n: p.detach().clone() for n, p in objective.model.named_parameters()} if ema else {}
+        self.autocast = precision_context(config.precision, world.device)
+
+        self.step = 0  # updates done, skipped ones included
+        self.skips, self.skips_in_a_row = 0, 0
+        self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, norm, good steps
+        self._pending: list[tuple[int, Tensor, Tensor]] = []  # step, bad flag, ids: not yet read
+        self._saved_at, self._saved_time = -1, time.monotonic()
+
+    # ------------------------------------------------------------------ the run
+
+    def run(self) -> Literal["complete", "SIGTERM", "SIGINT"]:
+        """Train from where the state is to the last step, or until asked to stop.
+
+        Raises:
+            RunError: if three steps in a row give gradients that are not finite.
+        """
+        total, batch = self.schedule.total_steps, self.config.batch_size
+        eval_every = self.config.eval_every or max(self.config.log_every, total // 20)
+        parts = [self.world.share(range(s * batch, (s + 1) * batch)) for s in range(self.step, total)]
+        self.journal.start_progress(total, self.step)
+        meter = Meter()
+        with stop_signals() as asked:
+            for data in timed(self.loader.batches(parts), meter):
+                self._update(data)
+                meter.images += batch
+                self.journal.advance(self.step)
+                last, evaluate = self.step == total, self.step % eval_every == 0
+                if last or evaluate or self.step % self.config.log_every == 0:
+                    self._write_row(meter, evaluate or last)
+                stop = self.world.any(bool(asked))
+                if last or stop or self._checkpoint_is_due():
+                    self._save(meter)
+                if stop and not last:
+                    return asked[0] if asked else "SIGTERM"
+        return "complete"
+
+    def _update(self, batch: Batch) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr(self.step)
+        loss = torch.zeros((), device=self.world.device)
+        for part in batch.chunks(self.config.accum_iter):
+            with self.autocast():
+                out: Loss = self.wrapped(part)
+            share = out.loss / self.config.accum_iter
+            share.backward()
+            loss += share.detach()
+        loss = self.world.mean(loss)
+        norm = self._gradient_norm()
+        bad = ~(loss.isfinite() & norm.isfinite())
+        self.optimizer.found_inf = bad.float()  # noqa: B010; if set, the fused step changes nothing
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema_decay is not None:
+            average = get_ema_multi_avg_fn(self.ema_decay)
+            average(list(self.ema.values()), list(self.objective.model.parameters()), 0)
+        self.step += 1
+        seen = torch.stack([loss.double(), norm.double(), torch.ones_like(loss, dtype=torch.float64)])
+        self._sums += torch.where(bad, 0.0, seen)
+        self._pending.append((self.step, bad, batch.ids))
+
+    def _gradient_norm(self) -> Tensor:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
+        return norm
+
+    # ------------------------------------------------------------------ reading and writing
+
+    def _read_flags(self) -> None:
+        """Bring the flags of the steps since the last reading to the host, and act on them."""
+        if not self._pending:
+            return
+        flags = torch.stack([bad for _, bad, _ in self._pending]).tolist()
+        pending, self._pending = self._pending, []
+        for (step, _, ids), bad in zip(pending, flags, strict=True):
+            self.skips_in_a_row = self.skips_in_a_row + 1 if bad else 0
+            self.skips += bad
+            if bad:
+                self.journal.skipped(step, ids.tolist())
+            if self.skips_in_a_row >= MOST_SKIPS:
+                raise RunError(
+                    f"steps {step - MOST_SKIPS + 1} to {step} all gave gradients that are not finite, so the "
+                    "run stops; the weights are those before them. Likely causes, in this order: a learning "
+                    "rate too high (--blr or --lr), no clipping (--clip-grad 1), pixels far out of range "
+                    "(skipped_steps.jsonl names the samples), or bf16 (--precision fp32)."
+                )
+
+    def _write_row(self, meter: Meter, evaluate: bool) -> None:
+        self._read_flags()
+        loss, norm, good = self._sums.tolist()
+        self._sums.zero_()
+        rate, waiting = meter.read()
+        columns = self._evaluate(meter) if evaluate else {}
+        samples = self.step * self.config.batch_size
+        self.journal.row(
+            {
+                "step": self.step,
+                "samples": samples,
+                "epoch": samples / self.loader.stream.trained,
+                "loss": loss / good if good else math.nan,
+                "val_loss": None,
+                "lr": self.schedule.lr(self.step - 1),
+                "grad_norm": norm / good if good else math.nan,
+                "images_per_s": rate,
+                "data_wait": waiting,
+                "skipped": self.skips,
+                **columns,
+            }
+        )
+
+    def _evaluate(self, meter: Meter) -> dict[str, float]:
+        began = meter.clock()
+        columns: dict[str, float] = {}
+        with torch.no_grad(), self.autocast():
+            for hook in self.hooks if self.world.is_main else ():
+                columns |= hook(self.step)
+        meter.paused += meter.clock() - began
+        return columns
+
+    def _checkpoint_is_due(self) -> bool:
+        if self.config.checkpoint_every is not None:
+            return self.step % self.config.checkpoint_every == 0
+        return self.world.any(time.monotonic() - self._saved_time > 60 * self.config.checkpoint_minutes)
+
+    def _save(self, meter: Meter) -> None:
+        if self._saved_at == self.step:
+            return
+        began = meter.clock()
+        self._read_flags()
+        if self.world.is_main:
+            folder = self.folder / "checkpoints"
+            checkpoint.save(folder, self.step, self._tensors(), self._state(), self.metadata)
+            checkpoint.prune(folder, self.config.keep_checkpoints)
+        self.world.wait()
+        self._saved_at, self._saved_time = self.step, time.monotonic()
+        meter.paused += meter.clock() - began
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        others = {k: v for k, v in self.objective.state_dict().items() if not k.startswith("model.")}
+        tensors = {
+            "model": self.objective.model.state_dict(),
+            "objective": others,
+            "optimizer": optimizer_tensors(self.optimizer),
+            "ema": self.ema,
+        }
+        return {name: named for name, named in tensors.items() if named}
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            **self.extra_state,
+            "step": self.step,
+            "samples": self.step * self.config.batch_size,
+            "skips": self.skips,
+            "skips_in_a_row": self.skips_in_a_row,
+            "sums": self._sums.tolist(),
+        }
+
+    def restore(self, loaded: checkpoint.Checkpoint) -> None:
+        """Continue where a checkpoint was taken."""
+        self.objective.model.load_state_dict(loaded.tensors["model"])
+        assert isinstance(self.objective, nn.Module)
+        self.objective.load_state_dict(loaded.tensors.get("objective", {}), strict=False)
+        load_optimizer_tensors(self.optimizer, loaded.tensors.get("optimizer", {}))
+        for name, tensor in self.ema.items():
+            tensor.copy_(loaded.tensors["ema"][name])
+        state = loaded.state
+        self.step, self.skips, self.skips_in_a_row = state["step"], state["skips"], state["skips_in_a_row"]
+        self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        self._saved_at = self.step
+
+
+def precision_context(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """What to run the forward pass in."""
+    if precision == "fp32":
+        return nullcontext
+    return lambda: torch.autocast(device.type, torch.bfloat16)
+
+
+def usable_precision(precision: Literal["bf16", "fp32"], device: torch.device) -> Literal["bf16", "fp32"]:
+    """The precision asked for, or fp32 where the device has no bf16 arithmetic."""
+    if (
+        precision == "bf16"
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        return "fp32"
+    if precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "fp32"
+    return precision
+
+
+def timed(batches: Iterator[Batch], meter: Meter) -> Iterator[Batch]:
+    """The same batches, with the time spent waiting for each on the meter."""
+    while True:
+        began = meter.clock()
+        batch = next(batches, None)
+        meter.waited += meter.clock() - began
+        if batch is None:
+            return
+        yield batch
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[Literal["SIGTERM", "SIGINT"]]]:
+    """Collect SIGTERM and Ctrl-C instead of dying of them; a second Ctrl-C interrupts as usual."""
+    asked: list[Literal["SIGTERM", "SIGINT"]] = []
+
+    def note(number: int, _frame: object) -> None:
+        if number == signal.SIGINT and "SIGINT" in asked:
+            raise KeyboardInterrupt
+        asked.append("SIGINT" if number == signal.SIGINT else "SIGTERM")
+
+    try:
+        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread, which alone may set handlers
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
