@@ -4,7 +4,7 @@ import hashlib
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from quarterview.data.decode import SUFFIXES, decode
@@ -50,7 +50,7 @@ class FolderSource:
             raise UserError(_nothing_found(self.path, others))
         self._fingerprint = content.hexdigest()
         labelled = len(tops) >= 2 and "" not in tops
-        self.classes = list(tops) if labelled else None
+        self.classes: Sequence[str] | None = list(tops) if labelled else None
         self._labels = labels if labelled else None
 
     def __len__(self) -> int:
@@ -98,7 +98,9 @@ class ListSource:
         self._names = _Names()
         for name, _, _ in entries:
             self._names.append(name)
-        self.classes, self._labels = _labels_of_list([label.strip() for _, _, label in entries], self.path)
+        given = [label.strip() for _, _, label in entries]
+        self.classes: Sequence[str] | None
+        self.classes, self._labels = _labels_of_list(given, self.path)
 
     def __len__(self) -> int:
         return len(self._names)

@@ -1,0 +1,110 @@
+"""From what the user wrote to a source of images."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from quarterview.data.arrays import ArraySource
+from quarterview.data.decode import SUFFIXES
+from quarterview.data.folder import FolderSource, ListSource
+from quarterview.data.parquet import ParquetSource
+from quarterview.data.shapes import ShapesSource
+from quarterview.data.source import Concatenated, Source
+from quarterview.data.torchvision_sets import TorchvisionSource
+from quarterview.errors import UserError, unknown
+
+ACCEPTED = (
+    "a folder of images or of Parquet files, a .parquet file or a glob of them, .npy, .npz, a .txt or .lst "
+    "list of image files, torchvision:NAME[:SPLIT], shapes[:COUNT][:seed=S][:size=PIXELS]"
+)
+"""Everything that `open_source` understands, for messages and help."""
+
+_SHAPES_COUNT = 10_000
+_BY_SUFFIX: dict[str, Callable[[Path, int], Source]] = {
+    ".parquet": ParquetSource,
+    ".npy": ArraySource,
+    ".npz": ArraySource,
+    ".txt": ListSource,
+    ".lst": ListSource,
+}
+
+
+def open_sources(specs: Sequence[str], channels: int) -> Source:
+    """One source of everything that the specs name, one after the other.
+
+    Raises:
+        UserError: if there is no spec, or `open_source` refuses one.
+    """
+    if not specs:
+        raise UserError(f"no images are named; accepted: {ACCEPTED}")
+    sources = [open_source(spec, channels) for spec in specs]
+    return sources[0] if len(sources) == 1 else Concatenated(sources)
+
+
+def open_source(spec: str, channels: int) -> Source:
+    """The source that a spec names.
+
+    Args:
+        spec: one of what `ACCEPTED` lists. By default ``shapes`` are 10,000 of seed 0 and 32 pixels; the
+            form that begins with ``shapes`` or ``torchvision:`` is never a path.
+        channels: how many channels the pictures shall have.
+
+    Raises:
+        UserError: if it names nothing that exists or can be read, with the nearest that would.
+    """
+    kind, *details = spec.split(":")
+    if kind == "shapes":
+        return _shapes(spec, details, channels)
+    if kind == "torchvision":
+        if len(details) not in (1, 2):
+            raise UserError(f"cannot read {spec!r}; accepted: torchvision:NAME or torchvision:NAME:SPLIT")
+        return TorchvisionSource(details[0], channels, *details[1:])
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return ParquetSource(path, channels) if _is_parquet(path) else FolderSource(path, channels)
+    suffix = path.suffix.lower()
+    if path.exists() or (suffix == ".parquet" and any(letter in spec for letter in "*?[")):
+        if suffix in SUFFIXES:
+            raise UserError(f"{spec} is a single image; accepted: the folder that holds it, {path.parent}")
+        if suffix not in _BY_SUFFIX:
+            raise UserError(f"cannot tell what {spec} is by its suffix {suffix!r}; accepted: {ACCEPTED}")
+        return _BY_SUFFIX[suffix](path, channels)
+    raise UserError(f"{spec} does not exist{_nearest(path)}; accepted: {ACCEPTED}")
+
+
+def _shapes(spec: str, details: Sequence[str], channels: int) -> Source:
+    settings = {"count": _SHAPES_COUNT, "seed": 0, "size": 32}
+    for position, detail in enumerate(details):
+        name, equals, value = detail.partition("=")
+        if not equals and position == 0:
+            name, value = "count", detail
+        if name not in settings:
+            raise unknown("setting of shapes", name, settings)
+        try:
+            settings[name] = int(value)
+        except ValueError:
+            raise UserError(f"cannot read {detail!r} in {spec!r}; accepted: a whole number") from None
+    return ShapesSource(channels=channels, **settings)
+
+
+def _is_parquet(folder: Path) -> bool:
+    """Whether the folder holds Parquet files, and neither an image nor another folder beside them."""
+    try:
+        visible = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+        suffixes = {"/" if entry.is_dir() else entry.suffix.lower() for entry in visible}
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {error}") from error
+    return ".parquet" in suffixes and suffixes.isdisjoint({"/", *SUFFIXES})
+
+
+def _nearest(path: Path) -> str:
+    """Of a path that does not exist: where it goes astray, and the nearest name that is there."""
+    parent, name = path.parent, path.name
+    while not parent.exists() and parent != parent.parent:
+        parent, name = parent.parent, parent.name
+    try:
+        names = [entry.name for entry in parent.iterdir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f": {parent} holds {near[0]!r}" if near else f": {parent} holds no {name!r}"
