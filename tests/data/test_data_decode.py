@@ -147,10 +147,10 @@ def png_header(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("size", [(30_000, 30_000), (12_000, 12_000), (2**31 - 1, 2**31 - 1)])
 def test_bombs_are_refused_by_their_header(size):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(BadSampleError, match="more than the 128 megapixels accepted"):
         decode(png_header(*size), 3)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 def test_unusable_files_have_a_reason_of_one_line(tmp_path):
