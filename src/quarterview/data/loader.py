@@ -90,7 +90,7 @@ class Loader:
         self,
         source: Source,
         stream: SampleStream,
-        image_size: tuple[int, int],
+        image_size: Sequence[int],
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
@@ -156,7 +156,7 @@ class Loader:
         )
 
 
-def central(pixels: Tensor, image_size: tuple[int, int]) -> Tensor:
+def central(pixels: Tensor, image_size: Sequence[int]) -> Tensor:
     """One image [C, H, W] cut to the largest central box of the wanted shape, and resized."""
     return crop_resize(pixels, eval_box(pixels.shape[1], pixels.shape[2], image_size), image_size)
 
@@ -184,7 +184,7 @@ class _Parts(Sampler[list[int]]):
 class _StreamedSamples(Dataset):
     """Decodes and augments the samples at positions of the stream, in a worker."""
 
-    def __init__(self, source: Source, stream: SampleStream, image_size: tuple[int, int]) -> None:
+    def __init__(self, source: Source, stream: SampleStream, image_size: Sequence[int]) -> None:
         self.source, self.stream, self.image_size = source, stream, image_size
 
     def __getitems__(self, positions: Sequence[int]) -> list[tuple[Tensor, int, int, list[Report]]]:

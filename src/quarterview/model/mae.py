@@ -37,7 +37,7 @@ class MAEConfig:
 
     model: str = "mae_vit_base_patch16"
     """Encoder: mae_vit_{tiny,small,base,large,huge}_patch{N}, or mae_vit_{WIDTH}x{DEPTH}x{HEADS}_patch{N}."""
-    image_size: tuple[int, int] = (224, 224)
+    image_size: tuple[int, ...] = (224, 224)
     """Height and width in pixels; one number means a square. Each must divide by the patch size."""
     in_chans: int = 3
     """Channels of the images."""

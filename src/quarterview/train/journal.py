@@ -67,6 +67,10 @@ class Journal:
         """A line that should not be overlooked."""
         self.console.print(f"[yellow]note:[/yellow] {escape(text)}", soft_wrap=True)
 
+    def fail(self, text: str) -> None:
+        """A line on standard error: why this ended."""
+        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(text)}", soft_wrap=True)
+
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table, the first column to the left and the rest to the right."""
         table = Table(title=title, title_justify="left", title_style="bold")

@@ -1,0 +1,5 @@
+"""``python -m quarterview``, for torchrun."""
+
+from quarterview.cli import main
+
+main()

@@ -1,0 +1,226 @@
+"""The command line: parses and calls, nothing else.
+
+Exit codes: 0 done; 1 the run failed, or the demo did not show what it should; 2 wrong input; 75
+stopped by SIGTERM after saving, run the same command to go on; 130 stopped by Ctrl-C, likewise.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from quarterview import demo, recipes
+from quarterview.errors import RunError, UserError
+from quarterview.evaluate.probes import ProbeConfig
+from quarterview.pretraining import PretrainConfig, pretrain
+from quarterview.train.journal import Journal
+
+_EXIT_CODES = {"complete": 0, "SIGTERM": 75, "SIGINT": 130}
+
+
+@dataclass(frozen=True)
+class Pretrain(PretrainConfig):
+    """Learn from unlabelled images: `quarterview pretrain --data photos --out runs/photos`."""
+
+    recipe: str | None = None
+    """Start from a named configuration (see `quarterview recipes`) or a YAML file; flags go first."""
+    dry_run: bool = False
+    """Show the resolved configuration, parameters, steps and memory, and train nothing."""
+
+    def run(self, argv: Sequence[str]) -> int:
+        config = PretrainConfig(**{f.name: getattr(self, f.name) for f in fields(PretrainConfig)})
+        if self.dry_run:
+            from quarterview import dry_run
+
+            dry_run.show(config, Journal())
+            return 0
+        return _EXIT_CODES[pretrain(config, ["quarterview", *argv]).status]
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Draw what a model makes of pictures of which it sees a quarter."""
+
+    run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="RUN")]
+    """A run, a checkpoint folder or a .safetensors file."""
+    images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(name="IMAGES")]
+    """Pictures, or anything that --data of pretrain takes; the first eight are drawn."""
+    out: str = "panel.png"
+    """The PNG to write."""
+    seed: int = 0
+    """Of the masks."""
+
+    def run(self, _argv: Sequence[str]) -> int:
+        from quarterview.evaluate.panel import reconstruct_files
+
+        reconstruct_files(self.run_, self.images, self.out, self.seed)
+        Journal().say(f"wrote {self.out}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Knn(ProbeConfig):
+    """Classify each test image by its nearest labelled ones, in the space of the features."""
+
+    k: int = 20
+    """How many neighbours vote, each by exp(cosine / 0.07)."""
+
+    def run(self, _argv: Sequence[str]) -> int:
+        from quarterview.evaluate.knn import knn
+
+        knn(self, self.k, Journal())
+        return 0
+
+
+@dataclass(frozen=True)
+class Linear(ProbeConfig):
+    """Train a linear classifier on frozen features."""
+
+    protocol: Literal["fast"] = "fast"
+    """fast: features computed once, logistic regression whose strength is chosen on a fifth of the
+    training images."""
+
+    def run(self, _argv: Sequence[str]) -> int:
+        from quarterview.evaluate.linear import linear
+
+        linear(self, Journal())
+        return 0
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Say what a run, a checkpoint or a weights file is."""
+
+    path: tyro.conf.Positional[str]
+    """A run, a checkpoint folder or a .safetensors file."""
+
+    def run(self, _argv: Sequence[str]) -> int:
+        from quarterview.exchange.inspect import inspect
+
+        inspect(self.path, Journal())
+        return 0
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """List the named configurations of `quarterview pretrain --recipe`."""
+
+    def run(self, _argv: Sequence[str]) -> int:
+        journal = Journal()
+        for name, recipe in recipes.RECIPES.items():
+            journal.say(f"{name}: {recipe.purpose}\n    {recipe.command}\n    {recipe.seen}")
+            journal.say("    " + ", ".join(f"{key} {value}" for key, value in recipe.values.items()))
+        return 0
+
+
+@dataclass(frozen=True)
+class Demo:
+    """See it work in minutes: generate pictures, pre-train on them, and measure what was learned."""
+
+    out: str = "runs/demo"
+    """The run's folder; made anew each time."""
+    seed: int = 0
+    """Of every random draw."""
+
+    def run(self, _argv: Sequence[str]) -> int:
+        return 0 if demo.demo(self.out, self.seed, Journal()) else 1
+
+
+Command = Pretrain | Reconstruct | Knn | Linear | Inspect | Recipes | Demo
+_COMMANDS = {kind.__name__.lower(): kind for kind in (Pretrain, Reconstruct, Knn, Linear, Inspect, Recipes, Demo)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit.
+
+    Args:
+        argv: the arguments; those of the process by default.
+    """
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a command line and return its exit code."""
+    try:
+        command = parse(argv)
+        return command.run(argv)
+    except UserError as error:
+        Journal().fail(str(error))
+        return 2
+    except RunError as error:
+        Journal().fail(str(error))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """The command that a command line means.
+
+    Raises:
+        UserError: if a flag is given twice, or a recipe does not exist.
+        SystemExit: with code 2 if the flags are wrong otherwise, after saying how; 0 after --help.
+    """
+    arguments = gather(argv)
+    kinds: dict[str, Any] = dict(_COMMANDS)
+    if "--recipe" in arguments[:-1]:
+        base = recipes.read(arguments[arguments.index("--recipe") + 1])
+        kinds["pretrain"] = Pretrain(**{f.name: getattr(base, f.name) for f in fields(base)})
+    types = [
+        Annotated[
+            kind if isinstance(kind, type) else type(kind),
+            tyro.conf.subcommand(name, default=tyro.MISSING_NONPROP if isinstance(kind, type) else kind),
+        ]
+        for name, kind in kinds.items()
+    ]
+    union: Any = types[0]
+    for kind in types[1:]:
+        union |= kind
+    return tyro.cli(union, prog="quarterview", args=arguments, description=__doc__, registry=_registry())
+
+
+def gather(argv: Sequence[str]) -> list[str]:
+    """The same arguments with ``--flag=value`` taken apart and every ``--data`` joined into one.
+
+    Raises:
+        UserError: if any other flag is given twice.
+    """
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    kept: list[str] = []
+    data: list[str] = []
+    seen: set[str] = set()
+    in_data = False
+    for word in words:
+        if word.startswith("--"):
+            in_data = word == "--data"
+            flag = "--" + word[2:].replace("_", "-").removeprefix("no-")
+            if flag in seen and not in_data:
+                raise UserError(f"{flag} is given twice; accepted: once (only --data may be repeated)")
+            seen.add(flag)
+            if in_data:
+                continue
+        (data if in_data else kept).append(word)
+    return [*kept, "--data", *data] if "--data" in seen else kept
+
+
+def _registry() -> ConstructorRegistry:
+    """Show optional values as INT and FLOAT rather than {None}|INT."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        for kind in (int, float, str):
+            if info.type == kind | None:
+                return PrimitiveConstructorSpec(
+                    nargs=1,
+                    metavar=kind.__name__.upper(),
+                    instance_from_str=lambda words, kind=kind: None if words[0] == "None" else kind(words[0]),
+                    is_instance=lambda value, kind=kind: value is None or isinstance(value, kind | int),
+                    str_from_instance=lambda value: [str(value)],
+                )
+        return None
+
+    return registry
