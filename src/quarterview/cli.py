@@ -6,7 +6,7 @@ stopped by SIGTERM after saving, run the same command to go on; 130 stopped by C
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -14,10 +14,13 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from quarterview import demo, recipes
 from quarterview.errors import RunError, UserError
-from quarterview.evaluate.probes import ProbeConfig
+from quarterview.evaluate.features import ProbeConfig
 from quarterview.pretraining import PretrainConfig, pretrain
 from quarterview.train.journal import Journal
 
+_DESCRIPTION = """Learn to see from a quarter of the picture: masked autoencoders for anyone's images.
+
+Start with `quarterview demo`; then `quarterview pretrain --data FOLDER --out runs/mine --recipe laptop`."""
 _EXIT_CODES = {"complete": 0, "SIGTERM": 75, "SIGINT": 130}
 
 
@@ -30,7 +33,7 @@ class Pretrain(PretrainConfig):
     dry_run: bool = False
     """Show the resolved configuration, parameters, steps and memory, and train nothing."""
 
-    def run(self, argv: Sequence[str]) -> int:
+    def execute(self, argv: Sequence[str]) -> int:
         config = PretrainConfig(**{f.name: getattr(self, f.name) for f in fields(PretrainConfig)})
         if self.dry_run:
             from quarterview import dry_run
@@ -44,19 +47,19 @@ class Pretrain(PretrainConfig):
 class Reconstruct:
     """Draw what a model makes of pictures of which it sees a quarter."""
 
-    run_: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="RUN")]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run, a checkpoint folder or a .safetensors file."""
-    images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(name="IMAGES")]
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES...")]
     """Pictures, or anything that --data of pretrain takes; the first eight are drawn."""
     out: str = "panel.png"
     """The PNG to write."""
     seed: int = 0
     """Of the masks."""
 
-    def run(self, _argv: Sequence[str]) -> int:
+    def execute(self, _argv: Sequence[str]) -> int:
         from quarterview.evaluate.panel import reconstruct_files
 
-        reconstruct_files(self.run_, self.images, self.out, self.seed)
+        reconstruct_files(self.run, self.images, self.out, self.seed)
         Journal().say(f"wrote {self.out}")
         return 0
 
@@ -65,10 +68,12 @@ class Reconstruct:
 class Knn(ProbeConfig):
     """Classify each test image by its nearest labelled ones, in the space of the features."""
 
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run, a checkpoint folder or a .safetensors file."""
     k: int = 20
     """How many neighbours vote, each by exp(cosine / 0.07)."""
 
-    def run(self, _argv: Sequence[str]) -> int:
+    def execute(self, _argv: Sequence[str]) -> int:
         from quarterview.evaluate.knn import knn
 
         knn(self, self.k, Journal())
@@ -79,11 +84,13 @@ class Knn(ProbeConfig):
 class Linear(ProbeConfig):
     """Train a linear classifier on frozen features."""
 
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run, a checkpoint folder or a .safetensors file."""
     protocol: Literal["fast"] = "fast"
     """fast: features computed once, logistic regression whose strength is chosen on a fifth of the
     training images."""
 
-    def run(self, _argv: Sequence[str]) -> int:
+    def execute(self, _argv: Sequence[str]) -> int:
         from quarterview.evaluate.linear import linear
 
         linear(self, Journal())
@@ -94,10 +101,10 @@ class Linear(ProbeConfig):
 class Inspect:
     """Say what a run, a checkpoint or a weights file is."""
 
-    path: tyro.conf.Positional[str]
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """A run, a checkpoint folder or a .safetensors file."""
 
-    def run(self, _argv: Sequence[str]) -> int:
+    def execute(self, _argv: Sequence[str]) -> int:
         from quarterview.exchange.inspect import inspect
 
         inspect(self.path, Journal())
@@ -108,7 +115,7 @@ class Inspect:
 class Recipes:
     """List the named configurations of `quarterview pretrain --recipe`."""
 
-    def run(self, _argv: Sequence[str]) -> int:
+    def execute(self, _argv: Sequence[str]) -> int:
         journal = Journal()
         for name, recipe in recipes.RECIPES.items():
             journal.say(f"{name}: {recipe.purpose}\n    {recipe.command}\n    {recipe.seen}")
@@ -125,12 +132,14 @@ class Demo:
     seed: int = 0
     """Of every random draw."""
 
-    def run(self, _argv: Sequence[str]) -> int:
+    def execute(self, _argv: Sequence[str]) -> int:
         return 0 if demo.demo(self.out, self.seed, Journal()) else 1
 
 
 Command = Pretrain | Reconstruct | Knn | Linear | Inspect | Recipes | Demo
-_COMMANDS = {kind.__name__.lower(): kind for kind in (Pretrain, Reconstruct, Knn, Linear, Inspect, Recipes, Demo)}
+_COMMANDS: dict[str, Any] = {
+    kind.__name__.lower(): kind for kind in (Pretrain, Reconstruct, Knn, Linear, Inspect, Recipes, Demo)
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -146,7 +155,7 @@ def run(argv: Sequence[str]) -> int:
     """Run a command line and return its exit code."""
     try:
         command = parse(argv)
-        return command.run(argv)
+        return command.execute(argv)
     except UserError as error:
         Journal().fail(str(error))
         return 2
@@ -165,21 +174,18 @@ def parse(argv: Sequence[str]) -> Command:
         SystemExit: with code 2 if the flags are wrong otherwise, after saying how; 0 after --help.
     """
     arguments = gather(argv)
-    kinds: dict[str, Any] = dict(_COMMANDS)
+    defaults: dict[str, Any] = {}
     if "--recipe" in arguments[:-1]:
         base = recipes.read(arguments[arguments.index("--recipe") + 1])
-        kinds["pretrain"] = Pretrain(**{f.name: getattr(base, f.name) for f in fields(base)})
-    types = [
-        Annotated[
-            kind if isinstance(kind, type) else type(kind),
-            tyro.conf.subcommand(name, default=tyro.MISSING_NONPROP if isinstance(kind, type) else kind),
-        ]
-        for name, kind in kinds.items()
+        defaults["pretrain"] = Pretrain(**{f.name: getattr(base, f.name) for f in fields(base)})
+    types: list[Any] = [
+        Annotated[kind, tyro.conf.subcommand(name, default=defaults.get(name, tyro.MISSING_NONPROP))]
+        for name, kind in _COMMANDS.items()
     ]
     union: Any = types[0]
     for kind in types[1:]:
         union |= kind
-    return tyro.cli(union, prog="quarterview", args=arguments, description=__doc__, registry=_registry())
+    return tyro.cli(union, prog="quarterview", args=arguments, description=_DESCRIPTION, registry=_registry())
 
 
 def gather(argv: Sequence[str]) -> list[str]:

@@ -26,7 +26,7 @@ from quarterview.data.stream import SampleStream, default_holdout
 from quarterview.errors import UserError, unknown
 from quarterview.evaluate.panel import draw_panel
 from quarterview.exchange.weights import load_into, metadata
-from quarterview.model.mae import MAEConfig, MaskedAutoencoder
+from quarterview.model.mae import MAEConfig, fresh_model
 from quarterview.objectives.mae import MaskedAutoencoding
 from quarterview.train import checkpoint, distributed
 from quarterview.train.distributed import World
@@ -325,12 +325,6 @@ def build(
     )
 
 
-def fresh_model(config: MAEConfig, seed: int) -> MaskedAutoencoder:
-    """A model with the initial weights that a run with this seed starts from."""
-    with draws.seeded(seed, "init"):
-        return MaskedAutoencoder(config)
-
-
 def resolved(prepared: Prepared, steps: int, warmup: int, precision: str) -> dict[str, Any]:
     """What was decided at the start of a run and stays so."""
     return {
@@ -365,7 +359,7 @@ def held_out_hooks(objective: MaskedAutoencoding, loader: Loader, folder: Path) 
         return {"val_loss": float(torch.stack(losses).sum() / len(held_out.ids))}
 
     def panel(step: int) -> dict[str, float]:
-        few = Batch(*(x[:8] for x in held_out))
+        few = Batch(held_out.images[:8], held_out.ids[:8], held_out.epochs[:8])
         uniforms = draws.uniform(objective.seed, "mask", few.epochs, few.ids, objective.model.uniforms_needed)
         path = folder / "samples" / f"step-{step:08d}.png"
         draw_panel(objective.model, few.images, objective.model.mask_noise(uniforms), path, f"step {step}")

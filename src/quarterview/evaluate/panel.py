@@ -1,12 +1,20 @@
 """Reconstruction panels: what the model was shown, and what it made of it."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from quarterview.data.augment import denormalise
+from quarterview import draws
+from quarterview.data.augment import denormalise, normalise, to_float
+from quarterview.data.decode import SUFFIXES, decode
+from quarterview.data.loader import central, stack
+from quarterview.data.open import open_source
+from quarterview.data.source import BadSampleError, Picture
+from quarterview.errors import UserError
+from quarterview.exchange.weights import load
 from quarterview.model.mae import MaskedAutoencoder
 
 _PANEL_MOST = 8
@@ -88,3 +96,44 @@ def draw_curve(rows: list[dict], path: Path, title: str = "") -> None:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def reconstruct_files(run: str, images: Sequence[str], out: str, seed: int) -> None:
+    """Draw a panel of pictures from files.
+
+    Args:
+        run: a run, a checkpoint folder or a weights file.
+        images: picture files, or anything that ``--data`` of pretrain takes.
+        out: the PNG to write.
+        seed: of the masks.
+
+    Raises:
+        UserError: if the model or a picture cannot be read.
+    """
+    model = load(run)
+    config = model.config
+    pixels: list[Tensor] = []
+    for spec in images:
+        path = Path(spec)
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            pixels.append(_readable(decode, spec, path.read_bytes(), config.in_chans))
+        else:
+            source = open_source(spec, config.in_chans)
+            pixels += [
+                _readable(source.image, source.name(i), i) for i in range(min(len(source), _PANEL_MOST))
+            ]
+    some = pixels[:_PANEL_MOST]
+    if not some:
+        raise UserError("no pictures to reconstruct; accepted: picture files, or anything that --data takes")
+    batch = to_float(stack([central(image, config.image_size) for image in some]))
+    mean, std = config.mean or (0.0,) * config.in_chans, config.std or (1.0,) * config.in_chans
+    ids = torch.arange(len(batch))
+    noise = model.mask_noise(draws.uniform(seed, "mask", 0, ids, model.uniforms_needed))
+    draw_panel(model, normalise(batch, mean, std), noise, Path(out), Path(run).name)
+
+
+def _readable(read: Callable[..., Picture], name: str, *arguments: object) -> Tensor:
+    try:
+        return read(*arguments).pixels
+    except BadSampleError as error:
+        raise UserError(f"{name} cannot be read: {error}") from None

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from quarterview import draws
 from quarterview.errors import UserError, unknown
 from quarterview.model import masking
 from quarterview.model.masking import MaskKind
@@ -348,6 +349,12 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     if len(x) == 1:
         return x[0][index]
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def fresh_model(config: MAEConfig, seed: int) -> MaskedAutoencoder:
+    """A model with the initial weights that belong to a seed."""
+    with draws.seeded(seed, "init"):
+        return MaskedAutoencoder(config)
 
 
 def create_model(model: str, **config) -> MaskedAutoencoder:

@@ -22,7 +22,9 @@ class Objective(Protocol):
     Everything random in it is drawn through `quarterview.draws` from the batch's ids and epochs.
     """
 
-    model: nn.Module
-    """What is kept and exported; other parameters of the objective only serve training."""
+    @property
+    def model(self) -> nn.Module:
+        """What is kept and exported; other parameters of the objective only serve training."""
+        ...
 
     def __call__(self, batch: Batch) -> Loss: ...

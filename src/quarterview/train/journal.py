@@ -80,6 +80,15 @@ class Journal:
             table.add_row(*map(escape, row))
         self.console.print(table)
 
+    def facts(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Names and what is so of each, one a line."""
+        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
+        table.add_column(style="dim")
+        table.add_column(overflow="fold")
+        for name, value in rows:
+            table.add_row(escape(name), escape(value))
+        self.console.print(table)
+
     # ------------------------------------------------------------------ a run's record
 
     def open(self, at_step: int) -> None:

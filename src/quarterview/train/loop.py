@@ -178,7 +178,8 @@ class Trainer:
         loss = self.world.mean(loss)
         norm = self._gradient_norm()
         bad = ~(loss.isfinite() & norm.isfinite())
-        self.optimizer.found_inf = bad.float()  # noqa: B010; if set, the fused step changes nothing
+        # With this set, the fused step changes nothing, on the device and without asking the host.
+        setattr(self.optimizer, "found_inf", bad.float())  # noqa: B010
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema_decay is not None:

@@ -1,0 +1,75 @@
+"""What a run would be: its configuration, size, length and memory, without training anything."""
+
+import torch
+import yaml
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from quarterview.data.open import open_sources
+from quarterview.data.stream import default_holdout
+from quarterview.errors import UserError
+from quarterview.model.mae import MAEConfig, MaskedAutoencoder
+from quarterview.pretraining import PretrainConfig, to_plain
+from quarterview.train.distributed import choose_device
+from quarterview.train.journal import Journal
+from quarterview.train.loop import precision_context, usable_precision
+from quarterview.train.optim import warmup_steps
+
+_ADAM_BYTES = 4 + 4 + 4 + 4  # weight, gradient and two moments, in float32
+
+
+def show(config: PretrainConfig, journal: Journal) -> None:
+    """Say what `config` comes to.
+
+    Raises:
+        UserError: if the request cannot be met.
+    """
+    if not config.data:
+        raise UserError("no images; accepted: --data with at least one source")
+    device = choose_device(config.device)
+    precision = usable_precision(config.precision, device)
+    source = open_sources(config.data, config.in_chans)
+    trained = len(source) - (default_holdout(len(source)) if config.holdout is None else config.holdout)
+    steps = config.total_steps(trained)
+    warmup, warning = warmup_steps(config.warmup_epochs, trained / config.batch_size, steps)
+    parameters, frozen, activations = measure(config, precision, device)
+    journal.say(yaml.safe_dump(to_plain(config), sort_keys=False).rstrip())
+    if warning:
+        journal.warn(warning)
+    peak = config.peak_lr(config.batch_size)
+    memory = (parameters * _ADAM_BYTES + frozen * 4 + activations) / 2**30
+    rows = [
+        ("images", f"{len(source):,}, of which {trained:,} are trained on"),
+        ("parameters", f"{parameters:,} trained, {frozen:,} in fixed position tables"),
+        ("steps", f"{steps:,}, the first {warmup:,} of them warm-up to a learning rate of {peak:.2e}"),
+        ("epochs", f"{steps * config.batch_size / trained:.4g}"),
+        ("device", f"{device}, {precision}"),
+        ("memory", f"about {memory:.2f} GiB for {config.batch_size // config.accum_iter} images at a time, "
+                   "images and libraries not counted"),
+    ]  # fmt: skip
+    journal.facts("dry run", rows)
+
+
+def measure(config: PretrainConfig, precision: str, device: torch.device) -> tuple[int, int, int]:
+    """Trained and frozen parameters, and the bytes that one forward pass keeps for the backward one.
+
+    The pass is traced with tensors that have shapes and no memory.
+    """
+    kept: dict[int, Tensor] = {}
+    with FakeTensorMode():
+        model = MaskedAutoencoder(config.part(MAEConfig))
+        own = {id(p.untyped_storage()) for p in model.parameters()}
+        images = torch.empty(config.batch_size // config.accum_iter, config.in_chans, *config.image_size)
+        noise = torch.empty(len(images), config.patches)
+
+        def keep(tensor: Tensor) -> Tensor:
+            if id(tensor.untyped_storage()) not in own:
+                kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with saved, precision_context(precision, torch.device("cpu"))():
+            model(images, noise=noise)
+    activations = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in model.parameters()) - trained, activations
