@@ -18,13 +18,14 @@ from quarterview.exchange.weights import load
 from quarterview.model.mae import MaskedAutoencoder
 
 _PANEL_MOST = 8
-_HIDDEN_GREY = 0.5
-_INCHES = 1.6
+_HIDDEN_GREY = 0.75
+_INCHES = 1.2
+_MARGIN_INCHES = 0.45
 
 
 @torch.no_grad()
 def draw_panel(model: MaskedAutoencoder, images: Tensor, noise: Tensor, path: Path, title: str = "") -> None:
-    """Write a PNG with a row for each image: the original, the visible part, the completed picture.
+    """Write a PNG with a column for each image: the original, what is visible, the completed picture.
 
     Args:
         images: float [B, C, H, W], normalised; the first eight are drawn.
@@ -37,46 +38,49 @@ def draw_panel(model: MaskedAutoencoder, images: Tensor, noise: Tensor, path: Pa
     original, completed = (denormalise(x.float(), mean, std).clamp(0, 1) for x in (images, pictures))
     hidden = model.unpatchify(mask[:, :, None].expand(-1, -1, model.target.width).float())
     visible = original * (1 - hidden) + _HIDDEN_GREY * hidden
-    columns = {
+    rows = {
         "original": original,
         f"visible ({1 - mask.float().mean():.0%})": visible,
         "reconstruction": completed,
     }
-    _draw(columns, _caption(model), title, path)
+    _draw(rows, _caption(model), title, path)
 
 
 def _caption(model: MaskedAutoencoder) -> str:
-    lines = ["Reconstruction: visible patches as they are, hidden ones predicted."]
+    sentences = ["Reconstruction: visible patches as they are, hidden ones predicted."]
     if model.config.norm_pix_loss:
-        lines.append(
-            "This model predicts each patch up to its brightness and contrast;\n"
-            "those of hidden patches are guessed from visible ones nearby."
+        sentences.append(
+            "\nPatches are predicted up to brightness and contrast, guessed here from visible ones nearby."
         )
     if model.config.in_chans not in (1, 3):
-        shown = min(model.config.in_chans, 3)
-        lines.append(
-            f"Shown: {'the first channel' if shown < 3 else 'the first three channels'}"
-            f" of {model.config.in_chans}."
-        )
-    return "\n".join(lines)
+        shown = "first channel" if model.config.in_chans < 3 else "first three channels"
+        sentences.append(f"\nShown: the {shown} of {model.config.in_chans}.")
+    return " ".join(sentences)
 
 
-def _draw(columns: dict[str, Tensor], caption: str, title: str, path: Path) -> None:
-    count = len(next(iter(columns.values())))
-    height, width = next(iter(columns.values())).shape[2:]
-    cell_height = _INCHES * min(2.0, height / width)
-    figure = Figure(figsize=(_INCHES * len(columns) + 0.2, cell_height * count + 1.1), dpi=100)
-    axes = figure.subplots(count, len(columns), squeeze=False)
-    for column, (name, images) in enumerate(columns.items()):
-        for row, image in enumerate(images):
+def _draw(rows: dict[str, Tensor], caption: str, title: str, path: Path) -> None:
+    """A row for each kind of picture, a column for each image."""
+    count, _, height, width = next(iter(rows.values())).shape
+    cell = _INCHES * min(2.0, height / width)
+    size = (_INCHES * count + 0.3, cell * len(rows) + _MARGIN_INCHES)
+    figure = Figure(figsize=size, dpi=100)
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for place, image in zip(line, images, strict=True):
             pixels = (image if len(image) >= 3 else image[:1].expand(3, -1, -1))[:3]
-            axes[row][column].imshow(pixels.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-            axes[row][column].set_axis_off()
-        axes[0][column].set_title(name, fontsize=9)
-    figure.suptitle(title, fontsize=9)
-    figure.text(0.02, 0.01, caption, fontsize=6, va="bottom")
-    bottom, top = 0.6 / figure.get_figheight(), 1 - 0.45 / figure.get_figheight()
-    figure.subplots_adjust(left=0.02, right=0.98, bottom=bottom, top=top, wspace=0.04, hspace=0.04)
+            place.imshow(pixels.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+            place.set(xticks=[], yticks=[])
+            place.spines[:].set_visible(False)
+        line[0].set_ylabel(name, fontsize=8)
+    figure.text(0.01, 0.01, f"{title}. {caption}" if title else caption, fontsize=6, va="bottom", wrap=True)
+    figure.subplots_adjust(
+        left=0.25 / size[0],
+        right=0.99,
+        bottom=(_MARGIN_INCHES - 0.05) / size[1],
+        top=0.99,
+        wspace=0.03,
+        hspace=0.03,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
