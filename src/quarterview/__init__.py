@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quarterview.exchange import load
-    from quarterview.model.mae import MAEConfig, create_model
+    from quarterview.model.config import MAEConfig
+    from quarterview.model.mae import create_model
     from quarterview.pretraining import PretrainConfig, Run, pretrain
 
 _HOMES = {
-    "MAEConfig": "quarterview.model.mae",
+    "MAEConfig": "quarterview.model.config",
     "PretrainConfig": "quarterview.pretraining",
     "Run": "quarterview.pretraining",
     "create_model": "quarterview.model.mae",

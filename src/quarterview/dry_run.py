@@ -8,7 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from quarterview.data.open import open_sources
 from quarterview.data.stream import default_holdout
 from quarterview.errors import UserError
-from quarterview.model.mae import MAEConfig, MaskedAutoencoder
+from quarterview.model.config import MAEConfig
+from quarterview.model.mae import MaskedAutoencoder
 from quarterview.pretraining import PretrainConfig, to_plain
 from quarterview.train.distributed import choose_device
 from quarterview.train.journal import Journal

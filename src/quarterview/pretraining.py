@@ -26,7 +26,8 @@ from quarterview.data.stream import SampleStream, default_holdout
 from quarterview.errors import UserError, unknown
 from quarterview.evaluate.panel import draw_panel
 from quarterview.exchange.weights import load_into, metadata
-from quarterview.model.mae import MAEConfig, fresh_model
+from quarterview.model.config import MAEConfig
+from quarterview.model.mae import fresh_model
 from quarterview.objectives.mae import MaskedAutoencoding
 from quarterview.train import checkpoint, distributed
 from quarterview.train.distributed import World

@@ -17,7 +17,8 @@ from quarterview.data.open import open_sources
 from quarterview.data.source import Source, labels_of
 from quarterview.errors import UserError
 from quarterview.exchange.weights import load
-from quarterview.model.mae import MAEConfig, MaskedAutoencoder, fresh_model
+from quarterview.model.config import MAEConfig
+from quarterview.model.mae import MaskedAutoencoder, fresh_model
 from quarterview.train.distributed import choose_device
 from quarterview.train.loop import precision_context, usable_precision
 

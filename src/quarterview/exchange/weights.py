@@ -8,7 +8,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from quarterview.errors import UserError
-from quarterview.model.mae import MAEConfig, MaskedAutoencoder
+from quarterview.model.config import MAEConfig
+from quarterview.model.mae import MaskedAutoencoder
 from quarterview.train import checkpoint
 
 METADATA_KEY = "quarterview"

@@ -9,7 +9,6 @@ Letters in shapes: B images, C channels, H×W pixels, p the patch size, L patche
 P = p*p*C numbers in a patch, D the encoder's width and E the decoder's.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,96 +17,10 @@ from torch import Tensor, nn
 from quarterview import draws
 from quarterview.errors import UserError, unknown
 from quarterview.model import masking
-from quarterview.model.masking import MaskKind
+from quarterview.model.config import MAEConfig
 from quarterview.model.positions import sincos_2d
 from quarterview.model.targets import PixelTarget, Target, patch_statistics
-from quarterview.model.vit import (
-    LAYER_NORM_EPS,
-    Block,
-    PatchEmbed,
-    ViTShape,
-    check_width,
-    init_weights,
-    parse_model_name,
-)
-
-
-@dataclass(frozen=True)
-class MAEConfig:
-    """What a masked autoencoder is. The defaults are the paper's."""
-
-    model: str = "mae_vit_base_patch16"
-    """Encoder: mae_vit_{tiny,small,base,large,huge}_patch{N}, or mae_vit_{WIDTH}x{DEPTH}x{HEADS}_patch{N}."""
-    image_size: tuple[int, ...] = (224, 224)
-    """Height and width in pixels; one number means a square. Each must divide by the patch size."""
-    in_chans: int = 3
-    """Channels of the images."""
-    mask_ratio: float = 0.75
-    """Share of the patches that is hidden."""
-    mask: MaskKind = "random"
-    """How hidden patches are chosen: random, block (BEiT's rectangles) or grid (a regular lattice)."""
-    norm_pix_loss: bool = True
-    """Predict pixels normalised by each patch's own mean and deviation, rather than plain pixels."""
-    decoder_width: int = 512
-    """Width of the decoder."""
-    decoder_depth: int = 8
-    """Blocks of the decoder; 0 is a linear head."""
-    decoder_heads: int = 16
-    """Attention heads of the decoder."""
-    encoder_mask_tokens: bool = False
-    """Let the encoder see mask tokens in place of hidden patches (table 1c: slower and worse)."""
-    predict_all: bool = False
-    """Predict visible patches too and count them in the loss (footnote 1: costs half a point)."""
-    mean: tuple[float, ...] | None = None
-    """Channel means, of pixels in [0, 1], that images are normalised by; measured when None."""
-    std: tuple[float, ...] | None = None
-    """Channel standard deviations, likewise."""
-
-    def __post_init__(self) -> None:
-        size = self.image_size
-        object.__setattr__(self, "image_size", (size, size) if isinstance(size, int) else tuple(size))
-        patch = self.shape.patch_size
-        if len(self.image_size) != 2 or any(side < 1 or side % patch for side in self.image_size):
-            raise UserError(
-                f"image size {self.image_size} with patches of {patch} pixels; "
-                f"accepted: one side or two (height width), each a multiple of {patch}"
-            )
-        if self.in_chans < 1:
-            raise UserError(f"{self.in_chans} channels; accepted: 1 or more")
-        if self.mask not in ("random", "block", "grid"):
-            raise unknown("mask", self.mask, ["random", "block", "grid"])
-        if self.decoder_depth < 0:
-            raise UserError(f"a decoder of {self.decoder_depth} blocks; accepted: 0 or more")
-        check_width("the decoder", self.decoder_width, self.decoder_heads)
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            object.__setattr__(
-                self, name, None if values is None else tuple(float(value) for value in values)
-            )
-            if values is not None and len(values) != self.in_chans:
-                raise UserError(f"{name} has {len(values)} numbers for {self.in_chans} channels")
-        if self.std is not None and not all(value > 0 for value in self.std):
-            raise UserError(f"std {self.std}; accepted: numbers above 0")
-        try:
-            masking.keep_count(self.patches, self.mask_ratio)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-
-    @property
-    def shape(self) -> ViTShape:
-        """Width, depth, heads and patch size of the encoder."""
-        return parse_model_name(self.model)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        height, width = self.image_size
-        return height // self.shape.patch_size, width // self.shape.patch_size
-
-    @property
-    def patches(self) -> int:
-        """L, the number of patches."""
-        return self.grid[0] * self.grid[1]
+from quarterview.model.vit import LAYER_NORM_EPS, Block, PatchEmbed, init_weights
 
 
 class MAEOutput(NamedTuple):
