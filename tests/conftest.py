@@ -1,9 +1,28 @@
 """What every test runs under: one thread, and hypothesis examples that are the same every time."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from hypothesis import settings
+from torch import nn
 
 torch.set_num_threads(1)
 
 settings.register_profile("quarterview", deadline=None, max_examples=25, derandomize=True, database=None)
 settings.load_profile("quarterview")
+
+
+@pytest.fixture
+def disturbed() -> Callable[[nn.Module], nn.Module]:
+    """Moves the biases, norms and tokens of a model, which start at 0, 1 and almost 0."""
+
+    def disturb(model: nn.Module) -> nn.Module:
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.ndim != 2:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+        return model
+
+    return disturb
