@@ -6,7 +6,7 @@ What a batch contains depends on its positions in the stream alone, never on how
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from signal import SIG_IGN, SIGINT, SIGTERM, signal
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ class Loader:
             for part in parts:
                 yield self._from_cache(torch.arange(part.start, part.stop))
             return
-        samples = DataLoader(
+        loader = DataLoader(
             _StreamedSamples(self.source, self.stream, self.image_size),
             batch_sampler=_Parts(parts),
             num_workers=self.workers,
@@ -117,10 +117,15 @@ class Loader:
             worker_init_fn=_ignore_signals if self.workers else None,
             prefetch_factor=4 if self.workers else None,
         )
-        for pixels, ids, epochs, reports in samples:
-            for report in reports:
-                self.report(report)
-            yield self._to_device(pixels, ids, epochs)
+        samples: Any = iter(loader)
+        try:
+            for pixels, ids, epochs, reports in samples:
+                for report in reports:
+                    self.report(report)
+                yield self._to_device(pixels, ids, epochs)
+        finally:  # an error's traceback would keep them alive, and as they ignore SIGTERM, Python at its exit
+            if self.workers:
+                samples._shutdown_workers()
 
     def held_out(self) -> Batch | None:
         """The held-out images, cut to the largest central box; broken ones are left out."""
