@@ -1,18 +1,16 @@
 """A whole set, decoded once and held on the device."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-from quarterview.data.fetch import Report, candidates, read
+from quarterview.data.fetch import Report, candidates, read_many
 from quarterview.data.source import Source
 from quarterview.data.stream import SampleStream
 
 CACHE_BYTES = 2 << 30
 """Sets up to this size are held on the device by ``--cache auto``."""
-_CHUNK = 1024
 
 
 class CachedSet:
@@ -44,24 +42,19 @@ def load_all(
     """
     images: Tensor | None = None
     broken: set[int] = set()
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        for start in range(0, len(source), _CHUNK):
-            chunk = range(start, min(start + _CHUNK, len(source)))
-            for sample, (picture, reports) in zip(
-                chunk, pool.map(lambda i: read(source, i), chunk), strict=True
-            ):
-                for said in reports:
-                    report(said)
-                if picture is None:
-                    broken.add(sample)
-                    continue
-                if picture.pixels.dtype != torch.uint8:
-                    return "images of more than 8 bits"
-                if len(source) * picture.pixels.numel() > limit:
-                    return f"more than {limit >> 20} MiB of pixels"
-                if images is None:
-                    images = torch.zeros(len(source), *picture.pixels.shape, dtype=torch.uint8)
-                if picture.pixels.shape != images.shape[1:]:
-                    return "images of several sizes"
-                images[sample] = picture.pixels
+    for sample, picture, reports in read_many(source, range(len(source)), threads):
+        for said in reports:
+            report(said)
+        if picture is None:
+            broken.add(sample)
+            continue
+        if picture.pixels.dtype != torch.uint8:
+            return "images of more than 8 bits"
+        if len(source) * picture.pixels.numel() > limit:
+            return f"more than {limit >> 20} MiB of pixels"
+        if images is None:
+            images = torch.zeros(len(source), *picture.pixels.shape, dtype=torch.uint8)
+        if picture.pixels.shape != images.shape[1:]:
+            return "images of several sizes"
+        images[sample] = picture.pixels
     return "no readable image" if images is None else CachedSet(images.to(device), broken)

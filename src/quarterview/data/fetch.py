@@ -1,13 +1,27 @@
 """One sample of a set, or what stands in for it when it is broken."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
 
 from quarterview.data.source import BadSampleError, Picture, Source
 from quarterview.data.stream import SampleStream
 from quarterview.errors import RunError
 
 _REPLACEMENT_ATTEMPTS = 32
+_CHUNK = 256
+
+
+@runtime_checkable
+class BulkSource(Protocol):
+    """A source that makes many images at once faster than one by one, such as generated ones."""
+
+    def images(self, ids: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] of the samples int64 [B]."""
+        ...
 
 
 class Report(NamedTuple):
@@ -54,3 +68,21 @@ def candidates(stream: SampleStream, sample: int, epoch: int) -> Iterator[int]:
         f"sample {sample} and {_REPLACEMENT_ATTEMPTS} others in its place could not be read; "
         "see bad_samples.jsonl in the run's folder for the reasons"
     )
+
+
+def read_many(
+    source: Source, samples: Sequence[int], threads: int
+) -> Iterator[tuple[int, Picture | None, list[Report]]]:
+    """What `read` gives for each sample, in order, several decoded at a time."""
+    chunks = [samples[start : start + _CHUNK] for start in range(0, len(samples), _CHUNK)]
+    if isinstance(source, BulkSource):
+        for chunk in chunks:
+            for sample, pixels in zip(chunk, source.images(torch.tensor(chunk)), strict=True):
+                yield sample, Picture(pixels), []
+        return
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        for chunk in chunks:
+            for sample, (picture, reports) in zip(
+                chunk, pool.map(lambda i: read(source, i), chunk), strict=True
+            ):
+                yield sample, picture, reports

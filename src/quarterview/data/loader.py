@@ -21,7 +21,7 @@ from quarterview.data.augment import (
     to_float,
 )
 from quarterview.data.cache import CachedSet
-from quarterview.data.fetch import Report, fetch, read
+from quarterview.data.fetch import Report, fetch, read_many
 from quarterview.data.source import Source
 from quarterview.data.stream import SampleStream
 from quarterview.errors import UserError
@@ -130,8 +130,7 @@ class Loader:
     def held_out(self) -> Batch | None:
         """The held-out images, cut to the largest central box; broken ones are left out."""
         kept: list[tuple[int, Tensor]] = []
-        for sample in self.stream.held_out().tolist():
-            picture, reports = read(self.source, sample)
+        for sample, picture, reports in read_many(self.source, self.stream.held_out().tolist(), self.workers):
             for report in reports:
                 self.report(report)
             if picture is not None:

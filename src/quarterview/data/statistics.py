@@ -1,12 +1,11 @@
 """The channel means and deviations of a set."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from quarterview.data.augment import to_float
-from quarterview.data.fetch import Report, read
+from quarterview.data.fetch import Report, read_many
 from quarterview.data.source import Source
 from quarterview.data.stream import SampleStream
 from quarterview.errors import RunError
@@ -27,15 +26,14 @@ def channel_statistics(
         RunError: if none of them can be read.
     """
     means, squares = [], []
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        ids = stream.training_sample(STATISTICS_IMAGES).tolist()
-        for picture, reports in pool.map(lambda sample: read(source, sample), ids):
-            for said in reports:
-                report(said)
-            if picture is not None:
-                pixels = to_float(picture.pixels).double().flatten(1)  # [C, H*W]
-                means.append(pixels.mean(1))
-                squares.append(pixels.square().mean(1))
+    ids = stream.training_sample(STATISTICS_IMAGES).tolist()
+    for _, picture, reports in read_many(source, ids, threads):
+        for said in reports:
+            report(said)
+        if picture is not None:
+            pixels = to_float(picture.pixels).double().flatten(1)  # [C, H*W]
+            means.append(pixels.mean(1))
+            squares.append(pixels.square().mean(1))
     if not means:
         raise RunError(f"none of {len(ids)} images could be read; see bad_samples.jsonl for the reasons")
     mean = torch.stack(means).mean(0)

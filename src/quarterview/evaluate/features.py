@@ -1,7 +1,6 @@
 """Features of labelled images: what every probe of a frozen encoder starts from."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from quarterview import draws
 from quarterview.data.augment import normalise, to_float
-from quarterview.data.fetch import read
+from quarterview.data.fetch import read_many
 from quarterview.data.loader import central, stack
 from quarterview.data.open import open_sources
 from quarterview.data.source import Source, labels_of
@@ -23,6 +22,7 @@ from quarterview.train.distributed import choose_device
 from quarterview.train.loop import precision_context, usable_precision
 
 FeatureKind = Literal["mean", "cls"]
+_THREADS = 4
 PIXEL_SIDE = 32
 """Larger images are shrunk to this side before their pixels serve as features."""
 
@@ -172,15 +172,12 @@ def _batches(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Central crops of the readable images: their ids and [B, C, *image_size]."""
 
-    def one(sample: int) -> Tensor | None:
-        picture = read(source, sample)[0]
-        return None if picture is None else central(picture.pixels, image_size)
-
-    with ThreadPoolExecutor(4) as pool:
-        for start in range(0, len(ids), batch_size):
-            some = list(ids[start : start + batch_size])
-            good = [
-                (i, pixels) for i, pixels in zip(some, pool.map(one, some), strict=True) if pixels is not None
-            ]
-            if good:
-                yield [i for i, _ in good], stack([pixels for _, pixels in good])
+    some: list[tuple[int, Tensor]] = []
+    for sample, picture, _ in read_many(source, ids, _THREADS):
+        if picture is not None:
+            some.append((sample, central(picture.pixels, image_size)))
+        if len(some) == batch_size:
+            yield [i for i, _ in some], stack([pixels for _, pixels in some])
+            some = []
+    if some:
+        yield [i for i, _ in some], stack([pixels for _, pixels in some])
