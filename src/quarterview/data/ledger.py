@@ -29,7 +29,9 @@ class Ledger:
         if path is not None and path.exists():
             lines = path.read_text("utf-8").splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
-            path.write_text("".join(whole), "utf-8")
+            partial = path.with_name(f".{path.name}.partial")
+            partial.write_text("".join(whole), "utf-8")
+            partial.replace(path)
             for row in map(json.loads, whole):
                 self.broken[row["id"]] = f"{row['name']}: {row['reason']}"
 

@@ -54,11 +54,19 @@ def save(
         _sync(path)
     _sync(partial)
     if final.exists():
-        shutil.rmtree(final)
+        _remove(final)
     partial.rename(final)
     _sync(folder)
     _point(folder / "last", final.name)
     return final
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint. Its name goes first, so that a kill leaves none that only looks complete."""
+    doomed = path.with_name(f".removed-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _point(link: Path, target: str) -> None:
@@ -92,18 +100,19 @@ def newest(folder: Path) -> Path | None:
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, and what a killed save left behind."""
     for step in steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"step-{step:08d}")
-    for path in folder.glob(".partial-*"):
-        shutil.rmtree(path)
+        _remove(folder / f"step-{step:08d}")
+    for pattern in (".partial-*", ".removed-*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
 
 
 def remove_after(folder: Path, step: int) -> None:
     """Remove the checkpoints beyond a step, of which a run resumed there knows nothing."""
-    for later in steps(folder):
-        if later > step:
-            shutil.rmtree(folder / f"step-{later:08d}")
     if (folder / f"step-{step:08d}").is_dir():
         _point(folder / "last", f"step-{step:08d}")
+    for later in reversed(steps(folder)):
+        if later > step:
+            _remove(folder / f"step-{later:08d}")
 
 
 def load(path: Path) -> Checkpoint:
