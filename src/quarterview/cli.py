@@ -162,6 +162,9 @@ def run(argv: Sequence[str]) -> int:
     except RunError as error:
         Journal().fail(str(error))
         return 1
+    except OSError as error:  # a full disk, no permission: the message names the path
+        Journal().fail(str(error))
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -200,6 +203,8 @@ def gather(argv: Sequence[str]) -> list[str]:
     seen: set[str] = set()
     in_data = False
     for word in words:
+        if word == "-h":
+            in_data = False
         if word.startswith("--"):
             in_data = word == "--data"
             flag = "--" + word[2:].replace("_", "-").removeprefix("no-")

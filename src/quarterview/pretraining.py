@@ -113,6 +113,7 @@ def pretrain(config: PretrainConfig, argv: Sequence[str] = ()) -> Run:
         folder = Path(config.out)
         if not world.is_main:
             return _pretrain(config, folder, world, argv)
+        check_is_ours(folder)
         with lock(folder):
             return _pretrain(config, folder, world, argv)
     finally:
@@ -137,7 +138,7 @@ def _pretrain(config: PretrainConfig, folder: Path, world: World, argv: Sequence
         folder / "bad_samples.jsonl" if world.is_main else None, len(source), config.max_bad_samples
     )
     prepared = prepare(config, source, fingerprint, world, ledger, journal, resumed)
-    trainer = build(config, prepared, world, journal, folder)
+    trainer = build(config, prepared, world, journal, folder, resumes=resumed is not None)
     if resumed is not None:
         trainer.restore(resumed)
         if world.is_main:
@@ -181,16 +182,20 @@ def find_checkpoint(config: PretrainConfig, folder: Path) -> checkpoint.Checkpoi
             f"--resume {path} holds no complete checkpoint; accepted: auto, never, a run's folder, or a "
             "checkpoint folder in it"
         )
-    return checkpoint.load(named.resolve())
+    elsewhere = named.parent.resolve() != (folder / "checkpoints").resolve()
+    if elsewhere and newest is not None:
+        raise UserError(f"{folder} already holds a run, and --resume names another; accepted: a new --out")
+    return checkpoint.load(named if elsewhere else folder / "checkpoints" / named.resolve().name)
 
 
 def check_same_run(config: PretrainConfig, fingerprint: str, resumed: checkpoint.Checkpoint) -> None:
     """Raises UserError with the differences if a checkpoint belongs to another request."""
     before, now = resumed.state["config"], to_plain(config)
+    before = {**to_plain(PretrainConfig()), **before}  # fields that are newer than the run
     changed = [
-        f"  {name}: was {before.get(name)}, now {now[name]}"
+        f"  {name}: was {before[name]}, now {now[name]}"
         for name in now
-        if name not in MAY_CHANGE and before.get(name) != now[name]
+        if name not in MAY_CHANGE and before[name] != now[name]
     ]
     if resumed.state["resolved"]["fingerprint"] != fingerprint:
         changed.append(f"  data: another set of images than before (was {before['data']}, now {now['data']})")
@@ -200,6 +205,13 @@ def check_same_run(config: PretrainConfig, fingerprint: str, resumed: checkpoint
             "Give the same flags to go on with it, or start another run from its weights with "
             f"--init-from {resumed.path} --out NEW"
         )
+
+
+def check_is_ours(folder: Path) -> None:
+    """Raises UserError if a folder holds files and none of them says that it is a run's."""
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if held and not held & {".lock", "config.yaml", "run.json", "metrics.jsonl", "checkpoints"}:
+        raise UserError(f"--out {folder} holds something else than a run; accepted: a new or empty folder")
 
 
 def start_clean(folder: Path) -> None:
@@ -266,7 +278,7 @@ def prepare(
 
 
 def build(
-    config: PretrainConfig, prepared: Prepared, world: World, journal: Journal, folder: Path
+    config: PretrainConfig, prepared: Prepared, world: World, journal: Journal, folder: Path, resumes: bool
 ) -> Trainer:
     """Model, objective, optimiser and loop of a run at its beginning."""
     if config.batch_size % (world.size * config.accum_iter):
@@ -282,7 +294,7 @@ def build(
         torch.use_deterministic_algorithms(True)
     model_config = replace(config.part(MAEConfig), mean=prepared.mean, std=prepared.std)
     model = fresh_model(model_config, config.seed).to(world.device)
-    if config.init_from is not None:
+    if config.init_from is not None and not resumes:
         load_into(model, config.init_from)
         journal.say(f"weights from {config.init_from}")
     if config.decoder_depth == 0 and not config.encoder_mask_tokens:

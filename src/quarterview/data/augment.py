@@ -118,15 +118,13 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalise(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
     """float [B, C, H, W] in [0, 1] -> (images - mean) / std, a number a channel."""
-    shift = torch.tensor(mean, device=images.device)[:, None, None]
-    scale = torch.tensor(std, device=images.device)[:, None, None]
+    shift, scale = (torch.as_tensor(x, device=images.device)[:, None, None] for x in (mean, std))
     return (images - shift) / scale
 
 
-def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def denormalise(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
     """The inverse of `normalise`."""
-    shift = torch.tensor(mean, device=images.device)[:, None, None]
-    scale = torch.tensor(std, device=images.device)[:, None, None]
+    shift, scale = (torch.as_tensor(x, device=images.device)[:, None, None] for x in (mean, std))
     return images * scale + shift

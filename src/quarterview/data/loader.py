@@ -24,7 +24,7 @@ from quarterview.data.cache import CachedSet
 from quarterview.data.fetch import Report, fetch, read_many
 from quarterview.data.source import Source
 from quarterview.data.stream import SampleStream
-from quarterview.errors import UserError
+from quarterview.errors import RunError, UserError
 
 CacheKind = Literal["auto", "device", "none"]
 
@@ -99,7 +99,9 @@ class Loader:
         report: Callable[[Report], None],
     ) -> None:
         self.source, self.stream, self.image_size = source, stream, image_size
-        self.mean, self.std, self.device = mean, std, device
+        # On the device already, so that no batch has to wait for the host.
+        self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+        self.device = device
         self.workers, self.cached, self.report = workers, cached, report
 
     def batches(self, parts: Sequence[range]) -> Iterator[Batch]:
@@ -119,7 +121,10 @@ class Loader:
         )
         samples: Any = iter(loader)
         try:
-            for pixels, ids, epochs, reports in samples:
+            for collated in samples:
+                if isinstance(collated, Exception):
+                    raise collated
+                pixels, ids, epochs, reports = collated
                 for report in reports:
                     self.report(report)
                 yield self._to_device(pixels, ids, epochs)
@@ -191,24 +196,38 @@ class _StreamedSamples(Dataset):
     def __init__(self, source: Source, stream: SampleStream, image_size: Sequence[int]) -> None:
         self.source, self.stream, self.image_size = source, stream, image_size
 
-    def __getitems__(self, positions: Sequence[int]) -> list[tuple[Tensor, int, int, list[Report]]]:
+    def __getitems__(self, positions: Sequence[int]) -> "list[_Sample] | list[Exception]":
+        try:
+            return self._samples(positions)
+        except (UserError, RunError) as error:  # raised in the main process, where it is told well
+            return [error]
+
+    def _samples(self, positions: Sequence[int]) -> "list[_Sample]":
         epochs, ids = self.stream.at(torch.tensor(positions))
-        fetched = [
-            fetch(self.source, self.stream, i, e) for i, e in zip(ids.tolist(), epochs.tolist(), strict=True)
-        ]
+        slots = list(zip(ids.tolist(), epochs.tolist(), strict=True))
+        fetched = [fetch(self.source, self.stream, sample, epoch) for sample, epoch in slots]
         sizes = torch.tensor([picture.pixels.shape[1:] for picture, _ in fetched])
         boxes, flips = random_crops(self.stream.seed, epochs, ids, sizes)
         return [
-            (crop_resize(picture.pixels, box, self.image_size, flip), sample, epoch, reports)
-            for (picture, reports), box, flip, sample, epoch in zip(
-                fetched, boxes.tolist(), flips.tolist(), ids.tolist(), epochs.tolist(), strict=True
+            _Sample(crop_resize(picture.pixels, box, self.image_size, flip), *slot, reports)
+            for (picture, reports), box, flip, slot in zip(
+                fetched, boxes.tolist(), flips.tolist(), slots, strict=True
             )
         ]
 
 
+class _Sample(NamedTuple):
+    pixels: Tensor
+    id: int
+    epoch: int
+    reports: list[Report]
+
+
 def _collate(
-    samples: list[tuple[Tensor, int, int, list[Report]]],
-) -> tuple[Tensor, Tensor, Tensor, list[Report]]:
+    samples: list[_Sample] | list[Exception],
+) -> tuple[Tensor, Tensor, Tensor, list[Report]] | Exception:
+    if isinstance(samples[0], Exception):
+        return samples[0]
     pixels, ids, epochs, reports = zip(*samples, strict=True)
     return stack(pixels), torch.tensor(ids), torch.tensor(epochs), [r for many in reports for r in many]
 

@@ -133,7 +133,7 @@ class Trainer:
 
         self.step = 0  # updates done, skipped ones included
         self.skips, self.skips_in_a_row = 0, 0
-        self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, norm, good steps
+        self._sums = torch.zeros(3, device=world.device)  # loss, norm, good steps
         self._pending: list[tuple[int, Tensor, Tensor]] = []  # step, bad flag, ids: not yet read
         self._saved_at, self._saved_time = -1, time.monotonic()
 
@@ -186,7 +186,7 @@ class Trainer:
             average = get_ema_multi_avg_fn(self.ema_decay)
             average(list(self.ema.values()), list(self.objective.model.parameters()), 0)
         self.step += 1
-        seen = torch.stack([loss.double(), norm.double(), torch.ones_like(loss, dtype=torch.float64)])
+        seen = torch.stack([loss, norm, torch.ones_like(loss)])
         self._sums += torch.where(bad, 0.0, seen)
         self._pending.append((self.step, bad, batch.ids))
 
@@ -298,7 +298,7 @@ class Trainer:
             tensor.copy_(loaded.tensors["ema"][name])
         state = loaded.state
         self.step, self.skips, self.skips_in_a_row = state["step"], state["skips"], state["skips_in_a_row"]
-        self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        self._sums.copy_(torch.tensor(state["sums"]))
         self._saved_at = self.step
 
 
