@@ -294,17 +294,21 @@ def test_a_folder_left_by_a_run_killed_at_once_starts_clean(tmp_path):
     (folder / "metrics.jsonl").write_text('{"step": 2, "loss": 9.0}\n{"step": 99, "lo')
     (folder / "skipped_steps.jsonl").write_text('{"st')
     (folder / "bad_samples.jsonl").write_text('{"id": 1, "name": "x", "reason": "y"}\n{"i')
-    (folder / "notes.txt").write_text("mine")
     assert qv.pretrain(tiny(folder, steps=4, resume="never")).status == "complete"
     assert_same_run(folder, tmp_path / "whole")
     assert not (folder / "bad_samples.jsonl").exists()
     assert [path.name for path in (folder / "samples").iterdir()] == ["step-00000004.png"]
-    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def content(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """When each file of a run was written, and what is in it; the lock aside."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
 def test_a_complete_run_is_left_as_it_is(tmp_path, monkeypatch, capsys):
     first = qv.pretrain(tiny(tmp_path / "run", steps=5))
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != ".lock"}
+    before = content(tmp_path / "run")
     capsys.readouterr()
     done = stop_at(monkeypatch, set())
     again = qv.pretrain(tiny(tmp_path / "run", steps=5))
@@ -312,9 +316,7 @@ def test_a_complete_run_is_left_as_it_is(tmp_path, monkeypatch, capsys):
     assert again.status == "complete"
     assert done == []
     assert "is complete: 5 steps. Nothing to do." in capsys.readouterr().out
-    assert before == {
-        path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != ".lock"
-    }
+    assert content(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize(
@@ -334,16 +336,14 @@ def test_a_different_request_is_refused_by_name(tmp_path_factory, monkeypatch, c
     if not folder.exists():
         stop_at(monkeypatch, {2})
         qv.pretrain(tiny(folder, steps=5))
-    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    before = content(folder)
     with pytest.raises(UserError, match=r"--init-from .*step-00000002 --out NEW") as caught:
         qv.pretrain(tiny(folder, **{"steps": 5, **changes}))
     said = str(caught.value).splitlines()
     assert len(said) == len(named) + 2
     for line in named:
         caught.match(line)
-    assert files == {
-        path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"
-    }
+    assert content(folder) == before
 
 
 def test_some_settings_may_change(tmp_path, monkeypatch):
