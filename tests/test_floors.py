@@ -16,6 +16,7 @@ FLOORS = {
     "demo": 5,
     "pretraining": 4,
     "recipes": 4,
+    "runs": 4,
     "dry_run": 4,
     "evaluate": 3,
     "exchange": 3,

@@ -33,7 +33,7 @@ from quarterview.errors import RunError, UserError
 from quarterview.evaluate.features import ProbeConfig, ProbeData, encoder_features, extract, make_encoders
 from quarterview.evaluate.linear import linear_accuracy
 from quarterview.evaluate.panel import draw_panel
-from quarterview.exchange.weights import load_into
+from quarterview.exchange.weights import load_into, metadata
 from quarterview.model import masking
 from quarterview.model.mae import MaskedAutoencoder, create_model
 from quarterview.model.positions import sincos_2d
@@ -53,6 +53,11 @@ SMALL = {
     "decoder_depth": 2,
     "decoder_heads": 2,
 }
+
+
+def truth_of(target: PixelTarget, patches: Tensor) -> Tensor:
+    """The target of patches [..., P], for which whole images do not matter."""
+    return target(torch.empty(0), patches, None)
 
 
 def make(**changes) -> MaskedAutoencoder:
@@ -129,12 +134,14 @@ def equal(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_pitfall_01_unshuffle_inverse(seed):
-    """With tokens of zero a linear head reads the position alone, which must be the patch's own."""
-    model = make(encoder_mask_tokens=True, decoder_depth=0, predict_all=True)
-    silence(model.norm.weight, model.norm.bias)
+    """With silent tokens a silent decoder reads the position alone, which must be the patch's own."""
+    model = make(encoder_mask_tokens=True, decoder_depth=1, predict_all=True)
+    block = model.decoder_blocks[0]
+    silence(model.norm.weight, model.norm.bias, model.decoder_embed.bias)
+    silence(block.attn.proj.weight, block.attn.proj.bias, block.mlp.fc2.weight, block.mlp.fc2.bias)
     with torch.no_grad():
         pred = model(some_images(model), mask=some_mask(model, visible=5, seed=seed)).pred
-        expected = model.decoder_pred(model.decoder_pos_embed[:, 1:])
+        expected = model.decoder_pred(model.decoder_norm(model.decoder_pos_embed[:, 1:]))
     torch.testing.assert_close(pred, expected.expand_as(pred))
 
 
@@ -272,12 +279,12 @@ def test_pitfall_10_target_normalisation(patch):
     target = PixelTarget(numbers, normalised=True)
     patches = torch.randn(50, numbers, generator=torch.Generator().manual_seed(0))
     expected = (patches - patches.mean(1, keepdim=True)) / (patches.var(1, keepdim=True) + 1e-6).sqrt()
-    torch.testing.assert_close(target(patches), expected)
-    zero = target.loss(torch.zeros(50, numbers), target(patches)).mean()
+    torch.testing.assert_close(truth_of(target, patches), expected)
+    zero = target.loss(torch.zeros(50, numbers), truth_of(target, patches)).mean()
     assert float(zero) == pytest.approx((numbers - 1) / numbers, rel=1e-4)
-    assert bool(target(torch.full((1, numbers), 0.3)).isfinite().all())
+    assert bool(truth_of(target, torch.full((1, numbers), 0.3)).isfinite().all())
     by_channel = torch.tensor([0.0, 5.0, 10.0]).repeat(1, patch * patch)
-    assert float(target(by_channel).abs().max()) > 1  # zero, if each channel had a mean of its own
+    assert float(truth_of(target, by_channel).abs().max()) > 1  # zero, if each channel had a mean of its own
 
 
 @pytest.mark.parametrize("predict_all", [False, True])
@@ -408,9 +415,9 @@ def test_pitfall_19_loading_skips_nothing_in_silence(tmp_path):
         make(model="mae_vit_32x1x4_patch4"),
         make(image_size=8),
     ):
-        folder = checkpoint.save(tmp_path, 1, {"model": other.state_dict()}, {}, {})
+        folder = checkpoint.save(tmp_path, 1, {"model": other.state_dict()}, {}, metadata(other.config))
         before = weights(model)
-        with pytest.raises(UserError, match=r"do not fit .*: missing .*; unexpected .*; of another shape"):
+        with pytest.raises(UserError, match=r"of another architecture: (model|image_size) .* there, .* here"):
             load_into(model, folder)
         assert equal(before, weights(model))
 
@@ -459,7 +466,7 @@ def test_pitfall_22_a_probe_of_frozen_standardised_features_with_a_floor(tmp_pat
     scales = torch.logspace(-3, 3, 32)[:, None].T  # a standardised probe does not see these
     features = found["this model"] + labels[:, None]
     accuracies = [
-        linear_accuracy(ProbeData({"x": x[:30]}, labels[:30], {"x": x[30:]}, labels[30:], 4), "x", 0)
+        linear_accuracy(ProbeData({"x": x[:30]}, labels[:30], {"x": x[30:]}, labels[30:], 4, 0), "x", 0)
         for x in (features, features * scales)
     ]
     assert accuracies[0] == accuracies[1] > 0.8

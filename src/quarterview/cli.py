@@ -7,13 +7,16 @@ stopped by SIGTERM after saving, run the same command to go on; 130 stopped by C
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from itertools import pairwise
+from signal import SIGTERM, signal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
+from torch import OutOfMemoryError
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from quarterview import demo, recipes
-from quarterview.errors import RunError, UserError
+from quarterview.errors import RunError, UserError, unknown
 from quarterview.evaluate.features import ProbeConfig
 from quarterview.pretraining import PretrainConfig, pretrain
 from quarterview.train.journal import Journal
@@ -21,7 +24,7 @@ from quarterview.train.journal import Journal
 _DESCRIPTION = """Learn to see from a quarter of the picture: masked autoencoders for anyone's images.
 
 Start with `quarterview demo`; then `quarterview pretrain --data FOLDER --out runs/mine --recipe laptop`."""
-_EXIT_CODES = {"complete": 0, "SIGTERM": 75, "SIGINT": 130}
+_EXIT_CODES = {"complete": 0, "helped": 0, "did not help": 1, "SIGTERM": 75, "SIGINT": 130}
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,15 @@ class Linear(ProbeConfig):
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run, a checkpoint folder or a .safetensors file."""
-    protocol: Literal["fast"] = "fast"
+    protocol: Literal["fast", "paper"] = "fast"
     """fast: features computed once, logistic regression whose strength is chosen on a fifth of the
-    training images."""
+    training images. paper: not available yet."""
 
     def execute(self, _argv: Sequence[str]) -> int:
         from quarterview.evaluate.linear import linear
 
+        if self.protocol == "paper":
+            raise UserError("--protocol paper is not available yet; accepted: fast")
         linear(self, Journal())
         return 0
 
@@ -133,7 +138,7 @@ class Demo:
     """Of every random draw."""
 
     def execute(self, _argv: Sequence[str]) -> int:
-        return 0 if demo.demo(self.out, self.seed, Journal()) else 1
+        return _EXIT_CODES[demo.demo(self.out, self.seed, Journal())]
 
 
 Command = Pretrain | Reconstruct | Knn | Linear | Inspect | Recipes | Demo
@@ -148,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the arguments; those of the process by default.
     """
+    signal(SIGTERM, lambda *_: sys.exit(_EXIT_CODES["SIGTERM"]))  # until the loop takes it over
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -161,6 +167,11 @@ def run(argv: Sequence[str]) -> int:
         return 2
     except RunError as error:
         Journal().fail(str(error))
+        return 1
+    except OutOfMemoryError as error:
+        Journal().fail(
+            f"{error}; accepted: a smaller --batch-size, or --accum-iter 2 for the same one in parts"
+        )
         return 1
     except OSError as error:  # a full disk, no permission: the message names the path
         Journal().fail(str(error))
@@ -177,6 +188,7 @@ def parse(argv: Sequence[str]) -> Command:
         SystemExit: with code 2 if the flags are wrong otherwise, after saying how; 0 after --help.
     """
     arguments = gather(argv)
+    check_words(arguments)
     defaults: dict[str, Any] = {}
     if "--recipe" in arguments[:-1]:
         base = recipes.read(arguments[arguments.index("--recipe") + 1])
@@ -217,21 +229,67 @@ def gather(argv: Sequence[str]) -> list[str]:
     return [*kept, "--data", *data] if "--data" in seen else kept
 
 
+def check_words(arguments: Sequence[str]) -> None:
+    """Check the command, and values that are one of a few words.
+
+    Raises:
+        UserError: with the nearest of the accepted words.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return
+    if arguments[0] not in _COMMANDS:
+        raise unknown("command", arguments[0], _COMMANDS)
+    choices = {
+        "--" + name.replace("_", "-"): get_args(kind)
+        for name, kind in get_type_hints(_COMMANDS[arguments[0]]).items()
+        if get_origin(kind) is Literal
+    }
+    for flag, value in pairwise(arguments):
+        if flag in choices and value not in choices[flag]:
+            raise unknown(f"value of {flag}:", value, choices[flag])
+
+
 def _registry() -> ConstructorRegistry:
-    """Show optional values as INT and FLOAT rather than {None}|INT."""
+    """How optional values are shown, and what is said of words that are no numbers."""
     registry = ConstructorRegistry()
 
     @registry.primitive_rule
-    def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    def number_or_text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         for kind in (int, float, str):
-            if info.type == kind | None:
+            if info.type in (kind, kind | None):
                 return PrimitiveConstructorSpec(
                     nargs=1,
-                    metavar=kind.__name__.upper(),
-                    instance_from_str=lambda words, kind=kind: None if words[0] == "None" else kind(words[0]),
+                    metavar=_METAVARS[kind],
+                    instance_from_str=lambda words, kind=kind: _read(words[0], kind),
                     is_instance=lambda value, kind=kind: value is None or isinstance(value, kind | int),
-                    str_from_instance=lambda value: [str(value)],
+                    str_from_instance=lambda value: ["unset" if value is None else str(value)],
                 )
         return None
 
+    @registry.primitive_rule
+    def numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if info.type != tuple[float, ...] | None:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="NUMBER...",
+            instance_from_str=lambda words: (
+                None if words == ["unset"] else tuple(_read(w, float) for w in words)
+            ),
+            is_instance=lambda value: value is None or isinstance(value, tuple),
+            str_from_instance=lambda value: ["unset"] if value is None else [str(v) for v in value],
+        )
+
     return registry
+
+
+_METAVARS = {int: "N", float: "NUMBER", str: "TEXT"}
+
+
+def _read(word: str, kind: type) -> Any:
+    if word == "unset":
+        return None
+    try:
+        return kind(word)
+    except ValueError:
+        raise ValueError(f"{word!r} is no {'whole ' if kind is int else ''}number") from None

@@ -1,16 +1,21 @@
 """The whole idea in a few minutes, without data and without a network."""
 
+import json
 import shutil
 import time
 from pathlib import Path
+from typing import Literal
 
 from quarterview.errors import UserError
 from quarterview.evaluate.features import ProbeConfig
 from quarterview.evaluate.linear import linear
 from quarterview.evaluate.panel import draw_curve
 from quarterview.pretraining import PretrainConfig, pretrain
+from quarterview.train.checkpoint import newest
 from quarterview.train.journal import Journal, duration, metrics
+from quarterview.train.lock import lock
 
+COMMAND = ["quarterview", "demo"]
 PICTURES = "shapes:20000"
 LABELLED, TEST = "shapes:500:seed=1", "shapes:2000:seed=2"
 """Pictures of other seeds than those that are learned from."""
@@ -36,29 +41,39 @@ def demo_config(out: str, seed: int) -> PretrainConfig:
     )
 
 
-def demo(out: str, seed: int, journal: Journal) -> bool:
+def remove_earlier_demo(folder: Path) -> None:
+    """Make room for a demo where an earlier one was.
+
+    Raises:
+        UserError: if the folder holds any other run, or the earlier demo still runs.
+    """
+    record = folder / "run.json"
+    if record.is_file() and json.loads(record.read_text("utf-8")).get("argv") == COMMAND:
+        with lock(folder):
+            shutil.rmtree(folder)
+    elif newest(folder / "checkpoints") is not None:
+        raise UserError(f"--out {folder} holds a run that is no demo; accepted: a new folder")
+
+
+def demo(out: str, seed: int, journal: Journal) -> Literal["helped", "did not help", "SIGTERM", "SIGINT"]:
     """Generate pictures, pre-train on them, and say what was learned.
 
     Returns:
-        Whether a linear classifier on our features is at least twice as accurate as one on raw
-        pixels and one on a random encoder's features.
+        ``helped`` if a linear classifier on our features is at least twice as accurate as one on
+        raw pixels and one on a random encoder's features; the signal, if one stopped it.
 
     Raises:
         UserError: if `out` holds something else than a run.
     """
     began = time.monotonic()
     folder = Path(out)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
-        raise UserError(
-            f"{folder} holds something else than a run; accepted: a new folder, or an earlier demo's"
-        )
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_earlier_demo(folder)
     journal.say(
         f"Pre-training a small masked autoencoder on {PICTURES.partition(':')[2]} generated pictures."
     )
-    run = pretrain(demo_config(out, seed), ["quarterview", "demo"])
+    run = pretrain(demo_config(out, seed), COMMAND)
     if run.status != "complete":
-        raise KeyboardInterrupt
+        return run.status
     draw_curve(metrics(folder), folder / "curve.png", "demo")
     panel = folder / "samples" / f"step-{run.step:08d}.png"
     shutil.copyfile(panel, folder / "panel.png")
@@ -85,4 +100,4 @@ def demo(out: str, seed: int, journal: Journal) -> bool:
     journal.say(f"See {folder}/panel.png for what it imagines behind hidden patches, and {folder}/curve.png.")
     journal.say("Your own images: quarterview pretrain --recipe laptop --data FOLDER --out runs/mine")
     journal.say(f"That took {duration(time.monotonic() - began)}.")
-    return helped
+    return "helped" if helped else "did not help"

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quarterview.data.open import open_sources
-from quarterview.data.stream import default_holdout
+from quarterview.data.stream import SampleStream, default_holdout
 from quarterview.errors import UserError
 from quarterview.model.config import MAEConfig
 from quarterview.model.mae import MaskedAutoencoder
@@ -30,7 +30,8 @@ def show(config: PretrainConfig, journal: Journal) -> None:
     device = choose_device(config.device)
     precision = usable_precision(config.precision, device)
     source = open_sources(config.data, config.in_chans)
-    trained = len(source) - (default_holdout(len(source)) if config.holdout is None else config.holdout)
+    holdout = default_holdout(len(source)) if config.holdout is None else config.holdout
+    trained = SampleStream(len(source), holdout, config.seed).trained
     steps = config.total_steps(trained)
     warmup, warning = warmup_steps(config.warmup_epochs, trained / config.batch_size, steps)
     parameters, frozen, activations = measure(config, precision, device)
@@ -39,14 +40,15 @@ def show(config: PretrainConfig, journal: Journal) -> None:
         journal.warn(warning)
     peak = config.peak_lr(config.batch_size)
     memory = (parameters * _ADAM_BYTES + frozen * 4 + activations) / 2**30
+    part = config.batch_size // config.accum_iter
     rows = [
-        ("images", f"{len(source):,}, of which {trained:,} are trained on"),
+        ("images", f"{len(source):,}, of which {trained:,} are trained on and {holdout:,} held out"),
         ("parameters", f"{parameters:,} trained, {frozen:,} in fixed position tables"),
         ("steps", f"{steps:,}, the first {warmup:,} of them warm-up to a learning rate of {peak:.2e}"),
         ("epochs", f"{steps * config.batch_size / trained:.4g}"),
         ("device", f"{device}, {precision}"),
-        ("memory", f"about {memory:.2f} GiB for {config.batch_size // config.accum_iter} images at a time, "
-                   "images and libraries not counted"),
+        ("memory", f"about {memory:.2f} GiB for {part} images at a time on one device, "
+                   "cached images and libraries not counted"),
     ]  # fmt: skip
     journal.facts("dry run", rows)
 

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 import yaml
 
-from quarterview import draws
+from quarterview import draws, runs
 from quarterview.data.cache import CACHE_BYTES, CachedSet, load_all
 from quarterview.data.ledger import Ledger
 from quarterview.data.loader import Batch, DataConfig, Loader
@@ -23,9 +22,9 @@ from quarterview.data.open import open_sources
 from quarterview.data.source import Source
 from quarterview.data.statistics import channel_statistics
 from quarterview.data.stream import SampleStream, default_holdout
-from quarterview.errors import UserError, unknown
+from quarterview.errors import UserError, check_types
 from quarterview.evaluate.panel import draw_panel
-from quarterview.exchange.weights import load_into, metadata
+from quarterview.exchange.weights import load_into, metadata, read_config
 from quarterview.model.config import MAEConfig
 from quarterview.model.mae import fresh_model
 from quarterview.objectives.mae import MaskedAutoencoding
@@ -40,25 +39,31 @@ Part = TypeVar("Part", MAEConfig, DataConfig, OptimConfig, LoopConfig)
 
 
 @dataclass(frozen=True)
-class PretrainConfig(LoopConfig, OptimConfig, MAEConfig, DataConfig):
-    """Everything about a pre-training run. Each field is a flag of ``quarterview pretrain``."""
+class RunConfig:
+    """Where a run lives and starts."""
 
     out: str = ""
-    """The run's folder; made if it is not there."""
+    """Required: the run's folder; made if it is not there."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train; auto takes a CUDA GPU where there is one. mps is untested."""
     resume: str = "auto"
     """auto goes on from the run's newest checkpoint if there is one, never refuses to, and a path
     names the run or the checkpoint to go on from."""
     init_from: str | None = None
-    """A run, checkpoint or .safetensors file of the same architecture to start from."""
+    """A run, checkpoint or .safetensors file of the same architecture whose weights to start from."""
 
     def __post_init__(self) -> None:
-        for part in (MAEConfig, DataConfig, OptimConfig, LoopConfig):
-            part.__post_init__(self)
-        if self.device not in ("auto", "cpu", "cuda", "mps"):
-            raise unknown("device", self.device, ["auto", "cpu", "cuda", "mps"])
         object.__setattr__(self, "out", str(self.out))
+        check_types(self, RunConfig)
+
+
+@dataclass(frozen=True)
+class PretrainConfig(LoopConfig, OptimConfig, MAEConfig, DataConfig, RunConfig):
+    """Everything about a pre-training run. Each field is a flag of ``quarterview pretrain``."""
+
+    def __post_init__(self) -> None:
+        for part in (RunConfig, DataConfig, MAEConfig, OptimConfig, LoopConfig):
+            part.__post_init__(self)
 
     def part(self, kind: type[Part]) -> Part:
         """The fields of one of the configurations that this one is made of."""
@@ -108,12 +113,14 @@ def pretrain(config: PretrainConfig, argv: Sequence[str] = ()) -> Run:
             "no images; accepted: --data with folders, .txt lists of paths, parquet, .npy/.npz arrays, "
             "torchvision:NAME or shapes"
         )
+    folder = Path(config.out)
+    runs.check_folder(folder, config.data)
+    if config.init_from is not None:
+        read_config(config.init_from)  # so that a wrong one is told before the data is read
     world = distributed.join(config.device)
     try:
-        folder = Path(config.out)
         if not world.is_main:
             return _pretrain(config, folder, world, argv)
-        check_is_ours(folder)
         with lock(folder):
             return _pretrain(config, folder, world, argv)
     finally:
@@ -122,104 +129,49 @@ def pretrain(config: PretrainConfig, argv: Sequence[str] = ()) -> Run:
 
 def _pretrain(config: PretrainConfig, folder: Path, world: World, argv: Sequence[str]) -> Run:
     journal = Journal(folder, quiet=not world.is_main)
-    resumed = find_checkpoint(config, folder)
+    resumed = runs.find_checkpoint(config.resume, folder)
     source = open_sources(config.data, config.in_chans)
     fingerprint = source.fingerprint()
+    adopted = resumed is not None and resumed.path.parent != folder / "checkpoints"
     if resumed is not None:
-        check_same_run(config, fingerprint, resumed)
-        total = resumed.state["resolved"]["steps"]
-        if resumed.state["step"] >= total and resumed.path.parent == folder / "checkpoints":
+        runs.check_same(to_plain(config), to_plain(PretrainConfig()), MAY_CHANGE, fingerprint, resumed)
+        step, total = resumed.state["step"], resumed.state["resolved"]["steps"]
+        if step >= total and not adopted:
             journal.say(f"{folder} is complete: {total} steps. Nothing to do.")
             return Run(folder, "complete", total, last_row(folder))
-        journal.say(f"going on from {resumed.path}, step {resumed.state['step']} of {total}")
-    elif world.is_main:
-        start_clean(folder)
+        journal.say(f"going on from {resumed.path}, step {step} of {total}")
+    if world.is_main and (resumed is None or adopted):
+        runs.start_clean(folder)
     ledger = Ledger(
         folder / "bad_samples.jsonl" if world.is_main else None, len(source), config.max_bad_samples
     )
     prepared = prepare(config, source, fingerprint, world, ledger, journal, resumed)
-    trainer = build(config, prepared, world, journal, folder, resumes=resumed is not None)
+    trainer = build(config, prepared, world, journal, folder, resumed)
     if resumed is not None:
         trainer.restore(resumed)
         if world.is_main:
             checkpoint.remove_after(folder / "checkpoints", trainer.step)
+        if adopted:
+            trainer.save()
     if world.is_main:
         write_record(config, prepared, folder, argv)
-    for line in ledger.summary():
+    said = ledger.summary()
+    for line in said:
         journal.say(line)
     journal.open(trainer.step)
     try:
         status = trainer.run()
     finally:
         journal.close()
-    for line in ledger.summary():
+    for line in ledger.summary() if ledger.summary() != said else ():
         journal.say(line)
     if status == "complete":
-        journal.say(f"done: {trainer.step} steps. See {folder}/samples, or: quarterview inspect {folder}")
+        panels = f"See {folder}/samples, or: " if prepared.stream.holdout else "See: "
+        journal.say(f"done: {trainer.step} steps. {panels}quarterview inspect {folder}")
     else:
-        journal.say(f"stopped by {status} after step {trainer.step}; the same command goes on from there")
+        way = "with --resume auto it" if config.resume == "never" else "the same command"
+        journal.say(f"stopped by {status} after step {trainer.step}; {way} goes on from there")
     return Run(folder, status, trainer.step, last_row(folder))
-
-
-# ---------------------------------------------------------------------- resuming
-
-
-def find_checkpoint(config: PretrainConfig, folder: Path) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from, or None for a new run."""
-    newest = checkpoint.newest(folder / "checkpoints")
-    if config.resume == "auto":
-        return checkpoint.load(newest) if newest else None
-    if config.resume == "never":
-        if newest is not None:
-            raise UserError(
-                f"{folder} already holds a run, and --resume never was given; accepted: a new --out"
-            )
-        return None
-    path = Path(config.resume)
-    named = path if (path / "state.json").is_file() else checkpoint.newest(path / "checkpoints")
-    if named is None:
-        raise UserError(
-            f"--resume {path} holds no complete checkpoint; accepted: auto, never, a run's folder, or a "
-            "checkpoint folder in it"
-        )
-    elsewhere = named.parent.resolve() != (folder / "checkpoints").resolve()
-    if elsewhere and newest is not None:
-        raise UserError(f"{folder} already holds a run, and --resume names another; accepted: a new --out")
-    return checkpoint.load(named if elsewhere else folder / "checkpoints" / named.resolve().name)
-
-
-def check_same_run(config: PretrainConfig, fingerprint: str, resumed: checkpoint.Checkpoint) -> None:
-    """Raises UserError with the differences if a checkpoint belongs to another request."""
-    before, now = resumed.state["config"], to_plain(config)
-    before = {**to_plain(PretrainConfig()), **before}  # fields that are newer than the run
-    changed = [
-        f"  {name}: was {before[name]}, now {now[name]}"
-        for name in now
-        if name not in MAY_CHANGE and before[name] != now[name]
-    ]
-    if resumed.state["resolved"]["fingerprint"] != fingerprint:
-        changed.append(f"  data: another set of images than before (was {before['data']}, now {now['data']})")
-    if changed:
-        raise UserError(
-            f"{resumed.path} belongs to a run with another configuration:\n" + "\n".join(changed) + "\n"
-            "Give the same flags to go on with it, or start another run from its weights with "
-            f"--init-from {resumed.path} --out NEW"
-        )
-
-
-def check_is_ours(folder: Path) -> None:
-    """Raises UserError if a folder holds files and none of them says that it is a run's."""
-    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if held and not held & {".lock", "config.yaml", "run.json", "metrics.jsonl", "checkpoints"}:
-        raise UserError(f"--out {folder} holds something else than a run; accepted: a new or empty folder")
-
-
-def start_clean(folder: Path) -> None:
-    """Remove what a run left that was killed before its first checkpoint."""
-    for name in ("metrics.jsonl", "skipped_steps.jsonl", "bad_samples.jsonl", "config.yaml", "run.json"):
-        (folder / name).unlink(missing_ok=True)
-    for name in ("tensorboard", "samples", "checkpoints"):
-        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------- preparing
@@ -255,8 +207,12 @@ def prepare(
     holdout = default_holdout(len(source)) if config.holdout is None else config.holdout
     stream = SampleStream(len(source), holdout, config.seed)
     journal.say(f"{len(source)} images, {holdout} of them held out of training")
+    if holdout == 0 and config.holdout is None:
+        journal.warn(
+            "fewer than 100 images, so none are held out: no val_loss, no panel; --holdout 8 gives both"
+        )
 
-    cached, reason = None, "as asked"
+    cached, reason = None, known.get("cache_reason", "as asked")
     if known.get("cache", config.cache) in ("auto", "device"):
         limit = CACHE_BYTES if config.cache == "auto" else sys.maxsize
         loaded = load_all(source, world.device, limit, config.threads, ledger)
@@ -278,7 +234,12 @@ def prepare(
 
 
 def build(
-    config: PretrainConfig, prepared: Prepared, world: World, journal: Journal, folder: Path, resumes: bool
+    config: PretrainConfig,
+    prepared: Prepared,
+    world: World,
+    journal: Journal,
+    folder: Path,
+    resumed: checkpoint.Checkpoint | None,
 ) -> Trainer:
     """Model, objective, optimiser and loop of a run at its beginning."""
     if config.batch_size % (world.size * config.accum_iter):
@@ -286,15 +247,16 @@ def build(
             f"a batch of {config.batch_size} cannot be shared equally by {world.size} ranks in "
             f"{config.accum_iter} parts; accepted: multiples of {world.size * config.accum_iter}"
         )
-    precision = usable_precision(config.precision, world.device)
-    if precision != config.precision:
-        journal.warn(f"{world.device} has no {config.precision} arithmetic; training in {precision}")
+    asked = resumed.state["resolved"]["precision"] if resumed else config.precision
+    precision = usable_precision(asked, world.device)
+    if precision != asked:
+        journal.warn(f"{world.device} has no {asked} arithmetic; training in {precision}")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     model_config = replace(config.part(MAEConfig), mean=prepared.mean, std=prepared.std)
     model = fresh_model(model_config, config.seed).to(world.device)
-    if config.init_from is not None and not resumes:
+    if config.init_from is not None and resumed is None:
         load_into(model, config.init_from)
         journal.say(f"weights from {config.init_from}")
     if config.decoder_depth == 0 and not config.encoder_mask_tokens:
@@ -330,10 +292,16 @@ def build(
         world,
         journal,
         folder,
-        hooks=held_out_hooks(objective, loader, folder) if world.is_main else (),
+        hooks=held_out_hooks(objective, loader, folder, config.batch_size // config.accum_iter)
+        if world.is_main
+        else (),
         ema=config.ema,
         clip_grad=config.clip_grad,
-        state={"config": to_plain(config), "resolved": resolved(prepared, total, warmup, precision)},
+        state={
+            "config": to_plain(config),
+            "resolved": resolved(prepared, total, warmup, precision),
+            "origin": runs.origin(config.resume, resumed),
+        },
         metadata=metadata(model_config),
     )
 
@@ -357,17 +325,18 @@ def resolved(prepared: Prepared, steps: int, warmup: int, precision: str) -> dic
 # ---------------------------------------------------------------------- hooks
 
 
-def held_out_hooks(objective: MaskedAutoencoding, loader: Loader, folder: Path) -> list[Hook]:
+def held_out_hooks(
+    objective: MaskedAutoencoding, loader: Loader, folder: Path, micro_batch: int
+) -> list[Hook]:
     """The validation loss and the panel, both on the held-out images with masks that never change."""
     held_out = loader.held_out()
     if held_out is None:
         return []
-    size = 256
 
     def val_loss(step: int) -> dict[str, float]:
         losses = [
             (objective(Batch(*part)).loss * len(part[0]))
-            for part in zip(*(x.split(size) for x in held_out), strict=True)
+            for part in zip(*(x.split(micro_batch) for x in held_out), strict=True)
         ]
         return {"val_loss": float(torch.stack(losses).sum() / len(held_out.ids))}
 

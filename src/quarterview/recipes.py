@@ -5,6 +5,7 @@ for, the command, and what was seen when it was run. ``--recipe FILE.yaml`` read
 a file; the ``config.yaml`` of any run is one.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -78,19 +79,19 @@ RECIPES: dict[str, Recipe] = {
         "The paper's ViT-B/16 for ImageNet, headline length (He et al. 2021, table 8).",
         "torchrun --nproc-per-node 8 -m quarterview pretrain --recipe paper_base --data IN1K --out runs/b16",
         _NOT_RUN,
-        {"epochs": 1600, "batch_size": 4096},
+        {"epochs": 1600, "warmup_epochs": 40, "batch_size": 4096},
     ),
     "paper_large": Recipe(
         "The paper's ViT-L/16, headline length.",
         "torchrun --nproc-per-node 8 -m quarterview pretrain --recipe paper_large --data IN1K --out runs/l16",
         _NOT_RUN,
-        {"model": "mae_vit_large_patch16", "epochs": 1600, "batch_size": 4096},
+        {"model": "mae_vit_large_patch16", "epochs": 1600, "warmup_epochs": 40, "batch_size": 4096},
     ),
     "paper_huge": Recipe(
         "The paper's ViT-H/14, headline length.",
         "torchrun --nproc-per-node 8 -m quarterview pretrain --recipe paper_huge --data IN1K --out runs/h14",
         _NOT_RUN,
-        {"model": "mae_vit_huge_patch14", "epochs": 1600, "batch_size": 4096},
+        {"model": "mae_vit_huge_patch14", "epochs": 1600, "warmup_epochs": 40, "batch_size": 4096},
     ),
     "paper_ablation": Recipe(
         "The default of the paper's ablations: ViT-L/16, 800 epochs, pixels not normalised.",
@@ -130,6 +131,13 @@ def from_values(name: str, values: object) -> PretrainConfig:
         if key not in accepted:
             raise unknown(f"field in recipe {name}:", str(key), sorted(accepted))
     try:
-        return PretrainConfig(**values)
-    except TypeError as error:
+        return PretrainConfig(**{key: _number(value) for key, value in values.items()})
+    except (TypeError, UserError) as error:
         raise UserError(f"recipe {name}: {error}") from None
+
+
+def _number(value: Any) -> Any:
+    """YAML takes 1e-3 for a text; nobody who writes it means one."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value

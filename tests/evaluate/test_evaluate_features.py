@@ -135,6 +135,7 @@ def test_linear_probe_separates_what_can_be_separated():
         {"good": separable[200:], "noise": noise[200:]},
         labels[200:],
         4,
+        0,
     )
     assert linear_accuracy(data, "good", 0) > 0.99
     assert linear_accuracy(data, "noise", 0) < 0.4

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quarterview.data.source import BadSampleError, Picture, Source
 from quarterview.data.stream import SampleStream
-from quarterview.errors import RunError
+from quarterview.errors import RunError, UserError
 
 _REPLACEMENT_ATTEMPTS = 32
 _CHUNK = 256
@@ -52,6 +52,8 @@ def read(source: Source, sample: int) -> tuple[Picture | None, list[Report]]:
         picture = source.image(sample)
     except BadSampleError as error:
         return None, [Report(sample, source.name(sample), str(error))]
+    except UserError as error:
+        raise UserError(f"{source.name(sample)}: {error}") from None
     return picture, [Report(sample, source.name(sample), None, picture.notes)] if picture.notes else []
 
 

@@ -1,13 +1,14 @@
 """What was broken or converted on the way in, each image once."""
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from quarterview.data.fetch import Report
 from quarterview.errors import RunError
 
 _NOTED_MOST = 100_000
+_SHOWN = 3
 
 
 class Ledger:
@@ -25,6 +26,7 @@ class Ledger:
         self.path, self.size, self.limit = path, size, limit
         self.broken: dict[int, str] = {}
         self.converted: Counter[str] = Counter()
+        self._examples: dict[str, list[str]] = defaultdict(list)
         self._noted: set[int] = set()
         if path is not None and path.exists():
             lines = path.read_text("utf-8").splitlines(keepends=True)
@@ -41,6 +43,9 @@ class Ledger:
             if report.sample not in self._noted and len(self._noted) < _NOTED_MOST:
                 self._noted.add(report.sample)
                 self.converted.update(report.notes)
+                for note in report.notes:
+                    if len(self._examples[note]) < _SHOWN:
+                        self._examples[note].append(report.name)
             return
         if report.sample not in self.broken:
             self.broken[report.sample] = f"{report.name}: {report.broken}"
@@ -66,9 +71,11 @@ class Ledger:
         lines = []
         if self.broken:
             lines.append(
-                f"{len(self.broken)} broken image(s) replaced by others, listed in bad_samples.jsonl:"
+                f"{len(self.broken)} broken image(s), others take their place; listed in bad_samples.jsonl:"
             )
             lines += [f"  {why}" for why in list(self.broken.values())[:10]]
         more = " or more" if len(self._noted) >= _NOTED_MOST else ""
-        lines += [f"{count}{more} image(s): {note}" for note, count in sorted(self.converted.items())]
+        for note, count in sorted(self.converted.items()):
+            examples = ", ".join(self._examples[note]) + (", …" if count > _SHOWN else "")
+            lines.append(f"{count}{more} image(s): {note} ({examples})")
         return lines

@@ -3,7 +3,7 @@
 What a batch contains depends on its positions in the stream alone, never on how it was fetched.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from signal import SIG_IGN, SIGINT, SIGTERM, signal
 from typing import Any, Literal, NamedTuple
@@ -24,7 +24,7 @@ from quarterview.data.cache import CachedSet
 from quarterview.data.fetch import Report, fetch, read_many
 from quarterview.data.source import Source
 from quarterview.data.stream import SampleStream
-from quarterview.errors import RunError, UserError
+from quarterview.errors import RunError, UserError, check_types
 
 CacheKind = Literal["auto", "device", "none"]
 
@@ -49,6 +49,7 @@ class DataConfig:
         object.__setattr__(
             self, "data", (self.data,) if isinstance(self.data, str) else tuple(map(str, self.data))
         )
+        check_types(self, DataConfig)
         if self.workers is not None and self.workers < 0:
             raise UserError(f"{self.workers} workers; accepted: 0 or more")
         if self.holdout is not None and self.holdout < 0:
@@ -104,8 +105,12 @@ class Loader:
         self.device = device
         self.workers, self.cached, self.report = workers, cached, report
 
-    def batches(self, parts: Sequence[range]) -> Iterator[Batch]:
-        """One batch for each range of positions of the stream, in order."""
+    def batches(self, parts: Iterable[range]) -> Iterator[Batch]:
+        """One batch for each range of positions of the stream, in order.
+
+        Raises:
+            RunError: if an image and all that could stand in for it are broken.
+        """
         if self.cached is not None:
             for part in parts:
                 yield self._from_cache(torch.arange(part.start, part.stop))
@@ -180,11 +185,8 @@ def stack(images: Sequence[Tensor]) -> Tensor:
 class _Parts(Sampler[list[int]]):
     """Ranges of positions, as the lists that a DataLoader wants, each made when its turn comes."""
 
-    def __init__(self, parts: Sequence[range]) -> None:
+    def __init__(self, parts: Iterable[range]) -> None:
         self.parts = parts
-
-    def __len__(self) -> int:
-        return len(self.parts)
 
     def __iter__(self) -> Iterator[list[int]]:
         return map(list, self.parts)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,16 +46,24 @@ class ParquetSource:
         self.classes = _class_names(schema, self._label_column)
         self._images: pa.ChunkedArray | None = None
         self._labels: list[int | None] | None = None
+        self._reading = threading.Lock()  # several threads decode; one reads the column
 
     def __len__(self) -> int:
         return self._count
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_images": None, "_labels": None}
+        return {k: v for k, v in self.__dict__.items() if k != "_reading"} | {
+            "_images": None,
+            "_labels": None,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state | {"_reading": threading.Lock()}
 
     def image(self, index: int) -> Picture:
-        if self._images is None:
-            self._images = self._column(self._image_column)
+        with self._reading:
+            if self._images is None:
+                self._images = self._column(self._image_column)
         value = self._images[index].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if data is None:

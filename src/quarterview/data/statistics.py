@@ -11,7 +11,7 @@ from quarterview.data.stream import SampleStream
 from quarterview.errors import RunError
 
 STATISTICS_IMAGES = 1024
-_LEAST_STD = 1 / 255  # a constant set must not be divided by nothing
+_ROUNDING = 1e-6
 
 
 def channel_statistics(
@@ -20,7 +20,8 @@ def channel_statistics(
     """Mean and standard deviation of each channel, of pixels in [0, 1].
 
     Over the pixels of up to 1,024 keyed training images, each image counting alike whatever its
-    size. Broken images are reported and left out.
+    size. A constant channel is given a deviation of 1, which normalises it to 0. Broken images are
+    reported and left out.
 
     Raises:
         RunError: if none of them can be read.
@@ -37,5 +38,6 @@ def channel_statistics(
     if not means:
         raise RunError(f"none of {len(ids)} images could be read; see bad_samples.jsonl for the reasons")
     mean = torch.stack(means).mean(0)
-    std = (torch.stack(squares).mean(0) - mean.square()).clamp(min=0).sqrt().clamp(min=_LEAST_STD)
-    return tuple(mean.tolist()), tuple(std.tolist())
+    std = (torch.stack(squares).mean(0) - mean.square()).clamp(min=0).sqrt()
+    constant = std <= _ROUNDING * mean.abs()
+    return tuple(mean.tolist()), tuple(std.masked_fill(constant, 1.0).tolist())

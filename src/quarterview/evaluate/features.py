@@ -14,7 +14,7 @@ from quarterview.data.fetch import read_many
 from quarterview.data.loader import central, stack
 from quarterview.data.open import open_sources
 from quarterview.data.source import Source, labels_of
-from quarterview.errors import UserError
+from quarterview.errors import UserError, check_types
 from quarterview.exchange.weights import load
 from quarterview.model.config import MAEConfig
 from quarterview.model.mae import MaskedAutoencoder, fresh_model
@@ -54,6 +54,7 @@ class ProbeConfig:
     """Of the choice of labelled images and of the random encoder."""
 
     def __post_init__(self) -> None:
+        check_types(self, ProbeConfig)
         if self.labels is not None and self.labels < 1:
             raise UserError(f"{self.labels} labels; accepted: 1 or more")
 
@@ -66,6 +67,8 @@ class ProbeData(NamedTuple):
     test: Mapping[str, Tensor]
     test_labels: Tensor
     classes: int
+    unreadable: int
+    """Images that were left out because they could not be read."""
 
 
 def probe_data(config: ProbeConfig) -> ProbeData:
@@ -85,7 +88,10 @@ def probe_data(config: ProbeConfig) -> ProbeData:
     train_features, train_kept = extract(encoders, train, chosen.tolist(), model.config, device)
     test_features, test_kept = extract(encoders, test, range(len(test)), model.config, device)
     classes = len(set(train_labels.tolist()))
-    return ProbeData(train_features, train_labels[train_kept], test_features, test_labels[test_kept], classes)
+    unreadable = len(chosen) - len(train_kept) + len(test) - len(test_kept)
+    return ProbeData(
+        train_features, train_labels[train_kept], test_features, test_labels[test_kept], classes, unreadable
+    )
 
 
 def choose_labelled(labels: Tensor, count: int | None, seed: int) -> Tensor:

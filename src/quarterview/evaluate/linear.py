@@ -10,6 +10,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from quarterview.errors import UserError
 from quarterview.evaluate.features import ProbeConfig, ProbeData, probe_data
 from quarterview.evaluate.report import show_accuracies
 from quarterview.train.journal import Journal
@@ -28,8 +29,13 @@ def linear(config: ProbeConfig, journal: Journal) -> dict[str, float]:
 
     Returns:
         The accuracy of each encoder, by its name.
+
+    Raises:
+        UserError: if there are fewer than two classes.
     """
     data = probe_data(config)
+    if len(data.train_labels.unique()) < 2:
+        raise UserError("the labelled images are all of one class; accepted: two classes or more")
     accuracies = {name: linear_accuracy(data, name, config.seed) for name in data.train}
     show_accuracies(f"linear classifier, {config.features} features", accuracies, data, journal)
     return accuracies

@@ -35,8 +35,10 @@ def draw_panel(model: MaskedAutoencoder, images: Tensor, noise: Tensor, path: Pa
     mask = model(images, noise=noise).mask
     pictures = model.reconstruct(images, mask=mask)
     mean, std = model.config.mean or (0.0,) * images.shape[1], model.config.std or (1.0,) * images.shape[1]
-    original, completed = (denormalise(x.float(), mean, std).clamp(0, 1) for x in (images, pictures))
-    hidden = model.unpatchify(mask[:, :, None].expand(-1, -1, model.target.width).float())
+    original, completed = (denormalise(x.float(), mean, std) for x in (images, pictures))
+    low, high = _shown_range(mean, std)
+    original, completed = (((x - low) / (high - low)).clamp(0, 1) for x in (original, completed))
+    hidden = model.unpatchify(mask[:, :, None].expand(-1, -1, model.patch_size**2 * images.shape[1]).float())
     visible = original * (1 - hidden) + _HIDDEN_GREY * hidden
     rows = {
         "original": original,
@@ -44,6 +46,18 @@ def draw_panel(model: MaskedAutoencoder, images: Tensor, noise: Tensor, path: Pa
         "reconstruction": completed,
     }
     _draw(rows, _caption(model), title, path)
+
+
+def _shown_range(mean: Sequence[float], std: Sequence[float]) -> tuple[float, float]:
+    """What is drawn black and white: 0 and 1 for pictures, two deviations around for other arrays.
+
+    It never depends on the pictures drawn, lest hidden patches shine through.
+    """
+    if all((0 <= m <= 1 and 0.01 < s <= 0.5) or s == 1 for m, s in zip(mean, std, strict=True)):
+        return 0.0, 1.0
+    return min(m - 2 * s for m, s in zip(mean, std, strict=True)), max(
+        m + 2 * s for m, s in zip(mean, std, strict=True)
+    )
 
 
 def _caption(model: MaskedAutoencoder) -> str:

@@ -15,4 +15,6 @@ def show_accuracies(title: str, accuracies: Mapping[str, float], data: ProbeData
         for name, accuracy in accuracies.items()
     ]
     title = f"{title}; {len(data.train_labels)} labelled, {count} test images, chance {1 / data.classes:.1%}"
+    if data.unreadable:
+        journal.warn(f"{data.unreadable} image(s) could not be read and were left out")
     journal.table(title, ["features", "accuracy", "standard error"], rows)

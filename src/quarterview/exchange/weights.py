@@ -31,6 +31,10 @@ def find_weights(path: str | Path, ema: bool = False) -> Path:
     if not path.exists():
         raise UserError(f"{path} does not exist; {ACCEPTED}")
     if path.is_file():
+        if ema and path.stem != "ema":
+            raise UserError(
+                f"{path} is one file; accepted with ema: a run, a checkpoint folder, or its ema.safetensors"
+            )
         return path
     folder = path if (path / "model.safetensors").is_file() else checkpoint.newest(path / "checkpoints")
     if folder is None:
@@ -51,7 +55,12 @@ def read_config(path: str | Path) -> MAEConfig:
         raise UserError(f"{file} is no safetensors file ({error}); {ACCEPTED}") from None
     if header is None:
         raise UserError(f"{file} has no header of ours, so its architecture is unknown; {ACCEPTED}")
-    return MAEConfig(**json.loads(header)["config"])
+    try:
+        return MAEConfig(**json.loads(header)["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the header of {file} cannot be read ({error}); was it written by a newer version?"
+        ) from None
 
 
 def load(path: str | Path, ema: bool = False) -> MaskedAutoencoder:
@@ -64,29 +73,33 @@ def load(path: str | Path, ema: bool = False) -> MaskedAutoencoder:
     Raises:
         UserError: if there is no such model.
     """
-    model = MaskedAutoencoder(read_config(path))
-    model.load_state_dict(load_file(find_weights(path, ema)))
+    file = find_weights(path, ema)
+    model = MaskedAutoencoder(read_config(file))
+    model.load_state_dict(load_file(file))
     return model.eval()
+
+
+_ARCHITECTURE = (
+    *("model", "image_size", "in_chans", "decoder_width", "decoder_depth", "decoder_heads"),
+    "encoder_mask_tokens",
+)
 
 
 def load_into(model: MaskedAutoencoder, path: str | Path) -> None:
     """Give a model the weights of another of the same architecture.
 
     Raises:
-        UserError: if any weight is missing, unexpected or of another shape.
+        UserError: if the architectures differ, naming each difference.
     """
-    weights, own = load_file(find_weights(path)), model.state_dict()
-    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    reshaped = sorted(k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape)
-    if missing or unexpected or reshaped:
+    theirs = read_config(path)
+    different = [
+        f"{name} {getattr(theirs, name)} there, {getattr(model.config, name)} here"
+        for name in _ARCHITECTURE
+        if getattr(theirs, name) != getattr(model.config, name)
+    ]
+    if different:
         raise UserError(
-            f"the weights in {path} do not fit {model.config.model}: missing {_few(missing)}; "
-            f"unexpected {_few(unexpected)}; of another shape {_few(reshaped)}; "
-            "accepted: weights of the same architecture, image size and channels"
+            f"the weights in {path} are of another architecture: {'; '.join(different)}; "
+            "accepted: weights of the same model, image size, channels and decoder"
         )
-    model.load_state_dict(weights)
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more if names else "none"
+    model.load_state_dict(load_file(find_weights(path)))

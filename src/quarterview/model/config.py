@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from quarterview.errors import UserError, unknown
+from quarterview.errors import UserError, check_types
 from quarterview.model import masking
 from quarterview.model.masking import MaskKind
 from quarterview.model.vit import ViTShape, check_width, parse_model_name
@@ -40,8 +40,12 @@ class MAEConfig:
     """Channel standard deviations, likewise."""
 
     def __post_init__(self) -> None:
-        size = self.image_size
-        object.__setattr__(self, "image_size", (size, size) if isinstance(size, int) else tuple(size))
+        size = (self.image_size,) if isinstance(self.image_size, int) else tuple(self.image_size)
+        object.__setattr__(self, "image_size", size * 2 if len(size) == 1 else size)
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            object.__setattr__(self, name, None if values is None else tuple(values))
+        check_types(self, MAEConfig)
         patch = self.shape.patch_size
         if len(self.image_size) != 2 or any(side < 1 or side % patch for side in self.image_size):
             raise UserError(
@@ -50,18 +54,15 @@ class MAEConfig:
             )
         if self.in_chans < 1:
             raise UserError(f"{self.in_chans} channels; accepted: 1 or more")
-        if self.mask not in ("random", "block", "grid"):
-            raise unknown("mask", self.mask, ["random", "block", "grid"])
         if self.decoder_depth < 0:
             raise UserError(f"a decoder of {self.decoder_depth} blocks; accepted: 0 or more")
         check_width("the decoder", self.decoder_width, self.decoder_heads)
         for name in ("mean", "std"):
             values = getattr(self, name)
-            object.__setattr__(
-                self, name, None if values is None else tuple(float(value) for value in values)
-            )
             if values is not None and len(values) != self.in_chans:
                 raise UserError(f"{name} has {len(values)} numbers for {self.in_chans} channels")
+        if self.norm_pix_loss and patch == self.in_chans == 1:
+            raise UserError("a patch of one number cannot be normalised; accepted: --no-norm-pix-loss")
         if self.std is not None and not all(value > 0 for value in self.std):
             raise UserError(f"std {self.std}; accepted: numbers above 0")
         try:

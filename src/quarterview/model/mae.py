@@ -19,7 +19,7 @@ from quarterview.errors import UserError, unknown
 from quarterview.model import masking
 from quarterview.model.config import MAEConfig
 from quarterview.model.positions import sincos_2d
-from quarterview.model.targets import PixelTarget, Target, patch_statistics
+from quarterview.model.targets import PixelTarget, Target, patch_statistics, take
 from quarterview.model.vit import LAYER_NORM_EPS, Block, PatchEmbed, init_weights
 
 
@@ -170,8 +170,9 @@ class MaskedAutoencoder(nn.Module):
         """The encoder's tokens -> predictions: float [B, L - V, P], or of all patches."""
         x = self.decoder_embed(tokens)
         if not self.config.encoder_mask_tokens:
-            x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), hidden.shape[1], -1)], dim=1)
-        x = x + self._decoder_positions(visible, hidden).to(x.dtype)  # [B, 1 + L, E]: cls, visible, hidden
+            x = torch.cat([x.float(), self.mask_token.expand(len(x), hidden.shape[1], -1)], dim=1)
+        if len(self.decoder_blocks) or not self.config.encoder_mask_tokens:
+            x = x + self._decoder_positions(visible, hidden)  # [B, 1 + L, E]: cls, visible, hidden
         for block in self.decoder_blocks:
             x = block(x)
         if self.config.predict_all:
@@ -208,7 +209,7 @@ class MaskedAutoencoder(nn.Module):
         pred = self._decode(tokens, visible, hidden)
 
         with torch.autocast(images.device.type, enabled=False):  # targets and loss in float32
-            truth = self.target(patches if self.config.predict_all else take(patches, hidden))
+            truth = self.target(images, patches, None if self.config.predict_all else hidden)
             loss = self.target.loss(pred, truth).mean()  # every row hides equally many
         return MAEOutput(loss, mask, pred)
 
@@ -255,13 +256,6 @@ class MaskedAutoencoder(nn.Module):
         rows_and_columns = [torch.stack([i // columns, i % columns], dim=2).float() for i in (of, to)]
         weights = torch.cdist(*rows_and_columns) ** -4.0
         return weights / weights.sum(dim=2, keepdim=True)
-
-
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` [B, K] of x [B or 1, L, D]: [B, K, D]."""
-    if len(x) == 1:
-        return x[0][index]
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def fresh_model(config: MAEConfig, seed: int) -> MaskedAutoencoder:

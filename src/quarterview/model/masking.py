@@ -17,7 +17,9 @@ MaskKind = Literal["random", "block", "grid"]
 
 BLOCK_MIN_PATCHES = 4
 BLOCK_MIN_ASPECT = 0.3
-_BLOCK_PROPOSALS = 60  # BEiT gives up after ten failures in a row; this many fill 0.9 of any grid we use
+_BLOCK_PROPOSALS = (
+    60  # these hide 99% of what is wanted at ratios up to 0.75, and 88% at 0.9 of 24×24 patches
+)
 _DRAWS_PER_PROPOSAL = 4
 
 

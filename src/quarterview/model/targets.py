@@ -20,8 +20,17 @@ class Target(Protocol):
     width: int
     """How many numbers the decoder predicts for a patch."""
 
-    def __call__(self, patches: Tensor) -> Tensor:
-        """The truth for patches [..., p*p*C]: float32 [..., width], or indices for token targets."""
+    def __call__(self, images: Tensor, patches: Tensor, wanted: Tensor | None) -> Tensor:
+        """The truth for some patches, from whole images, as targets may look beyond a patch.
+
+        Args:
+            images: float [B, C, H, W], normalised.
+            patches: float [B, L, p*p*C], the same images cut up.
+            wanted: int64 [B, K], the patches that are asked for; None asks for all.
+
+        Returns:
+            float32 [B, K, width]; token targets give int64 [B, K].
+        """
         ...
 
     def loss(self, pred: Tensor, truth: Tensor) -> Tensor:
@@ -46,8 +55,8 @@ class PixelTarget(nn.Module):
         self.width = width
         self.normalised = normalised
 
-    def forward(self, patches: Tensor) -> Tensor:
-        patches = patches.float()
+    def forward(self, images: Tensor, patches: Tensor, wanted: Tensor | None) -> Tensor:
+        patches = (patches if wanted is None else take(patches, wanted)).float()
         if not self.normalised:
             return patches
         mean, std = patch_statistics(patches)
@@ -58,6 +67,13 @@ class PixelTarget(nn.Module):
 
     def to_pixels(self, pred: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         return pred.float() * std + mean if self.normalised else pred.float()
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [B, K] of x [B or 1, L, D]: [B, K, D]."""
+    if len(x) == 1:
+        return x[0][index]
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,11 +13,14 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quarterview.errors import UserError
+from quarterview.errors import RunError, UserError
 
+SELF_DESCRIBING = ("model", "ema")
+"""Files whose header says what model they are of, so that each can be used alone."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -40,25 +43,43 @@ def save(
         folder: ``RUN/checkpoints``; made if it is not there.
         tensors: the files to write and what is in each.
         state: numbers and texts, as JSON.
-        metadata: texts for the header of ``model.safetensors``, which make it a file of its own.
+        metadata: texts for the header of the files in `SELF_DESCRIBING`.
+
+    Raises:
+        RunError: if it cannot be written; nothing of it is left then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final, partial = folder / f"step-{step:08d}", folder / f".partial-step-{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    for name, named in tensors.items():
-        contiguous = {key: value.detach().cpu().contiguous() for key, value in named.items()}
-        save_file(contiguous, partial / f"{name}.safetensors", metadata if name == "model" else None)
-    (partial / "state.json").write_text(json.dumps(state, indent=1), "utf-8")
-    for path in partial.iterdir():
-        _sync(path)
-    _sync(partial)
+    try:
+        _write(partial, tensors, state, metadata)
+    except (SafetensorError, OSError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        size = sum(value.nbytes for named in tensors.values() for value in named.values())
+        raise RunError(
+            f"the checkpoint of step {step} could not be written to {folder}: it takes {size:,} bytes "
+            f"({' '.join(str(error).split())}); make room and give the same command again"
+        ) from None
     if final.exists():
         _remove(final)
     partial.rename(final)
     _sync(folder)
     _point(folder / "last", final.name)
     return final
+
+
+def _write(
+    folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict, metadata: dict[str, str]
+) -> None:
+    for name, named in tensors.items():
+        contiguous = {key: value.detach().cpu().contiguous() for key, value in named.items()}
+        header = metadata if name in SELF_DESCRIBING else None
+        save_file(contiguous, folder / f"{name}.safetensors", header)
+    (folder / "state.json").write_text(json.dumps(state, indent=1), "utf-8")
+    for path in folder.iterdir():
+        _sync(path)
+    _sync(folder)
 
 
 def _remove(path: Path) -> None:
@@ -123,7 +144,27 @@ def load(path: Path) -> Checkpoint:
     """
     if not (path / "state.json").is_file() or not (path / "model.safetensors").is_file():
         raise UserError(f"{path} is no checkpoint; accepted: a folder like RUN/checkpoints/step-00001000")
-    state = json.loads((path / "state.json").read_text("utf-8"))
-    return Checkpoint(
-        path, {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, state
-    )
+    state = read_state(path)
+    try:
+        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from None
+    return Checkpoint(path, tensors, state)
+
+
+def read_state(path: Path) -> dict:
+    """What the ``state.json`` of a checkpoint holds.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    try:
+        return json.loads((path / "state.json").read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    older = [f"step-{step:08d}" for step in steps(path.parent) if f"step-{step:08d}" < path.name]
+    way = f"remove it to go on from {older[-1]}" if older else "there is no older one to go on from"
+    return UserError(f"the checkpoint {path} is damaged ({' '.join(str(error).split())}); {way}")

@@ -1,5 +1,6 @@
 """One process a run folder."""
 
+import errno
 import fcntl
 import os
 import socket
@@ -8,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from quarterview.errors import UserError
+
+MARKER = ".quarterview.lock"
+"""The file that makes a folder a run's."""
 
 
 @contextmanager
@@ -20,11 +24,16 @@ def lock(folder: Path) -> Iterator[None]:
     Raises:
         UserError: if another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder} is a file, or lies in one; accepted: a folder") from None
+    with (folder / MARKER).open("a+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise UserError(f"the file system of {folder} cannot lock files: {error}") from None
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise UserError(

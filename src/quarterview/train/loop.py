@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from quarterview.data.loader import Batch, Loader
-from quarterview.errors import RunError, UserError
+from quarterview.errors import RunError, UserError, check_types
 from quarterview.objectives.objective import Loss, Objective
 from quarterview.train import checkpoint
 from quarterview.train.distributed import World
@@ -61,6 +61,7 @@ class LoopConfig:
     """How many of the newest checkpoints are kept."""
 
     def __post_init__(self) -> None:
+        check_types(self, LoopConfig)
         whole = ("batch_size", "accum_iter", "log_every", "keep_checkpoints")
         for name in (*whole, "steps", "eval_every", "checkpoint_every"):
             value = getattr(self, name)
@@ -74,8 +75,6 @@ class LoopConfig:
                 f"a batch of {self.batch_size} cannot be cut into {self.accum_iter} equal parts; "
                 f"accepted: parts that divide it"
             )
-        if self.precision not in ("bf16", "fp32"):
-            raise UserError(f"precision {self.precision!r}; accepted: bf16, fp32")
 
     def total_steps(self, images: int) -> int:
         """Updates of the whole run over a training set of so many images."""
@@ -121,19 +120,19 @@ class Trainer:
         metadata: dict[str, str] | None = None,
     ) -> None:
         assert isinstance(objective, nn.Module)
-        self.objective, self.wrapped = objective, world.wrap(objective)
+        self.objective, self.module, self.wrapped = objective, objective.train(), world.wrap(objective)
         self.optimizer, self.schedule, self.loader = optimizer, schedule, loader
         self.config, self.world, self.journal, self.folder = config, world, journal, folder
         self.hooks, self.clip_grad = hooks, clip_grad
         self.extra_state, self.metadata = state or {}, metadata or {}
-        self.parameters = [p for p in objective.parameters() if p.requires_grad]
+        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.ema_decay = ema
         self.ema = {n: p.detach().clone() for n, p in objective.model.named_parameters()} if ema else {}
         self.autocast = precision_context(config.precision, world.device)
 
         self.step = 0  # updates done, skipped ones included
         self.skips, self.skips_in_a_row = 0, 0
-        self._sums = torch.zeros(3, device=world.device)  # loss, norm, good steps
+        self._sums: dict[str, Tensor] = {}  # of loss, norm, other metrics and good steps since the last row
         self._pending: list[tuple[int, Tensor, Tensor]] = []  # step, bad flag, ids: not yet read
         self._saved_at, self._saved_time = -1, time.monotonic()
 
@@ -147,7 +146,7 @@ class Trainer:
         """
         total, batch = self.schedule.total_steps, self.config.batch_size
         eval_every = self.config.eval_every or max(self.config.log_every, total // 20)
-        parts = [self.world.share(range(s * batch, (s + 1) * batch)) for s in range(self.step, total)]
+        parts = (self.world.share(range(s * batch, (s + 1) * batch)) for s in range(self.step, total))
         self.journal.start_progress(total, self.step)
         meter = Meter()
         with stop_signals() as asked:
@@ -160,7 +159,9 @@ class Trainer:
                     self._write_row(meter, evaluate or last)
                 stop = self.world.any(bool(asked))
                 if last or stop or self._checkpoint_is_due():
-                    self._save(meter)
+                    began = meter.clock()
+                    self.save()
+                    meter.paused += meter.clock() - began
                 if stop and not last:
                     return asked[0] if asked else "SIGTERM"
         return "complete"
@@ -169,12 +170,15 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr(self.step)
         loss = torch.zeros((), device=self.world.device)
+        metrics: dict[str, Tensor] = {}
         for part in batch.chunks(self.config.accum_iter):
             with self.autocast():
                 out: Loss = self.wrapped(part)
             share = out.loss / self.config.accum_iter
             share.backward()
             loss += share.detach()
+            for name, value in out.metrics.items():
+                metrics[name] = metrics.get(name, 0) + value.detach() / self.config.accum_iter
         loss = self.world.mean(loss)
         norm = self._gradient_norm()
         bad = ~(loss.isfinite() & norm.isfinite())
@@ -186,8 +190,13 @@ class Trainer:
             average = get_ema_multi_avg_fn(self.ema_decay)
             average(list(self.ema.values()), list(self.objective.model.parameters()), 0)
         self.step += 1
-        seen = torch.stack([loss, norm, torch.ones_like(loss)])
-        self._sums += torch.where(bad, 0.0, seen)
+        for name, value in {
+            "loss": loss,
+            "grad_norm": norm,
+            **metrics,
+            "good": torch.ones_like(loss),
+        }.items():
+            self._sums[name] = self._sums.get(name, 0) + torch.where(bad, 0.0, value)
         self._pending.append((self.step, bad, batch.ids))
 
     def _gradient_norm(self) -> Tensor:
@@ -220,8 +229,10 @@ class Trainer:
 
     def _write_row(self, meter: Meter, evaluate: bool) -> None:
         self._read_flags()
-        loss, norm, good = self._sums.tolist()
-        self._sums.zero_()
+        sums = {name: float(value) for name, value in self._sums.items()}
+        good = sums.pop("good", 0.0)
+        means = {name: value / good if good else math.nan for name, value in sums.items()}
+        self._sums = {}
         rate, waiting = meter.read()
         columns = self._evaluate(meter) if evaluate else {}
         samples = self.step * self.config.batch_size
@@ -230,13 +241,14 @@ class Trainer:
                 "step": self.step,
                 "samples": samples,
                 "epoch": samples / self.loader.stream.trained,
-                "loss": loss / good if good else math.nan,
+                "loss": means.pop("loss", math.nan),
                 "val_loss": None,
                 "lr": self.schedule.lr(self.step - 1),
-                "grad_norm": norm / good if good else math.nan,
+                "grad_norm": means.pop("grad_norm", math.nan),
                 "images_per_s": rate,
                 "data_wait": waiting,
                 "skipped": self.skips,
+                **means,
                 **columns,
             }
         )
@@ -244,9 +256,11 @@ class Trainer:
     def _evaluate(self, meter: Meter) -> dict[str, float]:
         began = meter.clock()
         columns: dict[str, float] = {}
+        self.module.eval()  # looking at a run must not change it
         with torch.no_grad(), self.autocast():
             for hook in self.hooks if self.world.is_main else ():
                 columns |= hook(self.step)
+        self.module.train()
         meter.paused += meter.clock() - began
         return columns
 
@@ -255,10 +269,10 @@ class Trainer:
             return self.step % self.config.checkpoint_every == 0
         return self.world.any(time.monotonic() - self._saved_time > 60 * self.config.checkpoint_minutes)
 
-    def _save(self, meter: Meter) -> None:
+    def save(self) -> None:
+        """Write a checkpoint of the present step, unless that is done."""
         if self._saved_at == self.step:
             return
-        began = meter.clock()
         self._read_flags()
         if self.world.is_main:
             folder = self.folder / "checkpoints"
@@ -266,10 +280,9 @@ class Trainer:
             checkpoint.prune(folder, self.config.keep_checkpoints)
         self.world.wait()
         self._saved_at, self._saved_time = self.step, time.monotonic()
-        meter.paused += meter.clock() - began
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        others = {k: v for k, v in self.objective.state_dict().items() if not k.startswith("model.")}
+        others = {k: v for k, v in self.module.state_dict().items() if not k.startswith("model.")}
         tensors = {
             "model": self.objective.model.state_dict(),
             "objective": others,
@@ -285,21 +298,20 @@ class Trainer:
             "samples": self.step * self.config.batch_size,
             "skips": self.skips,
             "skips_in_a_row": self.skips_in_a_row,
-            "sums": self._sums.tolist(),
+            "sums": {name: float(value) for name, value in self._sums.items()},
         }
 
     def restore(self, loaded: checkpoint.Checkpoint) -> None:
         """Continue where a checkpoint was taken."""
         self.objective.model.load_state_dict(loaded.tensors["model"])
-        assert isinstance(self.objective, nn.Module)
-        self.objective.load_state_dict(loaded.tensors.get("objective", {}), strict=False)
+        self.module.load_state_dict(loaded.tensors.get("objective", {}), strict=False)
         load_optimizer_tensors(self.optimizer, loaded.tensors.get("optimizer", {}))
         for name, tensor in self.ema.items():
             tensor.copy_(loaded.tensors["ema"][name])
         state = loaded.state
         self.step, self.skips, self.skips_in_a_row = state["step"], state["skips"], state["skips_in_a_row"]
-        self._sums.copy_(torch.tensor(state["sums"]))
-        self._saved_at = self.step
+        self._sums = {name: torch.tensor(s, device=self.world.device) for name, s in state["sums"].items()}
+        self._saved_at = self.step if loaded.path.parent == self.folder / "checkpoints" else -1
 
 
 def precision_context(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
@@ -317,9 +329,13 @@ def usable_precision(precision: Literal["bf16", "fp32"], device: torch.device) -
         and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
         return "fp32"
-    if precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if precision == "bf16" and device.type == "cpu" and not _cpu_has_bf16():
         return "fp32"
     return precision
+
+
+def _cpu_has_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def timed(batches: Iterator[Batch], meter: Meter) -> Iterator[Batch]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quarterview.errors import UserError
+from quarterview.errors import UserError, check_types
 
 WARMUP_SHARE = 40 / 800
 """The paper warms up for 40 of 800 epochs; shorter runs do in proportion."""
@@ -30,6 +30,7 @@ class OptimConfig:
     """Decay of an exponential moving average of the weights, such as 0.9999, kept beside them."""
 
     def __post_init__(self) -> None:
+        check_types(self, OptimConfig)
         positive = {"blr": self.blr, "lr": self.lr, "clip_grad": self.clip_grad}
         for name, value in positive.items():
             if value is not None and not 0 < value < math.inf:

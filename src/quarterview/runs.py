@@ -1,0 +1,133 @@
+"""The folder of a run: whose it is, how a new run starts in it, and where an old one goes on."""
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quarterview.errors import UserError
+from quarterview.train import checkpoint
+from quarterview.train.lock import MARKER
+
+_WRITTEN = (  # what an unfinished run may leave, and a new run removes
+    "metrics.jsonl",
+    "skipped_steps.jsonl",
+    "bad_samples.jsonl",
+    "config.yaml",
+    "run.json",
+    ".*.partial",
+    "samples/step-*.png",
+    "tensorboard/events.*",
+    "checkpoints/.partial-*/*",
+    "checkpoints/.removed-*/*",
+)
+
+
+def check_folder(folder: Path, data: Sequence[str]) -> None:
+    """Refuse folders in which a run would do harm.
+
+    Raises:
+        UserError: if `folder` is a file, holds files of something else and no run, or lies in a
+            folder of images, whose pictures would then become training images.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; accepted: a folder, new or a run's")
+    for source in data:
+        if Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
+            raise UserError(
+                f"--out {folder} lies in {source}, so that the run's pictures would be trained on; "
+                "accepted: a folder beside the images"
+            )
+    if not folder.is_dir() or (folder / MARKER).exists() or checkpoint.newest(folder / "checkpoints"):
+        return
+    ours = {path for pattern in _WRITTEN for path in folder.glob(pattern)}
+    foreign = next((path for path in folder.rglob("*") if path.is_file() and path not in ours), None)
+    if foreign is not None:
+        raise UserError(
+            f"--out {folder} holds something else than a run ({foreign.relative_to(folder)}); "
+            "accepted: a new or empty folder"
+        )
+
+
+def start_clean(folder: Path) -> None:
+    """Remove what a run left that was killed before its first checkpoint, and nothing else."""
+    for pattern in _WRITTEN:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def find_checkpoint(resume: str, folder: Path) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    A run that once went on from a named checkpoint goes on from its own newest one when the same
+    command is given again.
+
+    Args:
+        resume: ``auto``, ``never``, or the path of a run or of a checkpoint.
+        folder: the run's folder.
+
+    Raises:
+        UserError: if there is none where one was named, or a run where there should be none.
+    """
+    newest = checkpoint.newest(folder / "checkpoints")
+    if resume == "auto":
+        return checkpoint.load(newest) if newest else None
+    if resume == "never":
+        if newest is not None:
+            raise UserError(
+                f"{folder} already holds a run, and --resume never was given; accepted: a new --out"
+            )
+        return None
+    if newest is not None and checkpoint.read_state(newest).get("origin") == str(Path(resume).resolve()):
+        return checkpoint.load(newest)
+    named = Path(resume)
+    if not (named / "state.json").is_file():
+        found = checkpoint.newest(named / "checkpoints")
+        if found is None:
+            raise UserError(
+                f"--resume {resume} holds no complete checkpoint; accepted: auto, never, a run's folder, or "
+                "a checkpoint folder in it"
+            )
+        named = found
+    if named.parent.resolve() == (folder / "checkpoints").resolve():
+        return checkpoint.load(folder / "checkpoints" / named.resolve().name)
+    if newest is not None:
+        raise UserError(f"{folder} already holds a run, and --resume names another; accepted: a new --out")
+    return checkpoint.load(named)
+
+
+def origin(resume: str, resumed: checkpoint.Checkpoint | None) -> str | None:
+    """The path that a run was once told to go on from, to be kept in its checkpoints."""
+    if resume not in ("auto", "never"):
+        return str(Path(resume).resolve())
+    return resumed.state.get("origin") if resumed else None
+
+
+def check_same(
+    now: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    may_change: Collection[str],
+    fingerprint: str,
+    resumed: checkpoint.Checkpoint,
+) -> None:
+    """Raises UserError with the differences if a checkpoint belongs to another request.
+
+    Args:
+        now: the configuration that was asked for.
+        defaults: of every field, for those that are newer than the run.
+        may_change: names of fields that a resumed run may do differently.
+        fingerprint: of the data that was asked for.
+    """
+    before = {**defaults, **resumed.state["config"]}
+    changed = [
+        f"  {name}: was {before[name]}, now {now[name]}"
+        for name in now
+        if name not in may_change and before[name] != now[name]
+    ]
+    if resumed.state["resolved"]["fingerprint"] != fingerprint:
+        changed.append(f"  data: another set of images than before (was {before['data']}, now {now['data']})")
+    if changed:
+        raise UserError(
+            f"{resumed.path} belongs to a run with another configuration:\n" + "\n".join(changed) + "\n"
+            "Give the same flags to go on with it, or start another run from its weights with "
+            f"--init-from {resumed.path} --out NEW"
+        )
