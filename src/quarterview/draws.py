@@ -9,6 +9,7 @@ integer arithmetic alone, hence the same bits on CPU and GPU.
 """
 
 import contextlib
+import functools
 import hashlib
 import random
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_FEISTEL_ROUNDS = 8
+_FEISTEL_ROUNDS = 6
 
 
 def _signed(value: int) -> int:
@@ -41,6 +42,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+@functools.cache
 def _word(purpose: str) -> int:
     return _signed(int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little"))
 
@@ -88,12 +90,13 @@ def permute(seed: int, purpose: str, epoch: int | Tensor, positions: Tensor, siz
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1
-    rounds = [key(seed, f"{purpose}/{size}/{i}", epoch) for i in range(_FEISTEL_ROUNDS)]
+    numbered = torch.arange(_FEISTEL_ROUNDS, device=positions.device)[:, None]
+    rounds = key(seed, purpose, size, epoch, numbered).unbind(0)  # each [1] or [B]
 
     def encrypt(x: Tensor) -> Tensor:
         left, right = x >> half, x & low
         for round_key in rounds:
-            left, right = right, left ^ (_mix(_mix(right + _GOLDEN) ^ round_key) & low)
+            left, right = right, left ^ (_mix(right ^ round_key) & low)
         return (left << half) | right
 
     result = encrypt(positions)

@@ -115,8 +115,6 @@ def pretrain(config: PretrainConfig, argv: Sequence[str] = ()) -> Run:
         )
     folder = Path(config.out)
     runs.check_folder(folder, config.data)
-    if config.init_from is not None:
-        read_config(config.init_from)  # so that a wrong one is told before the data is read
     world = distributed.join(config.device)
     try:
         if not world.is_main:
@@ -130,6 +128,8 @@ def pretrain(config: PretrainConfig, argv: Sequence[str] = ()) -> Run:
 def _pretrain(config: PretrainConfig, folder: Path, world: World, argv: Sequence[str]) -> Run:
     journal = Journal(folder, quiet=not world.is_main)
     resumed = runs.find_checkpoint(config.resume, folder)
+    if config.init_from is not None and resumed is None:
+        read_config(config.init_from)  # so that a wrong one is told before the data is read
     source = open_sources(config.data, config.in_chans)
     fingerprint = source.fingerprint()
     adopted = resumed is not None and resumed.path.parent != folder / "checkpoints"
@@ -165,13 +165,17 @@ def _pretrain(config: PretrainConfig, folder: Path, world: World, argv: Sequence
         journal.close()
     for line in ledger.summary() if ledger.summary() != said else ():
         journal.say(line)
-    if status == "complete":
-        panels = f"See {folder}/samples, or: " if prepared.stream.holdout else "See: "
-        journal.say(f"done: {trainer.step} steps. {panels}quarterview inspect {folder}")
-    else:
-        way = "with --resume auto it" if config.resume == "never" else "the same command"
-        journal.say(f"stopped by {status} after step {trainer.step}; {way} goes on from there")
+    journal.say(ending(config, folder, status, trainer))
     return Run(folder, status, trainer.step, last_row(folder))
+
+
+def ending(config: PretrainConfig, folder: Path, status: str, trainer: Trainer) -> str:
+    """What to say when a run ends, and how to go on."""
+    if status == "complete":
+        panels = f"See {folder}/samples, or: " if trainer.hooks else "See: "
+        return f"done: {trainer.step} steps. {panels}quarterview inspect {folder}"
+    way = "with --resume auto it" if config.resume == "never" else "the same command"
+    return f"stopped by {status} after step {trainer.step}; {way} goes on from there"
 
 
 # ---------------------------------------------------------------------- preparing

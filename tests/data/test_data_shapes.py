@@ -39,7 +39,7 @@ def test_discs_stand_out_from_what_is_around_them():
     discs = ids[labels(ids, 0) == CLASSES.index("disc")]
     grey = ShapesSource(1000, seed=0, channels=1, size=64).images(discs)[:, 0] / 255
     drawn = draws.uniform(0, "shapes/place", 0, discs, 5)[:, :, None, None]
-    radius = 0.24 + 0.14 * drawn[:, 0]
+    radius = 0.32 + 0.1 * drawn[:, 0]
     centre_x, centre_y = (radius + (1 - 2 * radius) * drawn[:, i] for i in (1, 2))
     pixel = (torch.arange(64) + 0.5) / 64
     far = torch.hypot(pixel - centre_x, pixel[:, None] - centre_y) / radius

@@ -123,7 +123,7 @@ def _render(ids: Tensor, seed: int, size: int) -> Tensor:
 def _placed(draw: Tensor) -> tuple[Tensor, ...]:
     """Radius, centre, and the cosine and sine of an angle anywhere on the circle: each [B, 1, 1]."""
     size, across, down, turn, half = draw[:, :, None, None].unbind(1)
-    radius = 0.24 + 0.14 * size
+    radius = 0.32 + 0.1 * size
     room = 1 - 2 * radius
     tangent = 2 * turn - 1  # of half the angle, which gives both without trigonometry
     sign = torch.where(half < 0.5, 1.0, -1.0)
