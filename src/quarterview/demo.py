@@ -31,10 +31,10 @@ def demo_config(out: str, seed: int) -> PretrainConfig:
         model="mae_vit_128x4x4_patch4",
         image_size=(32, 32),
         decoder_width=64,
-        decoder_depth=1,
+        decoder_depth=2,
         decoder_heads=2,
         norm_pix_loss=False,  # on smooth grounds, normalised patches are mostly noise
-        steps=2000,
+        steps=2300,
         batch_size=64,
         lr=3e-3,
         seed=seed,
