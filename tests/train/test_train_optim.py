@@ -208,7 +208,7 @@ def test_the_schedule_is_the_official_closed_form(warmup, after, peak):
             expected = peak * step / warmup
         else:
             expected = peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-        assert rate == pytest.approx(expected, rel=1e-9, abs=1e-18)
+        assert rate == pytest.approx(expected, rel=1e-12, abs=1e-15 * peak)
     assert max(rates) == rates[warmup] == peak
     assert rates[:warmup] == sorted(rates[:warmup])
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
