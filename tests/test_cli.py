@@ -396,7 +396,7 @@ def test_yaml_read_by_the_library_too(tmp_path):
     from quarterview.recipes import read
 
     config = qv.PretrainConfig(data=("a", "b"), image_size=32, lr=1e-3, out="x", mean=(0.1, 0.2, 0.3))
-    from quarterview.pretraining import to_plain
+    from quarterview.running import to_plain
 
     (tmp_path / "c.yml").write_text(yaml.safe_dump(to_plain(config)))
     assert read(str(tmp_path / "c.yml")) == config

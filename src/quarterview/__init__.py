@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from quarterview.exchange import load
     from quarterview.model.config import MAEConfig
     from quarterview.model.mae import create_model
-    from quarterview.pretraining import PretrainConfig, Run, pretrain
+    from quarterview.pretraining import PretrainConfig, pretrain
+    from quarterview.running import Run
 
 _HOMES = {
     "MAEConfig": "quarterview.model.config",
     "PretrainConfig": "quarterview.pretraining",
-    "Run": "quarterview.pretraining",
+    "Run": "quarterview.running",
     "create_model": "quarterview.model.mae",
     "load": "quarterview.exchange",
     "pretrain": "quarterview.pretraining",

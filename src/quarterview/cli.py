@@ -5,7 +5,7 @@ stopped by SIGTERM after saving, run the same command to go on; 130 stopped by C
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from signal import SIGTERM, signal
@@ -17,7 +17,9 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from quarterview import demo, recipes
 from quarterview.errors import RunError, UserError, unknown
+from quarterview.evaluate.embed import EmbedConfig
 from quarterview.evaluate.features import ProbeConfig
+from quarterview.evaluate.finetune import FinetuneConfig
 from quarterview.pretraining import PretrainConfig, pretrain
 from quarterview.train.journal import Journal
 
@@ -47,6 +49,55 @@ class Pretrain(PretrainConfig):
 
 
 @dataclass(frozen=True)
+class Finetune(FinetuneConfig):
+    """Train a classifier from a pre-trained encoder, whole or in part, or from scratch."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ""
+    """A run, checkpoint or .safetensors file of a masked autoencoder; scratch for random weights."""
+    recipe: str | None = None
+    """Start from a named configuration (see `quarterview recipes`) or a YAML file; flags go first."""
+    table: bool = False
+    """Show every parameter's learning rate and weight decay, and train nothing."""
+
+    def execute(self, argv: Sequence[str]) -> int:
+        from quarterview.evaluate.finetune import finetune, show_parameters
+        from quarterview.evaluate.partial import partial
+
+        config = FinetuneConfig(**{f.name: getattr(self, f.name) for f in fields(FinetuneConfig)})
+        command = ["quarterview", *argv]
+        if self.table:
+            show_parameters(config, Journal())
+            return 0
+        if len(config.blocks) == 1:
+            return _EXIT_CODES[finetune(config, command).run.status]
+        found = partial(config, Journal(), command)
+        return max(_EXIT_CODES[result.run.status] for result in found.values())
+
+
+@dataclass(frozen=True)
+class Look:
+    """Draw what a model sees in pictures: attention, groups of patches, reconstruction."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run, a checkpoint folder or a .safetensors file."""
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES...")]
+    """Pictures, or anything that --data of pretrain takes; the first eight are drawn."""
+    out: str = "look.png"
+    """The PNG to write."""
+    heads: int = 6
+    """How many attention heads of the last block are drawn one by one."""
+    seed: int = 0
+    """Of the masks."""
+
+    def execute(self, _argv: Sequence[str]) -> int:
+        from quarterview.evaluate.look import look
+
+        look(self.run, self.images, self.out, self.seed, self.heads)
+        Journal().say(f"wrote {self.out}")
+        return 0
+
+
+@dataclass(frozen=True)
 class Reconstruct:
     """Draw what a model makes of pictures of which it sees a quarter."""
 
@@ -73,13 +124,13 @@ class Knn(ProbeConfig):
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run, a checkpoint folder or a .safetensors file."""
-    k: int = 20
-    """How many neighbours vote, each by exp(cosine / 0.07)."""
+    k: tuple[int, ...] = (20,)
+    """How many neighbours vote, alike and by exp(cosine / 0.07); several numbers give a row each."""
 
-    def execute(self, _argv: Sequence[str]) -> int:
+    def execute(self, argv: Sequence[str]) -> int:
         from quarterview.evaluate.knn import knn
 
-        knn(self, self.k, Journal())
+        knn(self, self.k, Journal(), ["quarterview", *argv])
         return 0
 
 
@@ -91,14 +142,41 @@ class Linear(ProbeConfig):
     """A run, a checkpoint folder or a .safetensors file."""
     protocol: Literal["fast", "paper"] = "fast"
     """fast: features computed once, logistic regression whose strength is chosen on a fifth of the
-    training images. paper: not available yet."""
+    training images. paper: BatchNorm and a linear layer, trained by LARS on new crops each epoch."""
+    epochs: int = 90
+    """Of --protocol paper: passes over the labelled images."""
+    warmup_epochs: float = 10.0
+    """Of --protocol paper: epochs of linear warm-up."""
+    batch_size: int = 16384
+    """Of --protocol paper: images per update; the whole set where it has fewer."""
+    blr: float = 0.1
+    """Of --protocol paper: base learning rate, × batch size / 256."""
+
+    def execute(self, argv: Sequence[str]) -> int:
+        command = ["quarterview", *argv]
+        if self.protocol == "paper":
+            from quarterview.evaluate.linear_paper import PaperConfig, linear_paper
+
+            paper = PaperConfig(self.epochs, self.warmup_epochs, self.batch_size, self.blr)
+            linear_paper(self, paper, Journal(), command)
+        else:
+            from quarterview.evaluate.linear import linear
+
+            linear(self, Journal(), command)
+        return 0
+
+
+@dataclass(frozen=True)
+class Embed(EmbedConfig):
+    """Write the embeddings of images as Parquet: `quarterview embed RUN --data photos --out DIR`."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run, a checkpoint folder or a .safetensors file."""
 
     def execute(self, _argv: Sequence[str]) -> int:
-        from quarterview.evaluate.linear import linear
+        from quarterview.evaluate.embed import embed
 
-        if self.protocol == "paper":
-            raise UserError("--protocol paper is not available yet; accepted: fast")
-        linear(self, Journal())
+        embed(self, Journal())
         return 0
 
 
@@ -118,13 +196,15 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Recipes:
-    """List the named configurations of `quarterview pretrain --recipe`."""
+    """List the named configurations of --recipe, for pretrain and for finetune."""
 
     def execute(self, _argv: Sequence[str]) -> int:
         journal = Journal()
-        for name, recipe in recipes.RECIPES.items():
-            journal.say(f"{name}: {recipe.purpose}\n    {recipe.command}\n    {recipe.seen}")
-            journal.say("    " + ", ".join(f"{key} {value}" for key, value in recipe.values.items()))
+        for command, table in (("pretrain", recipes.RECIPES), ("finetune", recipes.FINETUNE_RECIPES)):
+            journal.say(f"{command} --recipe:")
+            for name, recipe in table.items():
+                journal.say(f"{name}: {recipe.purpose}\n    {recipe.command}\n    {recipe.seen}")
+                journal.say("    " + ", ".join(f"{key} {value}" for key, value in recipe.values.items()))
         return 0
 
 
@@ -141,9 +221,11 @@ class Demo:
         return _EXIT_CODES[demo.demo(self.out, self.seed, Journal())]
 
 
-Command = Pretrain | Reconstruct | Knn | Linear | Inspect | Recipes | Demo
-_COMMANDS: dict[str, Any] = {
-    kind.__name__.lower(): kind for kind in (Pretrain, Reconstruct, Knn, Linear, Inspect, Recipes, Demo)
+Command = Pretrain | Finetune | Knn | Linear | Embed | Look | Reconstruct | Inspect | Recipes | Demo
+_COMMANDS: dict[str, Any] = {kind.__name__.lower(): kind for kind in get_args(Command)}
+_WITH_RECIPES: dict[str, tuple[Any, Callable[[str], Any]]] = {
+    "pretrain": (Pretrain, recipes.read),
+    "finetune": (Finetune, recipes.read_finetune),
 }
 
 
@@ -190,9 +272,10 @@ def parse(argv: Sequence[str]) -> Command:
     arguments = gather(argv)
     check_words(arguments)
     defaults: dict[str, Any] = {}
-    if "--recipe" in arguments[:-1]:
-        base = recipes.read(arguments[arguments.index("--recipe") + 1])
-        defaults["pretrain"] = Pretrain(**{f.name: getattr(base, f.name) for f in fields(base)})
+    if "--recipe" in arguments[:-1] and arguments[0] in _WITH_RECIPES:
+        kind, read = _WITH_RECIPES[arguments[0]]
+        base = read(arguments[arguments.index("--recipe") + 1])
+        defaults[arguments[0]] = kind(**{f.name: getattr(base, f.name) for f in fields(base)})
     types: list[Any] = [
         Annotated[kind, tyro.conf.subcommand(name, default=defaults.get(name, tyro.MISSING_NONPROP))]
         for name, kind in _COMMANDS.items()
@@ -241,7 +324,8 @@ def check_words(arguments: Sequence[str]) -> None:
         raise unknown("command", arguments[0], _COMMANDS)
     choices = {
         "--" + name.replace("_", "-"): get_args(kind)
-        for name, kind in get_type_hints(_COMMANDS[arguments[0]]).items()
+        for name, annotation in get_type_hints(_COMMANDS[arguments[0]]).items()
+        for kind in (annotation, *get_args(annotation))
         if get_origin(kind) is Literal
     }
     for flag, value in pairwise(arguments):

@@ -106,12 +106,12 @@ def permute(seed: int, purpose: str, epoch: int | Tensor, positions: Tensor, siz
 
 
 @contextlib.contextmanager
-def seeded(seed: int, purpose: str) -> Iterator[None]:
+def seeded(seed: int, purpose: str, *parts: int) -> Iterator[None]:
     """Run code that draws from the global generators of torch, numpy and random as a keyed draw.
 
-    The generators are seeded from (seed, purpose) and put back as they were afterwards.
+    The generators are seeded from (seed, purpose, parts) and put back as they were afterwards.
     """
-    value = int(key(seed, purpose)) & 0xFFFFFFFF
+    value = int(key(seed, purpose, *parts)) & 0xFFFFFFFF
     torch_state, numpy_state, random_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         torch.default_generator.manual_seed(value)

@@ -10,7 +10,8 @@ from quarterview.data.stream import SampleStream, default_holdout
 from quarterview.errors import UserError
 from quarterview.model.config import MAEConfig
 from quarterview.model.mae import MaskedAutoencoder
-from quarterview.pretraining import PretrainConfig, to_plain
+from quarterview.pretraining import PretrainConfig
+from quarterview.running import to_plain
 from quarterview.train.distributed import choose_device
 from quarterview.train.journal import Journal
 from quarterview.train.loop import precision_context, usable_precision

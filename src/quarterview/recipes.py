@@ -9,11 +9,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from quarterview.errors import UserError, unknown
+from quarterview.evaluate.finetune import FinetuneConfig
 from quarterview.pretraining import PretrainConfig
 
 
@@ -28,10 +29,22 @@ class Recipe:
     seen: str
     """Time and result of a run, with hardware and date; or that none was made."""
     values: Mapping[str, Any]
-    """The fields of `PretrainConfig` that differ from the defaults."""
+    """The fields of the configuration that differ from the defaults."""
 
 
 _NOT_RUN = "Not run here: it needs more than two cores."
+_UNTUNED = "Chosen by what such sizes usually take; not yet tuned."
+_SCRATCH = {  # the paper's table 11, in a batch of 4096
+    "image_size": 224,
+    "batch_size": 4096,
+    "blr": 1e-4,
+    "weight_decay": 0.3,
+    "warmup_epochs": 20,
+    "layer_decay": 1.0,
+    "min_lr": 0.0,
+    "beta2": 0.95,
+    "ema": 0.9999,
+}
 
 RECIPES: dict[str, Recipe] = {
     "cifar": Recipe(
@@ -102,36 +115,103 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+FINETUNE_RECIPES: dict[str, Recipe] = {
+    "small": Recipe(
+        "Small pictures, about 32 pixels, on a laptop: a short schedule with mild augmentation.",
+        "quarterview finetune RUN --recipe small --train train.parquet --test test.parquet --out runs/tuned",
+        _UNTUNED,
+        {
+            "epochs": 20,
+            "batch_size": 128,
+            "lr": 1e-3,
+            "warmup_epochs": None,
+            "randaugment": None,
+            "erase": 0.0,
+            "crop_min": 0.4,
+        },
+    ),
+    "base": Recipe(
+        "The paper's fine-tuning of ViT-B (table 9); its checkpoints: --blr 5e-4 --layer-decay 0.65.",
+        "quarterview finetune RUN --recipe base --train IN1K/train --test IN1K/val --out runs/b16-tuned",
+        _NOT_RUN,
+        {"batch_size": 1024},
+    ),
+    "large": Recipe(
+        "The paper's fine-tuning of ViT-L.",
+        "quarterview finetune RUN --recipe large --train IN1K/train --test IN1K/val --out runs/l16-tuned",
+        _NOT_RUN,
+        {"batch_size": 1024, "epochs": 50},
+    ),
+    "huge": Recipe(
+        "The paper's fine-tuning of ViT-H.",
+        "quarterview finetune RUN --recipe huge --train IN1K/train --test IN1K/val --out runs/h14-tuned",
+        _NOT_RUN,
+        {"batch_size": 1024, "epochs": 50, "drop_path": 0.2},
+    ),
+    "scratch_base": Recipe(
+        "The paper's ViT-B from random weights (table 11).",
+        "quarterview finetune scratch --recipe scratch_base --train IN1K/train --test IN1K/val --out b16",
+        _NOT_RUN,
+        {**_SCRATCH, "model": "mae_vit_base_patch16", "epochs": 300},
+    ),
+    "scratch_large": Recipe(
+        "The paper's ViT-L from random weights.",
+        "quarterview finetune scratch --recipe scratch_large --train IN1K/train --test IN1K/val --out l16",
+        _NOT_RUN,
+        {**_SCRATCH, "model": "mae_vit_large_patch16", "epochs": 200, "drop_path": 0.2},
+    ),
+    "scratch_huge": Recipe(
+        "The paper's ViT-H from random weights.",
+        "quarterview finetune scratch --recipe scratch_huge --train IN1K/train --test IN1K/val --out h14",
+        _NOT_RUN,
+        {**_SCRATCH, "model": "mae_vit_huge_patch14", "epochs": 200, "drop_path": 0.2},
+    ),
+}
+"""Of `quarterview finetune`."""
+
+
 def read(name: str) -> PretrainConfig:
-    """The configuration of a recipe's name, or of a YAML file.
+    """The pre-training configuration of a recipe's name, or of a YAML file.
 
     Raises:
         UserError: if there is no such recipe or file, or a field in it is unknown.
     """
-    if name in RECIPES:
-        return PretrainConfig(**RECIPES[name].values)
+    return _read(name, RECIPES, PretrainConfig)
+
+
+def read_finetune(name: str) -> FinetuneConfig:
+    """Likewise, of fine-tuning."""
+    return _read(name, FINETUNE_RECIPES, FinetuneConfig)
+
+
+Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
+
+
+def _read(name: str, table: Mapping[str, Recipe], kind: type[Config]) -> Config:
+    if name in table:
+        return kind(**table[name].values)
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
-        raise unknown("recipe", name, [*RECIPES, "FILE.yaml"])
+        raise unknown("recipe", name, [*table, "FILE.yaml"])
     if not path.is_file():
-        raise UserError(f"recipe {name} does not exist; accepted: {', '.join(RECIPES)}, or a YAML file")
+        raise UserError(f"recipe {name} does not exist; accepted: {', '.join(table)}, or a YAML file")
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {name} is no YAML: {' '.join(str(error).split())}") from None
-    return from_values(name, values)
+    return from_values(name, values, kind)
 
 
-def from_values(name: str, values: object) -> PretrainConfig:
+def from_values(name: str, values: object, kind: type[Config]) -> Config:
     """A configuration from what a YAML file held."""
     if not isinstance(values, dict):
         raise UserError(f"recipe {name} holds no table of fields; accepted: lines such as `mask_ratio: 0.75`")
-    accepted = {field.name for field in fields(PretrainConfig)}
+    accepted = {field.name for field in fields(kind)}
     for key in values:
         if key not in accepted:
             raise unknown(f"field in recipe {name}:", str(key), sorted(accepted))
     try:
-        return PretrainConfig(**{key: _number(value) for key, value in values.items()})
+        return kind(**{key: _number(value) for key, value in values.items()})
     except (TypeError, UserError) as error:
         raise UserError(f"recipe {name}: {error}") from None
 

@@ -1,12 +1,17 @@
-"""The folder of a run: whose it is, how a new run starts in it, and where an old one goes on."""
+"""The folder of a run: whose it is, how a new run starts in it, where an old one goes on, and its record."""
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from quarterview.errors import UserError
 from quarterview.train import checkpoint
+from quarterview.train.journal import replace_text
 from quarterview.train.lock import MARKER
+from quarterview.train.record import provenance
 
 _WRITTEN = (  # what an unfinished run may leave, and a new run removes
     "metrics.jsonl",
@@ -131,3 +136,19 @@ def check_same(
             "Give the same flags to go on with it, or start another run from its weights with "
             f"--init-from {resumed.path} --out NEW"
         )
+
+
+def write_record(
+    folder: Path, config: Mapping[str, Any], fingerprint: str, images: int, argv: Sequence[str]
+) -> None:
+    """``config.yaml``, which ``--recipe`` reads, and ``run.json``, which says where a run came from.
+
+    Args:
+        config: every field of the run's configuration, as YAML holds it.
+        fingerprint: of the data.
+        images: how many there are.
+        argv: the command line.
+    """
+    replace_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+    record = {**provenance(argv), "data": {"fingerprint": fingerprint, "images": images}}
+    replace_text(folder / "run.json", json.dumps(record, indent=1))

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
+from quarterview import draws
 from quarterview.data.augment import (
     crop_resize,
     crop_resize_batch,
@@ -18,6 +19,15 @@ from quarterview.data.augment import (
 )
 
 BICUBIC = tvf.InterpolationMode.BICUBIC
+PINNED_BOXES = [
+    [0, 3, 31, 23],
+    [9, 13, 20, 17],
+    [0, 15, 24, 29],
+    [4, 21, 22, 27],
+    [0, 19, 29, 29],
+    [0, 0, 32, 36],
+]
+PINNED_FLIPS = [False, True, True, False, False, True]
 
 
 def torchvision_crop(image: torch.Tensor, box: list[int], size: tuple[int, int], flip: bool) -> torch.Tensor:
@@ -154,6 +164,49 @@ def test_a_sample_keeps_its_crop_in_any_batch():
     for other in (random_crops(8, epochs, ids, sizes), random_crops(7, epochs + 1, ids, sizes)):
         assert (other[0] != boxes).any(dim=1).float().mean() > 0.9
         assert 0.3 < (other[1] != flips).float().mean() < 0.7
+
+
+def official_probe_box(height, width, scale, ratio, u):
+    """The arithmetic of the official linear probe's crop, for four uniform numbers."""
+    area = height * width * (scale[0] + u[0] * (scale[1] - scale[0]))
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = math.exp(low + u[1] * (high - low))
+    w, h = min(round(math.sqrt(area * aspect)), width), min(round(math.sqrt(area / aspect)), height)
+    return [int(u[2] * (height - h + 1)), int(u[3] * (width - w + 1)), h, w]
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (100, 30), (375, 500)])
+def test_a_single_draw_is_cut_down_to_the_image_as_in_the_official_probe(height, width):
+    ids, scale, ratio = torch.arange(500), (0.08, 1.0), (3 / 4, 4 / 3)
+    sizes = torch.tensor([[height, width]]).expand(500, 2)
+    boxes, flips = random_crops(5, 0 * ids, ids, sizes, scale, ratio, single_draw=True, purpose="probe")
+    u = draws.uniform(5, "probe", 0 * ids, ids, 5).double()
+    expected = [official_probe_box(height, width, scale, ratio, row) for row in u[:, :4].tolist()]
+    assert boxes.tolist() == expected
+    assert torch.equal(flips, u[:, 4] < 0.5)
+    whole = (boxes[:, 2] == height) | (boxes[:, 3] == width)
+    assert whole.any()  # some stuck out
+    shares = (boxes[:, 2] * boxes[:, 3]).double() / (height * width)
+    assert shares.min() < 0.12
+
+
+def test_scale_and_ratio_bound_the_boxes():
+    ids = torch.arange(2000)
+    sizes = torch.tensor([[300, 300]]).expand(2000, 2)
+    boxes, _ = random_crops(0, 0 * ids, ids, sizes, scale=(0.08, 0.1), ratio=(1.9, 2.0))
+    h, w = boxes[:, 2].double(), boxes[:, 3].double()
+    assert ((h * w / 90_000 > 0.078) & (h * w / 90_000 < 0.102)).all()
+    assert ((w / h > 1.85) & (w / h < 2.05)).all()
+    long = torch.tensor([[10, 1000]]).expand(2000, 2)
+    boxes, _ = random_crops(0, 0 * ids, ids, long, scale=(0.9, 1.0), ratio=(1.9, 2.0))
+    assert boxes.unique(dim=0).tolist() == [[0, 490, 10, 20]]
+
+
+def test_the_pretraining_crops_are_what_they_always_were():
+    ids = torch.arange(6)
+    boxes, flips = random_crops(0, ids % 2, ids, torch.tensor([[32, 48]]).expand(6, 2))
+    assert boxes.tolist() == PINNED_BOXES
+    assert flips.tolist() == PINNED_FLIPS
 
 
 # ---------------------------------------------------------------------- the rest

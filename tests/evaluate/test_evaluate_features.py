@@ -1,4 +1,4 @@
-"""Features, k-NN and the linear probe against scikit-learn, timm and closed forms."""
+"""Features against timm, and what every probe shares."""
 
 import io
 
@@ -7,16 +7,22 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from sklearn.neighbors import KNeighborsClassifier
 
 from quarterview.data.open import open_source
 from quarterview.errors import UserError
 from quarterview.evaluate import features
-from quarterview.evaluate.features import ProbeConfig, ProbeData, choose_labelled, extract, pixel_features
-from quarterview.evaluate.knn import TEMPERATURE, knn, knn_predict
-from quarterview.evaluate.linear import choose_strength, linear, linear_accuracy
+from quarterview.evaluate.features import (
+    ProbeConfig,
+    choose_labelled,
+    extract,
+    fresh_twin,
+    pixel_features,
+    tokens_after,
+    weights_digest,
+)
+from quarterview.evaluate.knn import knn
 from quarterview.exchange.weights import metadata
-from quarterview.model.mae import create_model
+from quarterview.model.mae import create_model, fresh_model
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal
 
@@ -42,7 +48,7 @@ def run(model, tmp_path):
     return tmp_path / "run"
 
 
-def test_features_equal_timms_forward_with_the_same_weights(model):
+def timm_twin(model):
     vit = timm.models.VisionTransformer(
         img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0, norm_layer=None
     )
@@ -51,10 +57,15 @@ def test_features_equal_timms_forward_with_the_same_weights(model):
     for module in vit.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = 1e-6
+    return vit.eval()
+
+
+def test_features_equal_timms_forward_with_the_same_weights(model):
+    vit = timm_twin(model)
     images = torch.rand(5, 3, 16, 16)
     mean, std = (torch.tensor(x)[:, None, None] for x in (model.config.mean, model.config.std))
     with torch.no_grad():
-        tokens = vit.eval().forward_features((images - mean) / std)
+        tokens = vit.forward_features((images - mean) / std)
         torch.testing.assert_close(
             features.encoder_features(model, "cls")(images), tokens[:, 0], atol=1e-5, rtol=0
         )
@@ -111,59 +122,57 @@ def test_more_labels_than_images_is_an_error():
         choose_labelled(torch.zeros(4, dtype=torch.int64), 5, 0)
 
 
-@pytest.mark.parametrize("k", [1, 5, 20])
-def test_knn_equals_scikit_learns(k):
-    generator = torch.Generator().manual_seed(k)
-    train, test = torch.randn(300, 16, generator=generator), torch.randn(2100, 16, generator=generator)
-    labels = torch.randint(0, 7, (300,), generator=generator)
-    reference = KNeighborsClassifier(
-        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / TEMPERATURE)
-    ).fit(train.double().numpy(), labels.numpy())
-    expected = reference.predict(test.double().numpy())
-    agreement = (knn_predict(train, labels, test, k).numpy() == expected).mean()
-    assert agreement > 0.999  # float32 against float64 may break a tie otherwise
+@pytest.mark.parametrize("block", [1, 2])
+def test_tokens_of_an_inner_block_equal_timms(model, block):
+    vit = timm_twin(model)
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        expected = vit.forward_intermediates(
+            images,
+            indices=[block - 1],
+            norm=False,
+            output_fmt="NLC",
+            intermediates_only=True,
+            return_prefix_tokens=True,
+        )
+        patches, cls = expected[0]
+        tokens = tokens_after(model, images, block)
+        torch.testing.assert_close(tokens, torch.cat([cls, patches], dim=1), atol=1e-5, rtol=0)
+        after_all = tokens_after(model, images)
+        torch.testing.assert_close(after_all, model.encode(images))
+        if block == 2:
+            torch.testing.assert_close(model.norm(tokens), after_all, atol=1e-6, rtol=0)
+    assert not model.blocks[block - 1]._forward_hooks  # nothing is left behind
 
 
-def test_linear_probe_separates_what_can_be_separated():
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(400) % 4
-    separable = torch.nn.functional.one_hot(labels, 4) * 3.0 + 0.3 * torch.randn(400, 4, generator=generator)
-    noise = torch.randn(400, 4, generator=generator)
-    data = ProbeData(
-        {"good": separable[:200], "noise": noise[:200]},
-        labels[:200],
-        {"good": separable[200:], "noise": noise[200:]},
-        labels[200:],
-        4,
-        0,
+def test_a_fresh_twin_has_the_weights_of_its_seed_and_leaves_the_model_alone(model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    twin = fresh_twin(model, 5)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            twin.state_dict().values(), fresh_model(model.config, 5).state_dict().values(), strict=True
+        )
     )
-    assert linear_accuracy(data, "good", 0) > 0.99
-    assert linear_accuracy(data, "noise", 0) < 0.4
+    assert not twin.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_strength_is_chosen_even_from_few_labels():
-    features_, labels = np.eye(4, dtype=np.float32), np.array([0, 1, 0, 1])
-    assert choose_strength(features_, labels, 0) > 0
-    many = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
-    assert choose_strength(many, np.array([0] * 29 + [1]), 0) > 0  # a class of one cannot be stratified
-
-
-def test_probes_show_a_table_with_baselines(run, capsys):
-    config = ProbeConfig(run=str(run), train=("shapes:120:seed=1",), test=("shapes:60:seed=2",), device="cpu")
-    found = knn(config, 5, Journal())
-    assert list(found) == ["raw pixels", "random encoder", "this model"]
-    assert all(0 <= accuracy <= 1 for accuracy in found.values())
-    assert linear(config, Journal()).keys() == found.keys()
-    shown = capsys.readouterr().out
-    assert "random encoder" in shown
-    assert "60 test images" in shown
+def test_the_digest_is_that_of_the_bytes(run, tmp_path):
+    file = run / "checkpoints" / "step-00000001" / "model.safetensors"
+    digest = weights_digest(file)
+    assert len(digest) == 16
+    copy = tmp_path / "copy"
+    copy.write_bytes(file.read_bytes())
+    assert weights_digest(copy) == digest
+    content = file.read_bytes()
+    copy.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert weights_digest(copy) != digest
 
 
 def test_probes_refuse_what_cannot_be_compared(run, tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((20, 16, 16, 3), np.uint8))
     with pytest.raises(UserError, match="no labels"):
         knn(ProbeConfig(str(run), (str(tmp_path / "x.npy"),), ("shapes:20",)), 3, Journal(quiet=True))
-    with pytest.raises(UserError, match="neighbours"):
-        knn(ProbeConfig(str(run), ("shapes:20",), ("shapes:20",)), 21, Journal(quiet=True))
     with pytest.raises(UserError, match="no moving average"):
         knn(ProbeConfig(str(run), ("shapes:20",), ("shapes:20",), ema=True), 3, Journal(quiet=True))

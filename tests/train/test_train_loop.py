@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 import quarterview as qv
 from quarterview.data.stream import SampleStream
 from quarterview.errors import RunError, UserError
-from quarterview.model.mae import MAEConfig
-from quarterview.pretraining import fresh_model
+from quarterview.model.mae import MAEConfig, fresh_model
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal, Meter, duration, metrics
 from quarterview.train.loop import LoopConfig, stop_signals, usable_precision
@@ -326,7 +325,7 @@ def test_the_loop_feeds_the_meter(tmp_path, monkeypatch):
     monkeypatch.setattr(Loader, "_from_cache", costs(1.0, Loader._from_cache))
     monkeypatch.setattr(loop.Trainer, "_update", costs(3.0, loop.Trainer._update))
     monkeypatch.setattr(loop.checkpoint, "save", costs(50.0, loop.checkpoint.save))
-    monkeypatch.setattr("quarterview.pretraining.draw_panel", costs(70.0, lambda *args: None))
+    monkeypatch.setattr("quarterview.evaluate.online.draw_panel", costs(70.0, lambda *args: None))
     qv.pretrain(tiny(tmp_path, holdout=8, eval_every=4, checkpoint_every=2))
     for row in metrics(tmp_path):
         assert row["images_per_s"] == 4.0  # 16 images in 4 seconds, panels and checkpoints aside

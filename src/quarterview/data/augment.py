@@ -21,41 +21,57 @@ _ATTEMPTS = 10
 _CUBIC = -0.5  # Keys' parameter, that of Pillow and of torch's antialiased bicubic
 
 
-def random_crops(seed: int, epochs: Tensor, ids: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+def random_crops(
+    seed: int,
+    epochs: Tensor,
+    ids: Tensor,
+    sizes: Tensor,
+    scale: tuple[float, float] = CROP_SCALE,
+    ratio: tuple[float, float] = CROP_ASPECT,
+    single_draw: bool = False,
+    purpose: str = "crop",
+) -> tuple[Tensor, Tensor]:
     """The crop box and the flip of each sample.
 
-    Ten boxes are proposed, of 0.2 to 1 of the area and an aspect ratio of 3/4 to 4/3; the first
-    that fits is taken, and the largest central one of an allowed aspect if none does.
+    Ten boxes are proposed; the first that fits is taken, and the largest central one of an allowed
+    aspect if none does. With `single_draw` one is proposed, and cut down to the image where it
+    sticks out, as in BYOL and in the official linear probe.
 
     Args:
         epochs, ids: int64 [B].
         sizes: int64 [B, 2], height and width of each image.
+        scale: least and greatest area of a box, as a share of the image's.
+        ratio: least and greatest width of a box over its height.
+        purpose: another one draws other boxes.
 
     Returns:
         Boxes int64 [B, 4] of top, left, height, width; flips bool [B].
     """
-    u = draws.uniform(seed, "crop", epochs, ids, 4 * _ATTEMPTS + 1).double()
+    attempts = 1 if single_draw else _ATTEMPTS
+    u = draws.uniform(seed, purpose, epochs, ids, 4 * attempts + 1).double()
     flips = u[:, -1] < 0.5
-    area_u, aspect_u, top_u, left_u = u[:, :-1].view(-1, _ATTEMPTS, 4).unbind(2)  # each [B, attempts]
+    area_u, aspect_u, top_u, left_u = u[:, :-1].view(-1, attempts, 4).unbind(2)  # each [B, attempts]
     height, width = sizes[:, :1], sizes[:, 1:]  # [B, 1]
 
-    area = height * width * (CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * area_u)
-    low, high = math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * area_u)
+    low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = (low + (high - low) * aspect_u).exp()
     w, h = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    if single_draw:
+        w, h = w.clamp(min=1).minimum(width), h.clamp(min=1).minimum(height)
     top, left = (top_u * (height - h + 1)).long(), (left_u * (width - w + 1)).long()
     proposals = torch.stack([top, left, h, w], dim=2)  # [B, attempts, 4]
 
     fits = (w > 0) & (h > 0) & (w <= width) & (h <= height)
     first = fits.to(torch.uint8).argmax(dim=1)
     boxes = proposals[torch.arange(len(ids)), first]
-    return torch.where(fits.any(dim=1)[:, None], boxes, _central_boxes(sizes)), flips
+    return torch.where(fits.any(dim=1)[:, None], boxes, _central_boxes(sizes, ratio)), flips
 
 
-def _central_boxes(sizes: Tensor) -> Tensor:
+def _central_boxes(sizes: Tensor, ratio: tuple[float, float]) -> Tensor:
     height, width = sizes.unbind(1)
-    w = torch.minimum(width, (height * CROP_ASPECT[1]).round().long())
-    h = torch.minimum(height, (width / CROP_ASPECT[0]).round().long())
+    w = torch.minimum(width, (height * ratio[1]).round().long())
+    h = torch.minimum(height, (width / ratio[0]).round().long())
     return torch.stack([(height - h) // 2, (width - w) // 2, h, w], dim=1)
 
 

@@ -35,14 +35,14 @@ class Report(NamedTuple):
     """What was done to it."""
 
 
-def fetch(source: Source, stream: SampleStream, sample: int, epoch: int) -> tuple[Picture, list[Report]]:
-    """Decode a sample, or the first of its replacements that is not broken, and say what happened."""
+def fetch(source: Source, stream: SampleStream, sample: int, epoch: int) -> tuple[int, Picture, list[Report]]:
+    """Decode a sample, or the first of its replacements that is not broken: which, and what happened."""
     reports: list[Report] = []
     for candidate in candidates(stream, sample, epoch):
         picture, said = read(source, candidate)
         reports += said
         if picture is not None:
-            return picture, reports
+            return candidate, picture, reports
     raise AssertionError("unreachable: candidates never end quietly")
 
 

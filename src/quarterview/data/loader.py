@@ -3,6 +3,8 @@
 What a batch contains depends on its positions in the stream alone, never on how it was fetched.
 """
 
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from signal import SIG_IGN, SIGINT, SIGTERM, signal
@@ -22,6 +24,7 @@ from quarterview.data.augment import (
 )
 from quarterview.data.cache import CachedSet
 from quarterview.data.fetch import Report, fetch, read_many
+from quarterview.data.policy import PRETRAINING, AugmentConfig, erase, randaugment
 from quarterview.data.source import Source
 from quarterview.data.stream import SampleStream
 from quarterview.errors import RunError, UserError, check_types
@@ -30,32 +33,47 @@ CacheKind = Literal["auto", "device", "none"]
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where images come from and how they reach the model."""
+class LoadConfig:
+    """How images reach the model."""
 
-    data: tuple[str, ...] = ()
-    """Images: folders, .txt lists of paths, parquet, .npy/.npz arrays, torchvision:NAME, or shapes."""
     cache: CacheKind = "auto"
     """Hold the whole set on the device (device), stream it through workers (none), or decide: 8-bit
     sets of one image size under 2 GiB are held (auto)."""
     workers: int | None = None
     """Processes that decode images; by default one a core, eight at most. 0 decodes in the main process."""
-    holdout: int | None = None
-    """Images never trained on, for val_loss and the panel; by default 1%, at most 512."""
     max_bad_samples: float = 0.01
     """Share of broken images above which the run stops. Broken images are replaced and recorded."""
+
+    def __post_init__(self) -> None:
+        check_types(self, LoadConfig)
+        if self.workers is not None and self.workers < 0:
+            raise UserError(f"{self.workers} workers; accepted: 0 or more")
+        if not 0 <= self.max_bad_samples <= 1:
+            raise UserError(f"a share of bad samples of {self.max_bad_samples}; accepted: 0 to 1")
+
+    @property
+    def threads(self) -> int:
+        """How many images are decoded at a time."""
+        return min(8, os.cpu_count() or 1) if self.workers is None else self.workers
+
+
+@dataclass(frozen=True)
+class DataConfig(LoadConfig):
+    """Where images come from and how they reach the model."""
+
+    data: tuple[str, ...] = ()
+    """Images: folders, .txt lists of paths, parquet, .npy/.npz arrays, torchvision:NAME, or shapes."""
+    holdout: int | None = None
+    """Images never trained on, for val_loss and the panel; by default 1%, at most 512."""
 
     def __post_init__(self) -> None:
         object.__setattr__(
             self, "data", (self.data,) if isinstance(self.data, str) else tuple(map(str, self.data))
         )
+        super().__post_init__()
         check_types(self, DataConfig)
-        if self.workers is not None and self.workers < 0:
-            raise UserError(f"{self.workers} workers; accepted: 0 or more")
         if self.holdout is not None and self.holdout < 0:
             raise UserError(f"a holdout of {self.holdout}; accepted: 0 or more")
-        if not 0 <= self.max_bad_samples <= 1:
-            raise UserError(f"a share of bad samples of {self.max_bad_samples}; accepted: 0 to 1")
 
 
 class Batch(NamedTuple):
@@ -67,11 +85,18 @@ class Batch(NamedTuple):
     """int64 [B], on the device: the samples."""
     epochs: Tensor
     """int64 [B], on the device: the epoch each sample is seen in."""
+    labels: Tensor | None = None
+    """int64 [B], on the device: the class of each picture, from a loader that was given labels."""
+
+    def split(self, size: int) -> Iterator["Batch"]:
+        """Cut into parts of `size`; the last may be shorter."""
+        count = math.ceil(len(self.ids) / size)
+        parts = (count * [None] if x is None else x.split(size) for x in self)
+        return (Batch(*part) for part in zip(*parts, strict=True))
 
     def chunks(self, count: int) -> Iterator["Batch"]:
         """Cut into `count` equal parts."""
-        parts = (x.chunk(count) for x in self)
-        return (Batch(*part) for part in zip(*parts, strict=True))
+        return self.split(len(self.ids) // count)
 
 
 class Loader:
@@ -85,6 +110,8 @@ class Loader:
         workers: processes that decode.
         cached: uint8 [N, C, H, W] of the whole set on the device, from `load_all`, or None.
         report: called once for every image that was broken or converted.
+        augment: what is done to training images.
+        labels: int64 [N], the class of each image, or None.
     """
 
     def __init__(
@@ -98,8 +125,12 @@ class Loader:
         workers: int,
         cached: CachedSet | None,
         report: Callable[[Report], None],
+        augment: AugmentConfig = PRETRAINING,
+        labels: Tensor | None = None,
     ) -> None:
         self.source, self.stream, self.image_size = source, stream, image_size
+        self.augment, self.labels = augment, labels
+        self.fill = tuple(mean)
         # On the device already, so that no batch has to wait for the host.
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.device = device
@@ -116,7 +147,7 @@ class Loader:
                 yield self._from_cache(torch.arange(part.start, part.stop))
             return
         loader = DataLoader(
-            _StreamedSamples(self.source, self.stream, self.image_size),
+            _StreamedSamples(self.source, self.stream, self.image_size, self.augment, self.fill),
             batch_sampler=_Parts(parts),
             num_workers=self.workers,
             collate_fn=_collate,
@@ -129,10 +160,10 @@ class Loader:
             for collated in samples:
                 if isinstance(collated, Exception):
                     raise collated
-                pixels, ids, epochs, reports = collated
+                pixels, ids, epochs, shown, reports = collated
                 for report in reports:
                     self.report(report)
-                yield self._to_device(pixels, ids, epochs)
+                yield self._augmented(self._to_device(pixels, ids, epochs), shown)
         finally:  # an error's traceback would keep them alive, and as they ignore SIGTERM, Python at its exit
             if self.workers:
                 samples._shutdown_workers()
@@ -159,15 +190,27 @@ class Loader:
         epochs, ids = self.stream.at(positions)
         images = self.cached.images
         sizes = torch.tensor(images.shape[2:]).expand(len(ids), 2)
-        boxes, flips = random_crops(self.stream.seed, epochs, ids, sizes)
-        rows = self.cached.rows(self.stream, epochs, ids)
-        rows, boxes, flips = (x.to(self.device, non_blocking=True) for x in (rows, boxes, flips))
+        boxes, flips = random_crops(self.stream.seed, epochs, ids, sizes, scale=(self.augment.crop_min, 1.0))
+        shown = self.cached.rows(self.stream, epochs, ids)
+        rows, boxes, flips = (
+            x.to(self.device, non_blocking=True) for x in (shown, boxes, flips & self.augment.flip)
+        )
         crops = crop_resize_batch(images[rows], boxes, flips, self.image_size)
-        return Batch(
+        batch = Batch(
             normalise(crops / 255, self.mean, self.std),
             ids.to(self.device, non_blocking=True),
             epochs.to(self.device, non_blocking=True),
         )
+        return self._augmented(batch, shown)
+
+    def _augmented(self, batch: Batch, shown: Tensor) -> Batch:
+        """With what is done on the device, and the labels of the pictures that are `shown`."""
+        if self.augment.erase:
+            erased = erase(batch.images, self.augment.erase, self.stream.seed, batch.epochs, batch.ids)
+            batch = batch._replace(images=erased)
+        if self.labels is not None:
+            batch = batch._replace(labels=self.labels[shown].to(self.device, non_blocking=True))
+        return batch
 
 
 def central(pixels: Tensor, image_size: Sequence[int]) -> Tensor:
@@ -195,8 +238,16 @@ class _Parts(Sampler[list[int]]):
 class _StreamedSamples(Dataset):
     """Decodes and augments the samples at positions of the stream, in a worker."""
 
-    def __init__(self, source: Source, stream: SampleStream, image_size: Sequence[int]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        stream: SampleStream,
+        image_size: Sequence[int],
+        augment: AugmentConfig,
+        fill: tuple[float, ...],
+    ) -> None:
         self.source, self.stream, self.image_size = source, stream, image_size
+        self.augment, self.fill = augment, fill
 
     def __getitems__(self, positions: Sequence[int]) -> "list[_Sample] | list[Exception]":
         try:
@@ -208,30 +259,40 @@ class _StreamedSamples(Dataset):
         epochs, ids = self.stream.at(torch.tensor(positions))
         slots = list(zip(ids.tolist(), epochs.tolist(), strict=True))
         fetched = [fetch(self.source, self.stream, sample, epoch) for sample, epoch in slots]
-        sizes = torch.tensor([picture.pixels.shape[1:] for picture, _ in fetched])
-        boxes, flips = random_crops(self.stream.seed, epochs, ids, sizes)
+        sizes = torch.tensor([picture.pixels.shape[1:] for _, picture, _ in fetched])
+        boxes, flips = random_crops(self.stream.seed, epochs, ids, sizes, scale=(self.augment.crop_min, 1.0))
         return [
-            _Sample(crop_resize(picture.pixels, box, self.image_size, flip), *slot, reports)
-            for (picture, reports), box, flip, slot in zip(
-                fetched, boxes.tolist(), flips.tolist(), slots, strict=True
+            _Sample(self._augmented(picture.pixels, box, flip, *slot), *slot, shown, reports)
+            for (shown, picture, reports), box, flip, slot in zip(
+                fetched, boxes.tolist(), (flips & self.augment.flip).tolist(), slots, strict=True
             )
         ]
+
+    def _augmented(self, pixels: Tensor, box: Sequence[int], flip: bool, sample: int, epoch: int) -> Tensor:
+        pixels = crop_resize(pixels, box, self.image_size, flip)
+        policy = self.augment.randaugment
+        if policy is None:
+            return pixels
+        return randaugment(pixels, policy, self.fill, self.stream.seed, epoch, sample)
 
 
 class _Sample(NamedTuple):
     pixels: Tensor
     id: int
     epoch: int
+    shown: int
+    """The sample whose picture it is: another one if the sample is broken."""
     reports: list[Report]
 
 
 def _collate(
     samples: list[_Sample] | list[Exception],
-) -> tuple[Tensor, Tensor, Tensor, list[Report]] | Exception:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Report]] | Exception:
     if isinstance(samples[0], Exception):
         return samples[0]
-    pixels, ids, epochs, reports = zip(*samples, strict=True)
-    return stack(pixels), torch.tensor(ids), torch.tensor(epochs), [r for many in reports for r in many]
+    pixels, ids, epochs, shown, reports = zip(*samples, strict=True)
+    numbers = [torch.tensor(x) for x in (ids, epochs, shown)]
+    return stack(pixels), numbers[0], numbers[1], numbers[2], [r for many in reports for r in many]
 
 
 def _ignore_signals(_worker: int) -> None:

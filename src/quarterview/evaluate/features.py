@@ -1,33 +1,66 @@
 """Features of labelled images: what every probe of a frozen encoder starts from."""
 
+import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from quarterview import draws
 from quarterview.data.augment import normalise, to_float
-from quarterview.data.fetch import read_many
+from quarterview.data.fetch import Report, read_many
 from quarterview.data.loader import central, stack
 from quarterview.data.open import open_sources
 from quarterview.data.source import Source, labels_of
 from quarterview.errors import UserError, check_types
-from quarterview.exchange.weights import load
-from quarterview.model.config import MAEConfig
-from quarterview.model.mae import MaskedAutoencoder, fresh_model
+from quarterview.evaluate.results import results_folder, write_result
+from quarterview.exchange.weights import find_weights, load_backbone
+from quarterview.model.classifier import Classifier
 from quarterview.train.distributed import choose_device
 from quarterview.train.loop import precision_context, usable_precision
 
 FeatureKind = Literal["mean", "cls"]
-_THREADS = 4
 PIXEL_SIDE = 32
 """Larger images are shrunk to this side before their pixels serve as features."""
 
 Encoder = Callable[[Tensor], Tensor]
 """float [B, C, H, W] in [0, 1], on the device -> float [B, D]."""
+
+
+class BackboneConfig(Protocol):
+    """What there is to know of a backbone's images."""
+
+    @property
+    def image_size(self) -> tuple[int, ...]: ...
+    @property
+    def in_chans(self) -> int: ...
+    @property
+    def mean(self) -> tuple[float, ...] | None: ...
+    @property
+    def std(self) -> tuple[float, ...] | None: ...
+
+
+class Backbone(Protocol):
+    """A vision transformer of ours, in evaluation mode, whatever it was trained for."""
+
+    @property
+    def config(self) -> BackboneConfig: ...
+    @property
+    def blocks(self) -> nn.ModuleList: ...
+    def encode(self, images: Tensor) -> Tensor:
+        """float [B, C, H, W], normalised -> float [B, 1 + L, D], cls first, then the patches by row."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+AnyBackbone = TypeVar("AnyBackbone", bound=Backbone)
 
 
 @dataclass(frozen=True)
@@ -40,8 +73,9 @@ class ProbeConfig:
     """Labelled images to learn from: anything that --data of pretrain takes."""
     test: tuple[str, ...]
     """Labelled images to be judged on."""
-    features: FeatureKind = "mean"
-    """The mean of the patch tokens after the final norm, or the cls token."""
+    features: FeatureKind | None = None
+    """The mean of the patch tokens after the final norm, or the cls token. By default the mean, and
+    for the paper's linear probe the cls token."""
     labels: int | None = None
     """Use only so many labelled training images, equally many a class; by default all."""
     baselines: bool = True
@@ -51,12 +85,52 @@ class ProbeConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute the features."""
     seed: int = 0
-    """Of the choice of labelled images and of the random encoder."""
+    """Of the choice of labelled images, of the random encoder, and of a probe's own draws."""
 
     def __post_init__(self) -> None:
         check_types(self, ProbeConfig)
         if self.labels is not None and self.labels < 1:
             raise UserError(f"{self.labels} labels; accepted: 1 or more")
+
+
+class Probe(NamedTuple):
+    """What a probe works with: the encoders and the labelled images."""
+
+    config: ProbeConfig
+    kind: FeatureKind
+    backbone: BackboneConfig
+    device: torch.device
+    encoders: Mapping[str, Encoder]
+    """By the name that they have in tables."""
+    train: Source
+    train_labels: Tensor
+    """int64, of every training image, chosen or not."""
+    chosen: Tensor
+    """int64, the training images whose labels may be used."""
+    test: Source
+    test_labels: Tensor
+
+    @property
+    def classes(self) -> int:
+        """How many classes the training images have."""
+        return len(self.train_labels.unique())
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The images, for a result."""
+        return {
+            "train": {
+                "specs": list(self.config.train),
+                "fingerprint": self.train.fingerprint(),
+                "images": len(self.train),
+                "labelled": len(self.chosen),
+            },
+            "test": {
+                "specs": list(self.config.test),
+                "fingerprint": self.test.fingerprint(),
+                "images": len(self.test),
+            },
+        }
 
 
 class ProbeData(NamedTuple):
@@ -69,28 +143,49 @@ class ProbeData(NamedTuple):
     classes: int
     unreadable: int
     """Images that were left out because they could not be read."""
+    described: Mapping[str, Any] = MappingProxyType({})
+    """The images, for a result."""
 
 
-def probe_data(config: ProbeConfig) -> ProbeData:
-    """Compute everything that a probe compares.
+def open_probe(config: ProbeConfig, default: FeatureKind = "mean") -> Probe:
+    """Open the model and the images of a probe.
+
+    Args:
+        default: the features where the configuration leaves them open.
 
     Raises:
         UserError: if the images have no labels, or train and test have other classes.
     """
     device = choose_device(config.device)
-    model = load(config.run, ema=config.ema).to(device)
+    model = load_backbone(config.run, ema=config.ema).to(device)
     train, test = (open_sources(spec, model.config.in_chans) for spec in (config.train, config.test))
     if train.classes and test.classes and list(train.classes) != list(test.classes):
         raise UserError(f"{config.train} and {config.test} have different classes; accepted: the same")
     train_labels, test_labels = torch.tensor(labels_of(train)), torch.tensor(labels_of(test))
     chosen = choose_labelled(train_labels, config.labels, config.seed)
-    encoders = make_encoders(model, config)
-    train_features, train_kept = extract(encoders, train, chosen.tolist(), model.config, device)
-    test_features, test_kept = extract(encoders, test, range(len(test)), model.config, device)
-    classes = len(set(train_labels.tolist()))
-    unreadable = len(chosen) - len(train_kept) + len(test) - len(test_kept)
+    kind = config.features or default
+    encoders = make_encoders(model, config, kind)
+    return Probe(config, kind, model.config, device, encoders, train, train_labels, chosen, test, test_labels)
+
+
+def probe_data(config: ProbeConfig) -> ProbeData:
+    """Compute everything that a probe of features compares.
+
+    Raises:
+        UserError: if the images have no labels, or train and test have other classes.
+    """
+    probe = open_probe(config)
+    encoders, backbone, device = probe.encoders, probe.backbone, probe.device
+    train_features, train_kept = extract(encoders, probe.train, probe.chosen.tolist(), backbone, device)
+    test_features, test_kept = extract(encoders, probe.test, range(len(probe.test)), backbone, device)
     return ProbeData(
-        train_features, train_labels[train_kept], test_features, test_labels[test_kept], classes, unreadable
+        train_features,
+        probe.train_labels[train_kept],
+        test_features,
+        probe.test_labels[test_kept],
+        probe.classes,
+        len(probe.chosen) - len(train_kept) + len(probe.test) - len(test_kept),
+        probe.described,
     )
 
 
@@ -110,30 +205,84 @@ def choose_labelled(labels: Tensor, count: int | None, seed: int) -> Tensor:
     return order[place[order].argsort(stable=True)][:count].sort().values
 
 
-def make_encoders(model: MaskedAutoencoder, config: ProbeConfig) -> dict[str, Encoder]:
+# ---------------------------------------------------------------------- encoders
+
+
+def make_encoders(
+    model: Backbone, config: ProbeConfig, kind: FeatureKind | None = None
+) -> dict[str, Encoder]:
     """The encoders to compare, by the name they have in tables."""
-    ours = encoder_features(model, config.features)
+    kind = kind or config.features or "mean"
+    ours = encoder_features(model, kind)
     if not config.baselines:
         return {"this model": ours}
-    device = next(model.parameters()).device
-    random = fresh_model(model.config, config.seed).to(device).eval()
     return {
         "raw pixels": pixel_features,
-        "random encoder": encoder_features(random, config.features),
+        "random encoder": encoder_features(fresh_twin(model, config.seed), kind),
         "this model": ours,
     }
 
 
-def encoder_features(model: MaskedAutoencoder, kind: FeatureKind) -> Encoder:
+def fresh_twin(model: AnyBackbone, seed: int) -> AnyBackbone:
+    """A model of the same architecture, with the initial weights that belong to a seed."""
+    kind: Any = type(model)
+    with draws.seeded(seed, "init"):
+        twin = kind(model.config)
+    return twin.to(next(model.parameters()).device).eval()
+
+
+def encoder_features(model: Backbone, kind: FeatureKind) -> Encoder:
     """What a model makes of whole images."""
-    mean = model.config.mean or (0.0,) * model.config.in_chans
-    std = model.config.std or (1.0,) * model.config.in_chans
 
     def encode(images: Tensor) -> Tensor:
-        tokens = model.encode(normalise(images, mean, std))  # [B, 1 + L, D]
-        return tokens[:, 0] if kind == "cls" else tokens[:, 1:].mean(dim=1)
+        tokens = tokens_after(model, as_trained(model, images))  # [B, 1 + L, D]
+        if kind == "cls":
+            return tokens[:, 0]
+        mean = tokens[:, 1:].mean(dim=1)
+        return model.fc_norm(mean) if isinstance(model, Classifier) else mean
 
     return encode
+
+
+def as_trained(model: Backbone, images: Tensor) -> Tensor:
+    """Images in [0, 1], normalised by the means and deviations that a model was trained with."""
+    mean = model.config.mean or (0.0,) * model.config.in_chans
+    std = model.config.std or (1.0,) * model.config.in_chans
+    return normalise(images, mean, std)
+
+
+class _Reached(Exception):  # noqa: N818
+    """Carries the tokens out of a forward pass that need not go further: no error."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+
+def tokens_after(model: Backbone, images: Tensor, block: int | None = None) -> Tensor:
+    """The tokens of whole images after the first `block` blocks.
+
+    Args:
+        images: float [B, C, H, W], normalised.
+        block: 1 to the model's depth, before the final norm; None means after it.
+
+    Returns:
+        float [B, 1 + L, D], cls first.
+    """
+    if block is None:
+        return model.encode(images)
+
+    def stop(_module: nn.Module, _inputs: object, tokens: Tensor) -> None:
+        raise _Reached(tokens)
+
+    handle = model.blocks[block - 1].register_forward_hook(stop)
+    try:
+        model.encode(images)
+    except _Reached as reached:
+        return reached.tokens
+    finally:
+        handle.remove()
+    raise AssertionError("unreachable: encode applies every block")
 
 
 def pixel_features(images: Tensor) -> Tensor:
@@ -145,12 +294,15 @@ def pixel_features(images: Tensor) -> Tensor:
     return images.flatten(1)
 
 
+# ---------------------------------------------------------------------- over many images
+
+
 @torch.inference_mode()
 def extract(
     encoders: Mapping[str, Encoder],
     source: Source,
     ids: Sequence[int],
-    config: MAEConfig,
+    config: BackboneConfig,
     device: torch.device,
     batch_size: int = 256,
 ) -> tuple[dict[str, Tensor], list[int]]:
@@ -159,31 +311,85 @@ def extract(
     Returns:
         float32 [N, D] on the CPU for each encoder, and the ids that could be read, in order.
     """
-    found: dict[str, list[Tensor]] = {name: [] for name in encoders}
+    found: dict[str, Tensor] = {}
     kept: list[int] = []
     context = precision_context(usable_precision("bf16", device), device)
-    for some, pixels in _batches(source, ids, config.image_size, batch_size):
-        kept += some
+    for some, pixels in central_batches(source, ids, config.image_size, batch_size):
         images = to_float(pixels.to(device))
         for name, encoder in encoders.items():
             with context():
-                found[name].append(encoder(images).float().cpu())
+                rows = encoder(images).float().cpu()
+            if name not in found:  # all of it at once: parts put together at the end would take twice that
+                found[name] = torch.empty(len(ids), rows.shape[1])
+            found[name][len(kept) : len(kept) + len(some)] = rows
+        kept += some
     if not kept:
         raise UserError("none of the images could be read")
-    return {name: torch.cat(parts) for name, parts in found.items()}, kept
+    return {name: rows[: len(kept)] for name, rows in found.items()}, kept
 
 
-def _batches(
-    source: Source, ids: Sequence[int], image_size: Sequence[int], batch_size: int
+def central_batches(
+    source: Source,
+    ids: Sequence[int],
+    image_size: Sequence[int],
+    batch_size: int,
+    broken: Callable[[Report], None] | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Central crops of the readable images: their ids and [B, C, *image_size]."""
+    """Central crops of the readable images: their ids and [B, C, *image_size].
 
+    Args:
+        broken: told of each image that cannot be read.
+    """
     some: list[tuple[int, Tensor]] = []
-    for sample, picture, _ in read_many(source, ids, _THREADS):
+    for sample, picture, reports in read_many(source, ids, decoding_threads()):
         if picture is not None:
             some.append((sample, central(picture.pixels, image_size)))
+        elif broken is not None:
+            broken(reports[0])
         if len(some) == batch_size:
             yield [i for i, _ in some], stack([pixels for _, pixels in some])
             some = []
     if some:
         yield [i for i, _ in some], stack([pixels for _, pixels in some])
+
+
+def decoding_threads() -> int:
+    """How many images are decoded at a time."""
+    return min(8, os.cpu_count() or 1)
+
+
+# ---------------------------------------------------------------------- records
+
+
+def weights_digest(file: Path) -> str:
+    """Sixteen hex digits of the content of a weights file."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+
+
+def record_probe(
+    protocol: str,
+    config: ProbeConfig,
+    argv: Sequence[str],
+    settings: Mapping[str, Any],
+    data: Mapping[str, Any],
+    results: Mapping[str, Any],
+) -> Path | None:
+    """Write a probe's result into its run's results folder; nothing for a weights file outside a run.
+
+    Args:
+        protocol: the file's name, to which the number of labels is added where it was given.
+        settings: those of the protocol, beside those of `config`.
+    """
+    folder = results_folder(config.run)
+    if folder is None:
+        return None
+    file = find_weights(config.run, config.ema).resolve()
+    given = {
+        field.name: getattr(config, field.name)
+        for field in fields(ProbeConfig)
+        if field.name not in ("run", "train", "test")
+    }
+    weights = {"weights": str(file.relative_to(folder.parent)), "weights_digest": weights_digest(file)}
+    name = protocol if config.labels is None else f"{protocol}-{config.labels}"
+    return write_result(folder, name, argv, {**weights, **given, **settings}, data, results)

@@ -1,6 +1,8 @@
-"""A linear classifier on frozen features."""
+"""A linear classifier on frozen features, fast: features once, then a logistic regression."""
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -11,8 +13,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from quarterview.errors import UserError
-from quarterview.evaluate.features import ProbeConfig, ProbeData, probe_data
-from quarterview.evaluate.report import show_accuracies
+from quarterview.evaluate.features import ProbeConfig, ProbeData, probe_data, record_probe
+from quarterview.evaluate.report import show_accuracies, standard_error
 from quarterview.train.journal import Journal
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)
@@ -21,11 +23,24 @@ HELD_OUT = 0.2
 _ITERATIONS = 300
 
 
-def linear(config: ProbeConfig, journal: Journal) -> dict[str, float]:
-    """Fit a linear classifier to each encoder's training features, and show a table.
+@dataclass(frozen=True)
+class LinearAccuracy:
+    """What a linear classifier reached on the features of one encoder."""
+
+    accuracy: float
+    standard_error: float
+    strength: float
+    """The inverse regularisation that was chosen."""
+
+
+def linear(config: ProbeConfig, journal: Journal, argv: Sequence[str] = ()) -> dict[str, float]:
+    """Fit a linear classifier to each encoder's training features, show a table and record the result.
 
     Features are standardised; the regularisation is chosen on a fifth of the training images and
     the classifier fitted again to all of them. The test images are used once, at the end.
+
+    Args:
+        argv: the command line, for the record.
 
     Returns:
         The accuracy of each encoder, by its name.
@@ -34,19 +49,40 @@ def linear(config: ProbeConfig, journal: Journal) -> dict[str, float]:
         UserError: if there are fewer than two classes.
     """
     data = probe_data(config)
-    if len(data.train_labels.unique()) < 2:
-        raise UserError("the labelled images are all of one class; accepted: two classes or more")
-    accuracies = {name: linear_accuracy(data, name, config.seed) for name in data.train}
-    show_accuracies(f"linear classifier, {config.features} features", accuracies, data, journal)
+    check_classes(data.train_labels)
+    found = {name: linear_fit(data, name, config.seed) for name in data.train}
+    accuracies = {name: fitted.accuracy for name, fitted in found.items()}
+    kind = config.features or "mean"
+    show_accuracies(f"linear classifier, {kind} features", accuracies, data, journal)
+    record_probe(
+        "linear",
+        config,
+        argv,
+        {"features": kind, "strengths": STRENGTHS, "held_out": HELD_OUT},
+        {**data.described, "unreadable": data.unreadable},
+        {"classes": data.classes, "accuracies": {name: asdict(fitted) for name, fitted in found.items()}},
+    )
     return accuracies
+
+
+def check_classes(labels: Tensor) -> None:
+    """Raises UserError if there is nothing to tell apart."""
+    if len(labels.unique()) < 2:
+        raise UserError("the labelled images are all of one class; accepted: two classes or more")
 
 
 def linear_accuracy(data: ProbeData, name: str, seed: int) -> float:
     """The test accuracy of a linear classifier on the features of one encoder."""
+    return linear_fit(data, name, seed).accuracy
+
+
+def linear_fit(data: ProbeData, name: str, seed: int) -> LinearAccuracy:
+    """Choose the regularisation, fit, and judge on the test images, for the features of one encoder."""
     train, labels = data.train[name].numpy(), data.train_labels.numpy()
     strength = choose_strength(train, labels, seed)
     classifier = fit(train, labels, strength)
-    return float(classifier.score(data.test[name].numpy(), data.test_labels.numpy()))
+    accuracy = float(classifier.score(data.test[name].numpy(), data.test_labels.numpy()))
+    return LinearAccuracy(accuracy, standard_error(accuracy, len(data.test_labels)), strength)
 
 
 def choose_strength(features: np.ndarray, labels: np.ndarray, seed: int) -> float:

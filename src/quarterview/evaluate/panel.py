@@ -1,6 +1,6 @@
 """Reconstruction panels: what the model was shown, and what it made of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,13 +17,15 @@ from quarterview.errors import UserError
 from quarterview.exchange.weights import load
 from quarterview.model.mae import MaskedAutoencoder
 
-_PANEL_MOST = 8
+PANEL_MOST = 8
+"""So many pictures are drawn."""
 _HIDDEN_GREY = 0.75
 _INCHES = 1.2
-_MARGIN_INCHES = 0.45
+_NAMES_INCHES, _LINE_INCHES, _GAP_INCHES = 0.3, 0.125, 0.12
+_LEAST_INCHES = 3.2
+"""Narrower pictures would cut the caption."""
 
 
-@torch.no_grad()
 def draw_panel(model: MaskedAutoencoder, images: Tensor, noise: Tensor, path: Path, title: str = "") -> None:
     """Write a PNG with a column for each image: the original, what is visible, the completed picture.
 
@@ -31,21 +33,40 @@ def draw_panel(model: MaskedAutoencoder, images: Tensor, noise: Tensor, path: Pa
         images: float [B, C, H, W], normalised; the first eight are drawn.
         noise: float [B, L], which decides what is hidden, lowest kept.
     """
-    images, noise = images[:_PANEL_MOST], noise[:_PANEL_MOST]
+    images, noise = images[:PANEL_MOST], noise[:PANEL_MOST]
+    rows = {"original": shown(images, model.config.mean, model.config.std)}
+    rows |= completed_rows(model, images, noise)
+    sentences = [*completed_caption(model), *channels_caption(model.config.in_chans)]
+    caption = "\n".join(sentences)
+    draw_rows(rows, f"{title}. {caption}" if title else caption, path)
+
+
+@torch.no_grad()
+def completed_rows(model: MaskedAutoencoder, images: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    """What the model is shown of each image, and the picture as it completes it.
+
+    Args:
+        images: float [B, C, H, W], normalised.
+        noise: float [B, L], which decides what is hidden, lowest kept.
+
+    Returns:
+        float [B, C, H, W] in [0, 1] for each row, by its name.
+    """
     mask = model(images, noise=noise).mask
-    pictures = model.reconstruct(images, mask=mask)
-    mean, std = model.config.mean or (0.0,) * images.shape[1], model.config.std or (1.0,) * images.shape[1]
-    original, completed = (denormalise(x.float(), mean, std) for x in (images, pictures))
-    low, high = _shown_range(mean, std)
-    original, completed = (((x - low) / (high - low)).clamp(0, 1) for x in (original, completed))
+    mean, std = model.config.mean, model.config.std
     hidden = model.unpatchify(mask[:, :, None].expand(-1, -1, model.patch_size**2 * images.shape[1]).float())
-    visible = original * (1 - hidden) + _HIDDEN_GREY * hidden
-    rows = {
-        "original": original,
+    visible = shown(images, mean, std) * (1 - hidden) + _HIDDEN_GREY * hidden
+    return {
         f"visible ({1 - mask.float().mean():.0%})": visible,
-        "reconstruction": completed,
+        "reconstruction": shown(model.reconstruct(images, mask=mask), mean, std),
     }
-    _draw(rows, _caption(model), title, path)
+
+
+def shown(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
+    """Normalised images as they are drawn: float [B, C, H, W] -> the same in [0, 1]."""
+    mean, std = mean or (0.0,) * images.shape[1], std or (1.0,) * images.shape[1]
+    low, high = _shown_range(mean, std)
+    return ((denormalise(images.float(), mean, std) - low) / (high - low)).clamp(0, 1)
 
 
 def _shown_range(mean: Sequence[float], std: Sequence[float]) -> tuple[float, float]:
@@ -60,23 +81,35 @@ def _shown_range(mean: Sequence[float], std: Sequence[float]) -> tuple[float, fl
     )
 
 
-def _caption(model: MaskedAutoencoder) -> str:
+def completed_caption(model: MaskedAutoencoder) -> list[str]:
+    """What a person should know who looks at `completed_rows`."""
     sentences = ["Reconstruction: visible patches as they are, hidden ones predicted."]
     if model.config.norm_pix_loss:
         sentences.append(
-            "\nPatches are predicted up to brightness and contrast, guessed here from visible ones nearby."
+            "Patches are predicted up to brightness and contrast, guessed here from visible ones nearby."
         )
-    if model.config.in_chans not in (1, 3):
-        shown = "first channel" if model.config.in_chans < 3 else "first three channels"
-        sentences.append(f"\nShown: the {shown} of {model.config.in_chans}.")
-    return " ".join(sentences)
+    return sentences
 
 
-def _draw(rows: dict[str, Tensor], caption: str, title: str, path: Path) -> None:
-    """A row for each kind of picture, a column for each image."""
+def channels_caption(channels: int) -> list[str]:
+    """Which channels are drawn, if not all."""
+    if channels in (1, 3):
+        return []
+    return [f"Shown: the {'first channel' if channels < 3 else 'first three channels'} of {channels}."]
+
+
+def draw_rows(rows: Mapping[str, Tensor], caption: str, path: Path) -> None:
+    """Write a PNG of pictures in rows that have names.
+
+    Args:
+        rows: float [B, C, h, w] in [0, 1], of which the first channel, or the first three, are drawn.
+            All have the same B and the same shape of picture, but not the same number of pixels.
+        caption: the lines below.
+    """
     count, _, height, width = next(iter(rows.values())).shape
-    cell = _INCHES * min(2.0, height / width)
-    size = (_INCHES * count + 0.3, cell * len(rows) + _MARGIN_INCHES)
+    lines = caption.count("\n") + 1
+    cell, margin = _INCHES * min(2.0, height / width), _LINE_INCHES * lines + _GAP_INCHES
+    size = (max(_INCHES * count, _LEAST_INCHES) + _NAMES_INCHES, cell * len(rows) + margin)
     figure = Figure(figsize=size, dpi=100)
     axes = figure.subplots(len(rows), count, squeeze=False)
     for line, (name, images) in zip(axes, rows.items(), strict=True):
@@ -86,12 +119,12 @@ def _draw(rows: dict[str, Tensor], caption: str, title: str, path: Path) -> None
             place.set(xticks=[], yticks=[])
             place.spines[:].set_visible(False)
         line[0].set_ylabel(name, fontsize=8)
-    figure.text(0.01, 0.01, f"{title}. {caption}" if title else caption, fontsize=6, va="bottom", wrap=True)
+    figure.text(0.01, 0.05 / size[1], caption, fontsize=6, va="bottom", linespacing=1.3)
     figure.subplots_adjust(
-        left=0.25 / size[0],
+        left=_NAMES_INCHES / size[0],
         right=0.99,
-        bottom=(_MARGIN_INCHES - 0.05) / size[1],
-        top=0.99,
+        bottom=(margin - 0.05) / size[1],
+        top=1 - 0.03 / size[1],
         wspace=0.03,
         hspace=0.03,
     )
@@ -130,24 +163,45 @@ def reconstruct_files(run: str, images: Sequence[str], out: str, seed: int) -> N
     """
     model = load(run)
     config = model.config
+    batch = read_pictures(images, config.in_chans, config.image_size)
+    mean, std = config.mean or (0.0,) * config.in_chans, config.std or (1.0,) * config.in_chans
+    noise = keyed_noise(model, len(batch), seed)
+    draw_panel(model, normalise(batch, mean, std), noise, Path(out), Path(run).name)
+
+
+def keyed_noise(model: MaskedAutoencoder, count: int, seed: int) -> Tensor:
+    """The masks of pictures 0, 1, …, as noise: float [count, L]."""
+    return model.mask_noise(draws.uniform(seed, "mask", 0, torch.arange(count), model.uniforms_needed))
+
+
+def read_pictures(
+    specs: Sequence[str], channels: int, image_size: Sequence[int], most: int = PANEL_MOST
+) -> Tensor:
+    """Central crops of the first pictures of what the specs name.
+
+    Args:
+        specs: picture files, or anything that ``--data`` of pretrain takes.
+        channels: that they shall have.
+        image_size: height and width that they are cut and resized to.
+        most: how many are read.
+
+    Returns:
+        float [B, C, *image_size] in [0, 1].
+
+    Raises:
+        UserError: if one of them cannot be read, or there is none.
+    """
     pixels: list[Tensor] = []
-    for spec in images:
+    for spec in specs:
         path = Path(spec)
         if path.suffix.lower() in SUFFIXES and path.is_file():
-            pixels.append(_readable(decode, spec, path.read_bytes(), config.in_chans))
+            pixels.append(_readable(decode, spec, path.read_bytes(), channels))
         else:
-            source = open_source(spec, config.in_chans)
-            pixels += [
-                _readable(source.image, source.name(i), i) for i in range(min(len(source), _PANEL_MOST))
-            ]
-    some = pixels[:_PANEL_MOST]
-    if not some:
-        raise UserError("no pictures to reconstruct; accepted: picture files, or anything that --data takes")
-    batch = to_float(stack([central(image, config.image_size) for image in some]))
-    mean, std = config.mean or (0.0,) * config.in_chans, config.std or (1.0,) * config.in_chans
-    ids = torch.arange(len(batch))
-    noise = model.mask_noise(draws.uniform(seed, "mask", 0, ids, model.uniforms_needed))
-    draw_panel(model, normalise(batch, mean, std), noise, Path(out), Path(run).name)
+            source = open_source(spec, channels)
+            pixels += [_readable(source.image, source.name(i), i) for i in range(min(len(source), most))]
+    if not pixels[:most]:
+        raise UserError("no pictures are named; accepted: picture files, or anything that --data takes")
+    return to_float(stack([central(image, image_size) for image in pixels[:most]]))
 
 
 def _readable(read: Callable[..., Picture], name: str, *arguments: object) -> Tensor:

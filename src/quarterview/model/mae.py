@@ -20,7 +20,7 @@ from quarterview.model import masking
 from quarterview.model.config import MAEConfig
 from quarterview.model.positions import sincos_2d
 from quarterview.model.targets import PixelTarget, Target, patch_statistics, take
-from quarterview.model.vit import LAYER_NORM_EPS, Block, PatchEmbed, init_weights
+from quarterview.model.vit import LAYER_NORM_EPS, Block, PatchEmbed, init_weights, patchify
 
 
 class MAEOutput(NamedTuple):
@@ -74,10 +74,7 @@ class MaskedAutoencoder(nn.Module):
 
     def patchify(self, images: Tensor) -> Tensor:
         """float [B, C, H, W] -> float [B, L, p*p*C]: patches by row, numbers by row, column, channel."""
-        rows, columns = self.grid
-        p = self.patch_size
-        x = images.unflatten(2, (rows, p)).unflatten(4, (columns, p))  # [B, C, rows, p, columns, p]
-        return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        return patchify(images, self.patch_size)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """float [B, L, p*p*C] -> float [B, C, H, W]; the exact inverse of `patchify`."""

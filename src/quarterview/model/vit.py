@@ -65,6 +65,13 @@ def check_width(what: str, width: int, heads: int) -> None:
         )
 
 
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """float [B, C, H, W] -> float [B, L, p*p*C]: patches by row, numbers by row, column, channel."""
+    p = patch_size
+    x = images.unflatten(2, (-1, p)).unflatten(4, (-1, p))  # [B, C, rows, p, columns, p]
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
 class PatchEmbed(nn.Module):
     """Holds the stride-p p×p convolution of timm, and applies it to patches already cut out."""
 
@@ -129,9 +136,18 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """float [B, T, D] -> the same.
+
+        Args:
+            scale: float [B, 2], what each sample's two branches are multiplied by: drop path.
+        """
+        if scale is None:
+            x = x + self.attn(self.norm1(x))
+            return x + self.mlp(self.norm2(x))
+        first, second = scale[:, :, None, None].unbind(1)  # each [B, 1, 1]
+        x = x + first * self.attn(self.norm1(x))
+        return x + second * self.mlp(self.norm2(x))
 
 
 def init_weights(module: nn.Module) -> None:

@@ -168,7 +168,7 @@ class Trainer:
 
     def _update(self, batch: Batch) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.lr(self.step)
+            group["lr"] = self.schedule.lr(self.step) * group.get("lr_scale", 1.0)
         loss = torch.zeros((), device=self.world.device)
         metrics: dict[str, Tensor] = {}
         for part in batch.chunks(self.config.accum_iter):

@@ -1,6 +1,8 @@
 """AdamW, its parameter groups, and the learning rate over a run."""
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,18 +51,19 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up from exactly 0, then half a cosine to 0, a value for every update."""
+    """Linear warm-up from exactly 0, then half a cosine to the floor, a value for every update."""
 
     peak: float
     warmup_steps: int
     total_steps: int
+    floor: float = 0.0
 
     def lr(self, step: int) -> float:
         """The learning rate of update `step`, counted from 0."""
         if step < self.warmup_steps:
             return self.peak * step / self.warmup_steps
         progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
-        return self.peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        return self.floor + (self.peak - self.floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def warmup_steps(
@@ -98,11 +101,61 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+def layer_id(name: str, depth: int) -> int:
+    """The layer that a parameter of a vision transformer counts to, as in the official fine-tuning.
+
+    Tokens, positions and the patch embedding are layer 0, block i is layer i + 1, and everything
+    after the blocks is layer depth + 1.
+    """
+    if name in ("cls_token", "pos_embed", "mask_token") or name.startswith("patch_embed."):
+        return 0
+    block = re.match(r"blocks\.(\d+)\.", name)
+    return int(block[1]) + 1 if block else depth + 1
+
+
+def layer_decay_groups(
+    module: nn.Module, weight_decay: float, layer_decay: float, depth: int, prefix: str = ""
+) -> list[dict]:
+    """Parameter groups whose learning rates fall by `layer_decay` with every layer from the head.
+
+    As the official fine-tuning makes them: a group's ``lr_scale`` is ``layer_decay ** (depth + 1 - id)``
+    (see `layer_id`); vectors, biases, the cls token and the positions are not decayed. Frozen
+    parameters are in no group. Each group carries the `names` of its parameters.
+
+    Args:
+        depth: blocks of the transformer.
+        prefix: what stands before the transformer's names in `module`, such as ``"model."``.
+    """
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        own = name.removeprefix(prefix)
+        layer, plain = layer_id(own, depth), parameter.ndim <= 1 or own in ("cls_token", "pos_embed")
+        group = groups.setdefault(
+            (layer, plain),
+            {
+                "params": [],
+                "names": [],
+                "weight_decay": 0.0 if plain else weight_decay,
+                "lr_scale": layer_decay ** (depth + 1 - layer),
+            },
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
 def adamw(
     module: nn.Module, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
 ) -> torch.optim.AdamW:
     """Fused AdamW over `decay_groups`; its learning rate is set at every step."""
-    return torch.optim.AdamW(decay_groups(module, weight_decay), lr=0.0, betas=betas, fused=True)
+    return fused_adamw(decay_groups(module, weight_decay), betas)
+
+
+def fused_adamw(groups: Sequence[dict], betas: tuple[float, float]) -> torch.optim.AdamW:
+    """Fused AdamW over groups of parameters, which may have an ``lr_scale``."""
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,0 +1,388 @@
+"""Fine-tuning: the whole encoder, its last blocks, or half a block (He et al. 2021, 4.3 and A.1).
+
+`scratch` in place of a run trains the same network from random weights under the same recipe, which
+is what pre-training must be compared with.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from quarterview import draws
+from quarterview.data.augment import normalise, to_float
+from quarterview.data.loader import Loader
+from quarterview.data.open import open_sources
+from quarterview.data.policy import AugmentConfig
+from quarterview.data.source import Source, labels_of
+from quarterview.data.statistics import channel_statistics
+from quarterview.data.stream import SampleStream
+from quarterview.data.subset import subset
+from quarterview.errors import UserError, check_types
+from quarterview.evaluate.features import central_batches, choose_labelled
+from quarterview.evaluate.report import standard_error
+from quarterview.evaluate.results import write_result
+from quarterview.exchange.weights import load_encoder, metadata, read_config
+from quarterview.model.classifier import Classifier, ClassifierConfig, Pool, freeze_all_but
+from quarterview.objectives.supervised import Supervised, SupervisedConfig
+from quarterview.running import Run, RunningConfig, Site, carry_out, hold, settle, to_plain
+from quarterview.train.journal import Journal
+from quarterview.train.loop import LoopConfig, Trainer
+from quarterview.train.optim import OptimConfig, Schedule, fused_adamw, layer_decay_groups, warmup_steps
+
+SCRATCH = "scratch"
+_TEST_BATCH = 256
+
+Part = TypeVar("Part", AugmentConfig, SupervisedConfig, LoopConfig)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(SupervisedConfig, AugmentConfig, OptimConfig, RunningConfig):
+    """Everything about a fine-tuning run. The defaults are the paper's for ViT-B (table 9)."""
+
+    run: str = ""
+    """A run, checkpoint or .safetensors file of a masked autoencoder; scratch for random weights."""
+    train: tuple[str, ...] = ()
+    """Required: labelled images to learn from, anything that --data of pretrain takes."""
+    test: tuple[str, ...] = ()
+    """Required: labelled images to be judged on. Nothing is chosen by them: the last step counts."""
+    labels: int | None = None
+    """Use only so many labelled training images, equally many a class; by default all."""
+    blocks: tuple[str, ...] = ("all",)
+    """How many of the last blocks are trained: all, a number, 0.5 for the last block's MLP alone, or 0.
+    Several give a run each, and the curve of figure 9."""
+    pool: Pool = "mean"
+    """What the head reads: the mean of the patch tokens under a new norm, or the cls token."""
+    image_size: tuple[int, ...] | None = None
+    """Height and width, or one number for both; by default those of pre-training."""
+    model: str | None = None
+    """The network to train from scratch, such as mae_vit_tiny_patch4."""
+    in_chans: int = 3
+    """Channels of the images, from scratch; otherwise the run says."""
+    from_ema: bool = False
+    """Start from the moving average of the run's weights."""
+    layer_decay: float = 0.75
+    """Each layer's learning rate as a share of that of the layer above it."""
+    min_lr: float = 1e-6
+    """Where the cosine ends."""
+    beta2: float = 0.999
+    """AdamW's second coefficient; the scratch recipe's is 0.95."""
+    epochs: float = 100
+    """Passes over the training images."""
+    blr: float = 1e-3
+    """Base learning rate: the rate is blr × batch size / 256."""
+    warmup_epochs: float | None = 5
+    """Epochs of linear warm-up from 0."""
+
+    def __post_init__(self) -> None:
+        size = (self.image_size,) if isinstance(self.image_size, int) else self.image_size
+        object.__setattr__(self, "image_size", None if size is None else tuple(size) * (3 - len(size)))
+        for name in ("train", "test", "blocks"):
+            values = getattr(self, name)
+            object.__setattr__(self, name, (values,) if isinstance(values, str) else tuple(values))
+        for part in (RunningConfig, OptimConfig, AugmentConfig, SupervisedConfig):
+            part.__post_init__(self)
+        check_types(self, FinetuneConfig)
+        if self.labels is not None and self.labels < 2:
+            raise UserError(f"{self.labels} labels; accepted: 2 or more")
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"layer decay {self.layer_decay}; accepted: a number above 0, at most 1")
+        if not 0 <= self.beta2 < 1:
+            raise UserError(f"beta2 {self.beta2}; accepted: 0 to below 1")
+        if self.min_lr < 0:
+            raise UserError(f"min_lr {self.min_lr}; accepted: 0 or more")
+        if (self.mixup or self.cutmix) and (self.batch_size // self.accum_iter) % 2:
+            raise UserError(
+                f"a batch of {self.batch_size} in {self.accum_iter} part(s) leaves an image without one to "
+                "mix with; accepted: even parts, or --mixup 0 --cutmix 0"
+            )
+        if not self.blocks or len(set(self.blocks)) < len(self.blocks):
+            raise UserError(f"blocks {' '.join(self.blocks)}; accepted: one or several different numbers")
+        for blocks in self.blocks:
+            count_blocks(blocks)
+
+    def part(self, kind: type[Part]) -> Part:
+        """The fields of one of the configurations that this one is made of."""
+        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
+
+
+def count_blocks(blocks: str) -> float:
+    """A value of ``--blocks`` as a number; infinity for all. Raises UserError if it is none."""
+    try:
+        count = math.inf if blocks == "all" else float(blocks)
+    except ValueError:
+        count = -1.0
+    if count < 0 or (count not in (0.5, math.inf) and count % 1):
+        raise UserError(f"{blocks} blocks; accepted: all, 0, 0.5 or a whole number")
+    return count
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What came of fine-tuning."""
+
+    run: Run
+    accuracy: float | None
+    """On the test images, of the weights after the last step (with --ema, of their average); None if
+    the run was stopped."""
+    test_images: int
+
+
+def finetune(config: FinetuneConfig, argv: Sequence[str] = ()) -> Finetuned:
+    """Fine-tune a classifier, or go on with a run that was interrupted, and judge it.
+
+    Raises:
+        UserError: if the request cannot be met: no labels, another architecture, …
+        RunError: if the run cannot go on.
+    """
+    for name, given in (("RUN", config.run), ("--train", config.train), ("--test", config.test)):
+        if not given:
+            raise UserError(f"{name} is missing; accepted: finetune RUN --train … --test … --out …")
+    if len(config.blocks) > 1:
+        raise UserError(
+            f"blocks {' '.join(config.blocks)} are several runs; accepted: one value, or partial()"
+        )
+    plan = _Plan(config)
+
+    def ending(run: Run) -> str:
+        return _record(config, plan, run, argv)
+
+    inputs = (*config.train, *config.test)
+    run = carry_out(config, inputs, plan.open, plan.build, ending, {"train", "test"}, argv)
+    accuracy = run.metrics.get("test_accuracy") if run.status == "complete" else None
+    return Finetuned(run, accuracy, plan.judged)
+
+
+def _record(config: FinetuneConfig, plan: "_Plan", run: Run, argv: Sequence[str]) -> str:
+    """Write the result down, and say it."""
+    accuracy = run.metrics["test_accuracy"]
+    error = standard_error(accuracy, plan.judged)
+    write_result(
+        run.folder / "results",
+        "finetune",
+        argv,
+        to_plain(config),
+        {"train": plan.fingerprint, "train_images": plan.trained, **plan.test_data},
+        {"accuracy": accuracy, "standard_error": error, "steps": run.step},
+    )
+    start = "random weights" if config.run == SCRATCH else config.run
+    return (
+        f"done: {accuracy:.1%} ± {error:.1%} of {plan.judged} test images, after {run.step} steps from "
+        f"{start} with {plan.trained} labelled images, blocks trained: {config.blocks[0]}"
+    )
+
+
+class _Plan:
+    """The images of a fine-tuning run, and how its trainer is built."""
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        self.config = config
+        self.model_config = _start(config)
+        self.fingerprint, self.trained, self.judged = "", 0, 0
+        self.test_data: dict[str, Any] = {}
+        self.labels = torch.empty(0, dtype=torch.int64)
+
+    def open(self) -> Source:
+        """The labelled training images that are used."""
+        source = open_sources(self.config.train, self.model_config.in_chans)
+        self.test = open_sources(self.config.test, self.model_config.in_chans)
+        if source.classes and self.test.classes and list(source.classes) != list(self.test.classes):
+            raise UserError("--train and --test have different classes; accepted: the same")
+        labels, test_labels = torch.tensor(labels_of(source)), torch.tensor(labels_of(self.test))
+        classes = int(max(labels.max(), test_labels.max())) + 1
+        names = tuple(source.classes) if source.classes else None
+        self.model_config = replace(
+            self.model_config, classes=max(2, len(names) if names else classes), class_names=names
+        )
+        chosen = choose_labelled(labels, self.config.labels, self.config.seed)
+        self.labels, self.test_labels = labels[chosen], test_labels
+        self.trained = len(chosen)
+        self.test_data = {"test": self.test.fingerprint(), "test_images": len(self.test)}
+        self.judged = len(self.test)
+        chosen_source = subset(source, chosen.tolist())
+        self.fingerprint = chosen_source.fingerprint()
+        return chosen_source
+
+    def build(self, site: Site) -> Trainer:
+        """Model, objective, optimiser and loop of a run at its beginning."""
+        config, device = self.config, site.world.device
+        precision = settle(config, site)
+        stream = SampleStream(len(site.source), 0, config.seed)
+        cached, reason = (
+            (None, "RandAugment works on decoded pictures") if config.randaugment else hold(config, site)
+        )
+        mean, std = self._statistics(site, stream)
+        model_config = replace(self.model_config, mean=mean, std=std)
+        model = fresh_classifier(model_config, config.seed).to(device)
+        if config.run != SCRATCH and site.resumed is None:
+            load_encoder(model, config.run, config.from_ema)
+        freeze_all_but(model, count_blocks(config.blocks[0]))
+        site.journal.say(
+            f"{self.trained} labelled images of {model_config.classes} classes, "
+            f"{'held on the device' if cached else 'streamed'} ({reason}); {self.judged} test images; "
+            f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} of "
+            f"{sum(p.numel() for p in model.parameters()):,} parameters are trained"
+        )
+        if config.compile:
+            model.compile()
+        total = config.total_steps(self.trained)
+        warmup, warning = warmup_steps(config.warmup_epochs, self.trained / config.batch_size, total)
+        if warning:
+            site.journal.warn(warning)
+        objective = Supervised(model, config.part(SupervisedConfig), config.seed)
+        loader = Loader(
+            site.source,
+            stream,
+            model_config.image_size,
+            mean,
+            std,
+            device,
+            config.threads,
+            cached,
+            site.ledger,
+            config.part(AugmentConfig),
+            self.labels,
+        )
+        trainer = Trainer(
+            objective,
+            fused_adamw(
+                layer_decay_groups(
+                    objective, config.weight_decay, config.layer_decay, len(model.blocks), "model."
+                ),
+                (0.9, config.beta2),
+            ),
+            Schedule(config.peak_lr(config.batch_size), warmup, total, config.min_lr),
+            loader,
+            replace(config.part(LoopConfig), precision=precision, eval_every=config.eval_every or total),
+            site.world,
+            site.journal,
+            site.folder,
+            ema=config.ema,
+            clip_grad=config.clip_grad,
+            state={
+                "config": to_plain(config),
+                "resolved": {
+                    "steps": total,
+                    "fingerprint": site.fingerprint,
+                    "cache": "device" if cached else "none",
+                    "cache_reason": reason,
+                    "mean": list(mean),
+                    "std": list(std),
+                    "precision": precision,
+                },
+                "origin": None,
+            },
+            metadata=metadata(model_config),
+        )
+        if site.world.is_main:
+            trainer.hooks = [Judge(trainer, model, self.test, self.test_labels, config)]
+        return trainer
+
+    def _statistics(self, site: Site, stream: SampleStream) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The channel means and deviations: the run's, or of the training images from scratch."""
+        if site.known:
+            return tuple(site.known["mean"]), tuple(site.known["std"])
+        mean, std = self.model_config.mean, self.model_config.std
+        if mean is not None and std is not None:
+            return mean, std
+        return channel_statistics(site.source, stream, self.config.threads, site.ledger)
+
+
+def _start(config: FinetuneConfig) -> ClassifierConfig:
+    """The classifier to be, as far as its start tells; how many classes the images will."""
+    if config.run == SCRATCH:
+        if config.model is None or config.image_size is None:
+            raise UserError(
+                "scratch says nothing of the network; accepted: --model mae_vit_tiny_patch4 --image-size 32"
+            )
+        return ClassifierConfig(config.model, config.image_size, 2, config.in_chans, config.pool)
+    theirs = read_config(config.run, config.from_ema)
+    if config.model not in (None, theirs.model):
+        raise UserError(f"--model {config.model}, but {config.run} is {theirs.model}; accepted: neither")
+    return ClassifierConfig(
+        theirs.model,
+        config.image_size or theirs.image_size,
+        2,
+        theirs.in_chans,
+        config.pool,
+        theirs.mean,
+        theirs.std,
+    )
+
+
+def fresh_classifier(config: ClassifierConfig, seed: int) -> Classifier:
+    """A classifier with the initial weights that belong to a seed."""
+    with draws.seeded(seed, "init"):
+        return Classifier(config)
+
+
+class Judge:
+    """The accuracy on labelled images, as columns for the metrics.
+
+    With a moving average of the weights `test_accuracy` is the average's, and that of the weights
+    themselves stands beside it.
+    """
+
+    def __init__(
+        self, trainer: Trainer, model: Classifier, source: Source, labels: Tensor, config: FinetuneConfig
+    ) -> None:
+        self.trainer, self.model, self.source, self.labels = trainer, model, source, labels
+        self.threads, self.device = config.threads, trainer.world.device
+
+    def __call__(self, step: int) -> dict[str, float]:
+        last: dict[str, Tensor] = dict(self.model.named_parameters())
+        average = self.trainer.ema
+        weights = {"test_accuracy": average or last}
+        if average:
+            weights["test_accuracy_last"] = last
+        right, seen = dict.fromkeys(weights, 0), 0
+        model, config = self.model, self.model.config
+        mean, std = config.mean or (0.0,) * config.in_chans, config.std or (1.0,) * config.in_chans
+        everything = range(len(self.source))
+        for ids, pixels in central_batches(self.source, everything, config.image_size, _TEST_BATCH):
+            images = normalise(to_float(pixels.to(self.device)), mean, std)
+            labels = self.labels[ids].to(self.device)
+            seen += len(ids)
+            for name, tensors in weights.items():
+                predicted = functional_call(model, tensors, (images,)).argmax(dim=1)
+                right[name] += int((predicted == labels).sum())
+        if not seen:
+            raise UserError("none of the test images could be read")
+        return {name: count / seen for name, count in right.items()}
+
+
+def parameter_table(model: Classifier, config: FinetuneConfig) -> list[dict[str, Any]]:
+    """Every parameter's name, highest learning rate, weight decay, and whether it is trained."""
+    peak = config.peak_lr(config.batch_size)
+    groups = layer_decay_groups(model, config.weight_decay, config.layer_decay, len(model.blocks))
+    found = {name: group for group in groups for name in group["names"]}
+    return [
+        {
+            "name": name,
+            "trained": name in found,
+            "lr": peak * found[name]["lr_scale"] if name in found else 0.0,
+            "weight_decay": found[name]["weight_decay"] if name in found else 0.0,
+        }
+        for name, _ in model.named_parameters()
+    ]
+
+
+def show_parameters(config: FinetuneConfig, journal: Journal) -> None:
+    """Show the `parameter_table` of what would be trained, and the drop path of each block.
+
+    Raises:
+        UserError: if the start says nothing of the network.
+    """
+    model = Classifier(_start(config))
+    freeze_all_but(model, count_blocks(config.blocks[0]))
+    rows = [
+        (row["name"], f"{row['lr']:.3e}" if row["trained"] else "frozen", f"{row['weight_decay']:g}")
+        for row in parameter_table(model, config)
+    ]
+    journal.table("parameters", ["name", "peak learning rate", "weight decay"], rows)
+    rates = torch.linspace(0, config.drop_path, len(model.blocks)).tolist()
+    journal.say("drop path by block: " + " ".join(f"{rate:.3g}" for rate in rates))

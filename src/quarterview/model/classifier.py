@@ -1,0 +1,174 @@
+"""A vision transformer with a linear head: what a pre-trained encoder is fine-tuned as.
+
+The parameter names are timm's. With mean pooling there is no `norm`: the patch tokens, without cls,
+are averaged first and the average normalised by `fc_norm` (the official fine-tuning of He et al.
+2021; timm's ``global_pool="avg", fc_norm=True``). With cls pooling the encoder's `norm` stays, and
+the head reads the cls token.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from quarterview.errors import UserError, check_types
+from quarterview.model.positions import sincos_2d
+from quarterview.model.vit import (
+    LAYER_NORM_EPS,
+    Block,
+    PatchEmbed,
+    ViTShape,
+    init_weights,
+    parse_model_name,
+    patchify,
+)
+
+Pool = Literal["mean", "cls"]
+HEAD_STD = 2e-5
+"""Of the head's initial weights: the official fine-tuning's."""
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """What a classifier is."""
+
+    model: str
+    """Encoder, as in `MAEConfig`."""
+    image_size: tuple[int, ...]
+    """Height and width in pixels; each must divide by the patch size."""
+    classes: int
+    """How many classes there are."""
+    in_chans: int = 3
+    """Channels of the images."""
+    pool: Pool = "mean"
+    """What the head reads: the mean of the patch tokens, or the cls token."""
+    mean: tuple[float, ...] | None = None
+    """Channel means, of pixels in [0, 1], that images are normalised by."""
+    std: tuple[float, ...] | None = None
+    """Channel standard deviations, likewise."""
+    class_names: tuple[str, ...] | None = None
+    """What the classes are called, in the order of the head's rows."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "mean", "std", "class_names"):
+            values = getattr(self, name)
+            object.__setattr__(self, name, None if values is None else tuple(values))
+        check_types(self, ClassifierConfig)
+        patch = self.shape.patch_size
+        if len(self.image_size) != 2 or any(side < 1 or side % patch for side in self.image_size):
+            raise UserError(
+                f"image size {self.image_size} with patches of {patch} pixels; "
+                f"accepted: height and width, each a multiple of {patch}"
+            )
+        if self.classes < 2:
+            raise UserError(f"{self.classes} classes; accepted: 2 or more")
+
+    @property
+    def shape(self) -> ViTShape:
+        """Width, depth, heads and patch size of the encoder."""
+        return parse_model_name(self.model)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.image_size
+        return height // self.shape.patch_size, width // self.shape.patch_size
+
+
+class Classifier(nn.Module):
+    """A plain vision transformer that names classes."""
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        shape = config.shape
+        self.patch_size, self.grid = shape.patch_size, config.grid
+        self.patch_embed = PatchEmbed(shape.patch_size, config.in_chans, shape.width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.width))
+        self.pos_embed = nn.Parameter(sincos_2d(shape.width, self.grid))  # trained, as the official code does
+        self.blocks = nn.ModuleList(Block(shape.width, shape.heads) for _ in range(shape.depth))
+        norm = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
+        self.norm = norm if config.pool == "cls" else nn.Identity()
+        self.fc_norm = norm if config.pool == "mean" else nn.Identity()
+        self.head = nn.Linear(shape.width, config.classes)
+
+        self.apply(init_weights)
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
+
+    def encode(self, images: Tensor, scales: Tensor | None = None) -> Tensor:
+        """The tokens after the last block, and after the norm where the head reads the cls token.
+
+        Args:
+            images: float [B, C, H, W], normalised.
+            scales: float [B, depth, 2], what the branches of each block are multiplied by: drop path.
+
+        Returns:
+            float [B, 1 + L, D]: cls, then the patches by row.
+
+        Raises:
+            ValueError: if the images have another shape than the model's.
+        """
+        expected = (self.config.in_chans, *self.config.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}; accepted: (B, {', '.join(map(str, expected))})"
+            )
+        x = self.patch_embed(patchify(images, self.patch_size))  # [B, L, D]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # [B, 1 + L, D]
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if scales is None else scales[:, i])
+        return self.norm(x)
+
+    def features(self, images: Tensor, scales: Tensor | None = None) -> Tensor:
+        """What the head reads: float [B, D]."""
+        tokens = self.encode(images, scales)
+        if self.config.pool == "cls":
+            return tokens[:, 0]
+        return self.fc_norm(tokens[:, 1:].mean(dim=1))
+
+    def forward(self, images: Tensor, scales: Tensor | None = None) -> Tensor:
+        """float [B, C, H, W], normalised -> logits, float [B, classes]."""
+        return self.head(self.features(images, scales))
+
+
+def drop_path_scales(uniforms: Tensor, rate: float) -> Tensor:
+    """What each sample's branches are multiplied by under stochastic depth (Huang et al. 2016).
+
+    The rate of a block grows linearly from 0 at the first to `rate` at the last; a branch is left
+    out or multiplied by 1 / (1 - its rate).
+
+    Args:
+        uniforms: float [B, depth, 2] in [0, 1).
+        rate: of the last block.
+
+    Returns:
+        float [B, depth, 2].
+    """
+    kept = 1 - torch.linspace(0, rate, uniforms.shape[1], device=uniforms.device)[None, :, None]
+    return (uniforms < kept) / kept
+
+
+def freeze_all_but(model: Classifier, blocks: float) -> None:
+    """Leave the last blocks trainable, and what follows them, and freeze the rest (section 4.3).
+
+    Args:
+        blocks: how many, a whole number or 0.5, which is the last block's MLP alone; 0 is the head
+            and its norm, and infinity trains everything.
+
+    Raises:
+        UserError: if there are not so many.
+    """
+    depth = len(model.blocks)
+    if blocks == math.inf:
+        return
+    if blocks > depth:
+        raise UserError(f"{blocks:g} blocks of {depth}; accepted: at most {depth}, or all")
+    first = depth - int(blocks)
+    trainable = ("norm.", "fc_norm.", "head.", *(f"blocks.{i}." for i in range(first, depth)))
+    if blocks == 0.5:
+        trainable += (f"blocks.{depth - 1}.mlp.",)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(trainable))

@@ -1,0 +1,243 @@
+"""Carry out a run: the same for pre-training and fine-tuning.
+
+The folder is locked, an older checkpoint found and checked, the record written, the loop run and
+its end told. What is trained, and how it is built, the caller says.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from quarterview import runs
+from quarterview.data.cache import CACHE_BYTES, CachedSet, load_all
+from quarterview.data.ledger import Ledger
+from quarterview.data.loader import LoadConfig
+from quarterview.data.source import Source
+from quarterview.errors import UserError, check_types
+from quarterview.train import checkpoint, distributed
+from quarterview.train.checkpoint import Checkpoint
+from quarterview.train.distributed import World
+from quarterview.train.journal import Journal, metrics
+from quarterview.train.lock import lock
+from quarterview.train.loop import LoopConfig, Trainer, usable_precision
+
+MAY_CHANGE = {
+    *("out", "resume", "workers", "max_bad_samples", "device", "compile", "deterministic"),
+    *("log_every", "eval_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints"),
+}
+"""What a resumed run may do differently, whatever it trains."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and starts."""
+
+    out: str = ""
+    """Required: the run's folder; made if it is not there."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train; auto takes a CUDA GPU where there is one. mps is untested."""
+    resume: str = "auto"
+    """auto goes on from the run's newest checkpoint if there is one, never refuses to, and a path
+    names the run or the checkpoint to go on from."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", str(self.out))
+        check_types(self, RunConfig)
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a run ended, or was left."""
+
+    folder: Path
+    status: Literal["complete", "SIGTERM", "SIGINT"]
+    """complete, or the signal that stopped it; a stopped run goes on where it was when called again."""
+    step: int
+    """Updates done."""
+    metrics: dict[str, Any]
+    """The last row of ``metrics.jsonl``."""
+
+
+class Site(NamedTuple):
+    """What a run is built on."""
+
+    folder: Path
+    world: World
+    journal: Journal
+    source: Source
+    """The training images."""
+    fingerprint: str
+    """Of what is trained on."""
+    ledger: Ledger
+    resumed: Checkpoint | None
+    """The checkpoint to go on from."""
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What was decided at the first start of a run that is resumed."""
+        return self.resumed.state["resolved"] if self.resumed else {}
+
+
+@dataclass(frozen=True)
+class RunningConfig(RunConfig, LoadConfig, LoopConfig):
+    """What every run's configuration has."""
+
+    def __post_init__(self) -> None:
+        for part in (RunConfig, LoadConfig, LoopConfig):
+            part.__post_init__(self)
+
+
+def carry_out(
+    config: RunningConfig,
+    inputs: Sequence[str],
+    open_source: Callable[[], Source],
+    build: Callable[[Site], Trainer],
+    ending: Callable[[Run], str],
+    may_change: Collection[str] = (),
+    argv: Sequence[str] = (),
+) -> Run:
+    """Train, or go on with a run that was interrupted.
+
+    Args:
+        config: with defaults for all of its fields.
+        inputs: the sets of images, among which the run's folder must not lie.
+        open_source: the training images.
+        build: the trainer of the run at its beginning.
+        ending: what to say of a complete run.
+        may_change: fields that a resumed run may do differently, besides `MAY_CHANGE`.
+        argv: the command line, for the record.
+
+    Raises:
+        UserError: if the request cannot be met: wrong data, another run in the folder, …
+        RunError: if the run cannot go on: it diverged, or too many images are broken.
+    """
+    if not config.out:
+        raise UserError("no folder for the run; accepted: --out RUN")
+    folder = Path(config.out)
+    runs.check_folder(folder, inputs)
+    world = distributed.join(config.device)
+    try:
+        if not world.is_main:
+            return _carry_out(config, folder, world, open_source, build, ending, may_change, argv)
+        with lock(folder):
+            return _carry_out(config, folder, world, open_source, build, ending, may_change, argv)
+    finally:
+        distributed.leave(world)
+
+
+def _carry_out(
+    config: RunningConfig,
+    folder: Path,
+    world: World,
+    open_source: Callable[[], Source],
+    build: Callable[[Site], Trainer],
+    ending: Callable[[Run], str],
+    may_change: Collection[str],
+    argv: Sequence[str],
+) -> Run:
+    journal = Journal(folder, quiet=not world.is_main)
+    resumed = runs.find_checkpoint(config.resume, folder)
+    source = open_source()
+    fingerprint = source.fingerprint()
+    adopted = resumed is not None and resumed.path.parent != folder / "checkpoints"
+    if resumed is not None:
+        accepted = {*MAY_CHANGE, *may_change}
+        runs.check_same(to_plain(config), to_plain(type(config)()), accepted, fingerprint, resumed)
+        step, total = resumed.state["step"], resumed.state["resolved"]["steps"]
+        if step >= total and not adopted:
+            journal.say(f"{folder} is complete: {total} steps. Nothing to do.")
+            return Run(folder, "complete", total, last_row(folder))
+        journal.say(f"going on from {resumed.path}, step {step} of {total}")
+    if world.is_main and (resumed is None or adopted):
+        runs.start_clean(folder)
+    bad = folder / "bad_samples.jsonl" if world.is_main else None
+    ledger = Ledger(bad, len(source), config.max_bad_samples)
+    trainer = build(Site(folder, world, journal, source, fingerprint, ledger, resumed))
+    if resumed is not None:
+        trainer.restore(resumed)
+        if world.is_main:
+            checkpoint.remove_after(folder / "checkpoints", trainer.step)
+        if adopted:
+            trainer.save()
+    if world.is_main:
+        runs.write_record(folder, to_plain(config), fingerprint, len(source), argv)
+    status = _train(trainer, ledger, journal)
+    run = Run(folder, status, trainer.step, last_row(folder))
+    if run.status == "complete":
+        journal.say(ending(run))
+    else:
+        way = "with --resume auto it" if config.resume == "never" else "the same command"
+        journal.say(f"stopped by {run.status} after step {run.step}; {way} goes on from there")
+    return run
+
+
+def _train(trainer: Trainer, ledger: Ledger, journal: Journal) -> Literal["complete", "SIGTERM", "SIGINT"]:
+    said = ledger.summary()
+    for line in said:
+        journal.say(line)
+    journal.open(trainer.step)
+    try:
+        status = trainer.run()
+    finally:
+        journal.close()
+    for line in ledger.summary() if ledger.summary() != said else ():
+        journal.say(line)
+    return status
+
+
+def hold(config: LoadConfig, site: Site) -> tuple[CachedSet | None, str]:
+    """The training images on the device, or None, and why.
+
+    A resumed run keeps the decision of its first start.
+
+    Raises:
+        UserError: if they cannot be held and must be.
+    """
+    if site.known.get("cache", config.cache) == "none":
+        return None, site.known.get("cache_reason", "as asked")
+    limit = CACHE_BYTES if config.cache == "auto" else sys.maxsize
+    loaded = load_all(site.source, site.world.device, limit, config.threads, site.ledger)
+    if isinstance(loaded, CachedSet):
+        return loaded, f"{loaded.images.nbytes >> 20} MiB of equal-sized 8-bit images"
+    if config.cache == "device":
+        raise UserError(f"--cache device cannot hold {loaded}; accepted: auto or none")
+    return None, loaded
+
+
+def settle(config: LoopConfig, site: Site) -> Literal["bf16", "fp32"]:
+    """Check the batch against the ranks, and say which precision is used.
+
+    Raises:
+        UserError: if the batch cannot be shared equally.
+    """
+    world = site.world
+    if config.batch_size % (world.size * config.accum_iter):
+        raise UserError(
+            f"a batch of {config.batch_size} cannot be shared equally by {world.size} ranks in "
+            f"{config.accum_iter} parts; accepted: multiples of {world.size * config.accum_iter}"
+        )
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    asked = site.known.get("precision", config.precision)
+    precision = usable_precision(asked, world.device)
+    if precision != asked:
+        site.journal.warn(f"{world.device} has no {asked} arithmetic; training in {precision}")
+    return precision
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A configuration as JSON and YAML hold it: lists instead of tuples."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def last_row(folder: Path) -> dict[str, Any]:
+    """The newest metrics of a run; empty if there are none."""
+    rows = metrics(folder)
+    return rows[-1] if rows else {}

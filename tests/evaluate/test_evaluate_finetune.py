@@ -1,0 +1,304 @@
+"""Fine-tuning: layer decay, frozen parts, what is loaded, resume, and that it learns."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quarterview.errors import UserError
+from quarterview.evaluate.finetune import FinetuneConfig, count_blocks, finetune, parameter_table
+from quarterview.exchange.weights import load, load_backbone, load_classifier, load_encoder, metadata
+from quarterview.model.classifier import Classifier, ClassifierConfig, freeze_all_but
+from quarterview.model.mae import create_model
+from quarterview.model.positions import sincos_2d
+from quarterview.train import checkpoint
+
+DEPTH = 3
+BASE = ClassifierConfig("mae_vit_32x3x2_patch4", (16, 16), 10)
+PLAIN = {
+    "train": ("shapes:60:size=16",),
+    "test": ("shapes:40:seed=1:size=16",),
+    "batch_size": 20,
+    "steps": 4,
+    "randaugment": None,
+    "precision": "fp32",
+    "workers": 0,
+    "lr": 1e-3,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    torch.manual_seed(0)
+    model = create_model(
+        "mae_vit_32x3x2_patch4",
+        image_size=16,
+        decoder_width=16,
+        decoder_depth=1,
+        decoder_heads=2,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+    )
+    folder = tmp_path_factory.mktemp("runs") / "x"
+    checkpoint.save(
+        folder / "checkpoints", 1, {"model": model.state_dict()}, {"step": 1}, metadata(model.config)
+    )
+    return folder
+
+
+def tuned(run, tmp_path, **options):
+    config = FinetuneConfig(**{**PLAIN, "run": str(run), "out": str(tmp_path / "ft"), **options})
+    return finetune(config)
+
+
+def weights(folder):
+    return load_file(checkpoint.newest(folder / "checkpoints") / "model.safetensors")
+
+
+# ---------------------------------------------------------------------- learning rates
+
+
+def test_every_parameters_learning_rate_follows_the_formula():
+    model = Classifier(BASE)
+    rows = {r["name"]: r for r in parameter_table(model, FinetuneConfig(lr=0.5, layer_decay=0.65))}
+    assert rows.keys() == dict(model.named_parameters()).keys()
+    expected = {
+        "cls_token": 0,
+        "pos_embed": 0,
+        "patch_embed.proj.weight": 0,
+        "patch_embed.proj.bias": 0,
+        "blocks.0.norm1.weight": 1,
+        "blocks.0.attn.qkv.weight": 1,
+        "blocks.1.mlp.fc2.bias": 2,
+        "blocks.2.mlp.fc1.weight": 3,
+        "fc_norm.weight": 4,
+        "head.weight": 4,
+        "head.bias": 4,
+    }
+    for name, layer in expected.items():
+        assert rows[name]["lr"] == pytest.approx(0.5 * 0.65 ** (DEPTH + 1 - layer), rel=1e-12), name
+        assert rows[name]["trained"]
+    undecayed = {n for n, p in model.named_parameters() if p.ndim == 1} | {"cls_token", "pos_embed"}
+    assert {n for n, r in rows.items() if r["weight_decay"] == 0} == undecayed
+    assert {r["weight_decay"] for n, r in rows.items() if n not in undecayed} == {0.05}
+
+
+def test_the_rates_of_vit_base_at_065_are_the_papers():
+    config = ClassifierConfig("mae_vit_4x12x1_patch4", (8, 8), 2)
+    table = parameter_table(Classifier(config), FinetuneConfig(lr=1.0, layer_decay=0.65))
+    rows = {row["name"]: row["lr"] for row in table}
+    assert rows["patch_embed.proj.weight"] == pytest.approx(0.0037, abs=5e-5)
+    assert rows["blocks.0.attn.qkv.weight"] == pytest.approx(0.0057, abs=5e-5)
+    assert rows["blocks.11.mlp.fc1.weight"] == pytest.approx(0.65)
+    assert rows["head.weight"] == 1
+
+
+@pytest.mark.parametrize(
+    ("blocks", "trained"),
+    [
+        ("0", ()),
+        ("0.5", ("blocks.2.mlp.",)),
+        ("1", ("blocks.2.",)),
+        ("2", ("blocks.1.", "blocks.2.")),
+        ("all", ("blocks.", "patch_embed.", "cls_token", "pos_embed")),
+    ],
+)
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_what_is_trained(blocks, trained, pool):
+    model = Classifier(replace(BASE, pool=pool))
+    config = FinetuneConfig(blocks=blocks)
+    freeze_all_but(model, count_blocks(blocks))
+    always = ("head.", "fc_norm." if pool == "mean" else "norm.")
+    rows = parameter_table(model, config)
+    assert {r["name"] for r in rows if r["trained"]} == {
+        r["name"] for r in rows if r["name"].startswith((*trained, *always))
+    }
+    assert all(r["lr"] == 0 for r in rows if not r["trained"])
+
+
+@pytest.mark.parametrize("blocks", ["0", "0.5", "1"])
+def test_frozen_parts_do_not_move_and_the_others_do(run, tmp_path, blocks):
+    tuned(run, tmp_path, blocks=blocks, weight_decay=0.3, ema=0.9)
+    before, after = weights(run), weights(tmp_path / "ft")
+    model = Classifier(BASE)
+    freeze_all_but(model, float(blocks))
+    for name, parameter in model.named_parameters():
+        if name in before:
+            assert torch.equal(before[name], after[name]) != parameter.requires_grad, name
+
+
+# ---------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_the_encoder_is_loaded_whole_and_nothing_else(run, pool):
+    model, theirs = Classifier(replace(BASE, pool=pool)), weights(run)
+    load_encoder(model, run)
+    state = model.state_dict()
+    kept = {n for n in theirs if not n.startswith(("decoder", "mask_token"))}
+    if pool == "mean":
+        kept -= {"norm.weight", "norm.bias"}
+    assert kept < state.keys()
+    assert all(torch.equal(state[name], theirs[name]) for name in kept)
+    fresh = state.keys() - kept
+    assert fresh == {"head.weight", "head.bias"} | (
+        {"fc_norm.weight", "fc_norm.bias"} if pool == "mean" else set()
+    )
+
+
+def test_a_weight_that_is_missing_or_left_over_is_named(run, tmp_path):
+    file = checkpoint.newest(run / "checkpoints") / "model.safetensors"
+    config = load(run).config
+    for change in ({"surplus": torch.zeros(1)}, {"blocks.1.norm1.bias": None}):
+        state = {k: v for k, v in {**load_file(file), **change}.items() if v is not None}
+        checkpoint.save(tmp_path / "checkpoints", 1, {"model": state}, {"step": 1}, metadata(config))
+        with pytest.raises(UserError, match=next(iter(change))):
+            load_encoder(Classifier(BASE), tmp_path)
+
+
+def test_another_image_size_gets_its_own_positions(run):
+    model = Classifier(replace(BASE, image_size=(24, 32)))
+    load_encoder(model, run)
+    assert torch.equal(model.pos_embed, sincos_2d(32, (6, 8)))
+
+
+def test_a_model_that_does_not_fit_is_refused(run):
+    with pytest.raises(UserError, match="mae_vit_64x3x2_patch4"):
+        load_encoder(Classifier(replace(BASE, model="mae_vit_64x3x2_patch4")), run)
+
+
+def test_logits_equal_timms_with_the_same_weights(run, disturbed):
+    import timm
+
+    for pool, options in (("mean", {"global_pool": "avg"}), ("cls", {"global_pool": "token"})):
+        model = disturbed(Classifier(replace(BASE, pool=pool))).eval()
+        vit = timm.models.VisionTransformer(
+            img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=10,
+            fc_norm=pool == "mean", norm_layer=None, **options,
+        ).eval()  # fmt: skip
+        vit.load_state_dict(model.state_dict())  # strict: the names are timm's
+        for module in vit.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.eps = 1e-6
+        images = torch.randn(5, 3, 16, 16)
+        with torch.no_grad():
+            torch.testing.assert_close(model(images), vit(images), atol=1e-5, rtol=1e-4)
+
+
+def test_the_mean_leaves_the_cls_token_out(disturbed):
+    model = disturbed(Classifier(BASE)).eval()
+    images = torch.randn(2, 3, 16, 16)
+    tokens = model.encode(images)
+    expected = model.head(model.fc_norm(tokens[:, 1:].mean(1)))
+    torch.testing.assert_close(model(images), expected)
+    assert isinstance(model.norm, torch.nn.Identity)
+
+
+# ---------------------------------------------------------------------- a run
+
+
+def test_a_fine_tuned_run_can_be_read_and_says_what_it_found(run, tmp_path):
+    result = tuned(run, tmp_path)
+    assert result.accuracy == result.run.metrics["test_accuracy"]
+    saved = json.loads((tmp_path / "ft" / "results" / "finetune.json").read_text())
+    assert saved["results"]["accuracy"] == result.accuracy
+    assert saved["data"]["train_images"] == 60
+    model = load_classifier(tmp_path / "ft")
+    assert model.config.classes == 10
+    assert isinstance(load_backbone(tmp_path / "ft"), Classifier)
+    with pytest.raises(UserError, match="fine-tuned classifier"):
+        load(tmp_path / "ft")
+
+
+def test_the_accuracy_is_the_models_on_the_test_images(run, tmp_path):
+    from quarterview.data.augment import normalise, to_float
+    from quarterview.data.open import open_source
+
+    result = tuned(run, tmp_path, steps=8, lr=3e-3)
+    model, source = load_classifier(tmp_path / "ft"), open_source("shapes:40:seed=1:size=16", 3)
+    images = to_float(torch.stack([source.image(i).pixels for i in range(40)]))
+    with torch.no_grad():
+        predicted = model(normalise(images, model.config.mean, model.config.std)).argmax(1)
+    assert result.accuracy == sum(predicted[i] == source.label(i) for i in range(40)) / 40
+
+
+def test_an_average_of_the_weights_is_judged_where_there_is_one(run, tmp_path):
+    result = tuned(run, tmp_path, ema=0.5)
+    assert {"test_accuracy", "test_accuracy_last"} <= result.run.metrics.keys()
+
+
+@pytest.mark.parametrize("randaugment", [None, "rand-m9-mstd0.5-inc1"])
+def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path, randaugment):
+    options = {"randaugment": randaugment, "checkpoint_every": 3, "keep_checkpoints": 9, "steps": 6}
+    tuned(run, tmp_path / "a", **options)
+    tuned(run, tmp_path / "b", **options)
+    doomed = tmp_path / "b" / "ft" / "checkpoints" / "step-00000006"
+    doomed.rename(doomed.with_name(".removed-x"))
+    tuned(run, tmp_path / "b", **options, workers=2)
+    one, two = (weights(tmp_path / x / "ft") for x in "ab")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_few_labels_are_equally_many_a_class_and_the_same_again(run, tmp_path):
+    result = tuned(run, tmp_path, labels=20)
+    saved = json.loads((tmp_path / "ft" / "results" / "finetune.json").read_text())
+    assert saved["data"]["train_images"] == 20
+    assert result.run.step == 4
+
+
+def test_scratch_takes_the_same_recipe(tmp_path):
+    result = tuned("scratch", tmp_path, model="mae_vit_32x3x2_patch4", image_size=16)
+    assert result.accuracy is not None
+    with pytest.raises(UserError, match="scratch says nothing"):
+        tuned("scratch", tmp_path / "b")
+
+
+def test_it_learns(tmp_path):
+    """To tell noisy pictures apart by their colour."""
+    generator = np.random.default_rng(0)
+    for name, count in (("train", 400), ("test", 100)):
+        labels = np.arange(count) % 5
+        colours = np.asarray([(90, 60, 60), (60, 90, 60), (60, 60, 90), (90, 90, 60), (60, 90, 90)])[labels]
+        pixels = colours[:, None, None] + generator.normal(0, 30, (count, 16, 16, 3))
+        images = pixels.clip(0, 255).astype(np.uint8)
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=labels)
+    result = tuned(
+        "scratch",
+        tmp_path,
+        train=(str(tmp_path / "train.npz"),),
+        test=(str(tmp_path / "test.npz"),),
+        model="mae_vit_32x3x2_patch4",
+        image_size=16,
+        steps=60,
+        lr=3e-3,
+        batch_size=50,
+        layer_decay=1.0,
+    )
+    assert result.accuracy is not None
+    assert result.accuracy > 0.8  # chance is 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"blocks": "2.5"}, "2.5 blocks"),
+        ({"blocks": "-1"}, "blocks"),
+        ({"blocks": "most"}, "most blocks"),
+        ({"blocks": "4"}, "4 blocks of 3"),
+        ({"blocks": ("1", "2")}, "several runs"),
+        ({"layer_decay": 0.0}, "layer decay"),
+        ({"batch_size": 15}, "mix"),
+        ({"crop_min": 0.0}, "crop_min"),
+        ({"randaugment": "strong"}, "rand-m9-mstd0.5-inc1"),
+        ({"labels": 1}, "1 labels"),
+        ({"smoothing": 1.0}, "smoothing"),
+        ({"train": ()}, "--train is missing"),
+    ],
+)
+def test_wrong_requests_say_what_is_accepted(run, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        tuned(run, tmp_path, **options)
