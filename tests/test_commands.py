@@ -1,9 +1,11 @@
 """The commands around a run: knn, linear, reconstruct, inspect, recipes, the dry run and the demo."""
 
+import json
 import subprocess
 import sys
 import time
 
+import pyarrow.parquet
 import pytest
 import yaml
 from PIL import Image
@@ -55,6 +57,73 @@ def test_knn_and_linear(run, capsys):
         assert "this model" in capsys.readouterr().out
 
 
+SETS = ["--train", "shapes:60:seed=1", "--test", "shapes:40:seed=2"]
+
+
+def test_several_k_and_both_votes_are_written_down(run, capsys):
+    assert cli.run(["knn", str(run), *SETS, "--k", "1", "5", "--labels", "50"]) == 0
+    assert "5" in capsys.readouterr().out
+    written = json.loads((run / "results" / "knn-50.json").read_text())
+    ours = {
+        (row["k"], row["vote"]) for row in written["results"]["accuracies"] if row["features"] == "this model"
+    }
+    assert ours == {(k, vote) for k in (1, 5) for vote in ("majority", "weighted")}
+    assert written["argv"][:2] == ["quarterview", "knn"]
+
+
+def test_the_papers_probe(run, capsys):
+    words = ["--protocol", "paper", "--epochs", "2", "--warmup-epochs", "1"]
+    assert cli.run(["linear", str(run), *SETS, *words]) == 0
+    assert "this model" in capsys.readouterr().out
+
+
+FAST = ["--recipe", "small", "--steps", "3", "--batch-size", "20", "--device", "cpu"]
+
+
+def test_finetune_and_its_curve(run, tmp_path, capsys):
+    out = tmp_path / "ft"
+    assert cli.run(["finetune", str(run), *SETS, *FAST, "--out", str(out)]) == 0
+    assert "of 40 test images, after 3 steps" in capsys.readouterr().out
+    assert cli.run(["inspect", str(out)]) == 0
+    assert "10 classes" in capsys.readouterr().out
+    curve = ["--blocks", "0", "0.5", "all", "--out", str(tmp_path / "curve")]
+    assert cli.run(["finetune", str(run), *SETS, *FAST, *curve]) == 0
+    assert width(tmp_path / "curve" / "results" / "partial.png") == 500
+    written = json.loads((tmp_path / "curve" / "results" / "partial.json").read_text())
+    assert list(written["results"]) == ["0", "0.5", "all"]
+    capsys.readouterr()
+    assert cli.run(["finetune", str(run), *SETS, *FAST, *curve]) == 0  # complete runs are not trained again
+    assert capsys.readouterr().out.count("Nothing to do") == 3
+
+
+def test_the_table_of_rates(run, capsys):
+    assert cli.run(["finetune", str(run), "--table", "--blocks", "1", "--lr", "1.0"]) == 0
+    shown = capsys.readouterr().out
+    assert "frozen" in shown
+    assert "blocks.1.mlp.fc1.weight" in shown
+    assert "7.500e-01" in shown
+
+
+def test_finetune_says_what_is_missing(run, tmp_path, capsys):
+    for words, said in (
+        ([str(run), *SETS], "--out"),
+        ([str(run), "--out", str(tmp_path / "x")], "--train is missing"),
+        (["scratch", *SETS, "--out", str(tmp_path / "y")], "scratch says nothing"),
+        ([str(run), *SETS, "--out", str(tmp_path / "z"), "--recipe", "smal"], "Did you mean 'small'"),
+        ([str(run), *SETS, "--out", str(tmp_path / "z"), "--blocks", "7"], "7 blocks of 2"),
+    ):
+        assert cli.run(["finetune", *words]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_look_and_embed(run, tmp_path, capsys):
+    assert cli.run(["look", str(run), "shapes:3", "--out", str(tmp_path / "look.png")]) == 0
+    assert width(tmp_path / "look.png") > 200
+    folder = tmp_path / "vectors"
+    assert cli.run(["embed", str(run), "--data", "shapes:30", "--out", str(folder)]) == 0
+    assert pyarrow.parquet.read_table(sorted(folder.glob("*.parquet"))).num_rows == 30
+
+
 def test_reconstruct_takes_files_and_sets(run, tmp_path, capsys):
     Image.new("RGB", (40, 30), "blue").save(tmp_path / "a.png")
     out = tmp_path / "out" / "panel.png"
@@ -77,11 +146,16 @@ def test_inspect_tells_what_it_is(run, capsys):
 def test_recipes_are_listed_and_resolve(capsys):
     assert cli.run(["recipes"]) == 0
     shown = capsys.readouterr().out
-    for name, recipe in recipes.RECIPES.items():
-        assert name in shown
-        config = recipes.read(name)
-        assert all(getattr(config, key) in (value, (value, value)) for key, value in recipe.values.items())
-        assert f"--recipe {name} " in recipe.command
+    for read, table in (
+        (recipes.read, recipes.RECIPES),
+        (recipes.read_finetune, recipes.FINETUNE_RECIPES),
+    ):
+        for name, recipe in table.items():
+            assert name in shown
+            config = read(name)
+            values = recipe.values.items()
+            assert all(getattr(config, key) in (value, (value, value)) for key, value in values)
+            assert f"--recipe {name} " in recipe.command
 
 
 def test_a_runs_configuration_is_a_recipe(run):

@@ -2,18 +2,12 @@
 
 One test a line of the list, in its order and named after it. Where a model's inner steps are asked about,
 the question is put through its weights: with a final norm of zero the encoder's tokens are zero, and so on.
-
-Not here, because what could go wrong does not exist yet:
-
-- 18, layer decay with ids off by one or overwritten by the schedule: there is no layer decay.
-- 19 in part, fine-tuning that skips weights in silence: only loading whole models exists, and is tested.
-- 20 in part, a pool that includes cls, or two norms: only the features of probes exist, and are tested.
-- 22 in part, a probe trained by gradients: the linear probe is scikit-learn's, on features once computed.
 """
 
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,19 +27,30 @@ from quarterview.errors import RunError, UserError
 from quarterview.evaluate.features import ProbeConfig, ProbeData, encoder_features, extract, make_encoders
 from quarterview.evaluate.linear import linear_accuracy
 from quarterview.evaluate.panel import draw_panel
-from quarterview.exchange.weights import load_into, metadata
+from quarterview.exchange.weights import load_encoder, load_into, metadata
 from quarterview.model import masking
+from quarterview.model.classifier import Classifier, ClassifierConfig, freeze_all_but
 from quarterview.model.mae import MaskedAutoencoder, create_model
 from quarterview.model.positions import sincos_2d
 from quarterview.model.targets import PixelTarget
 from quarterview.objectives.mae import MaskedAutoencoding
+from quarterview.objectives.supervised import Supervised, SupervisedConfig
 from quarterview.train import checkpoint
 from quarterview.train.distributed import World
 from quarterview.train.journal import Journal, Meter
 from quarterview.train.loop import LoopConfig, Trainer
-from quarterview.train.optim import OptimConfig, Schedule, adamw, decay_groups, warmup_steps
+from quarterview.train.optim import (
+    OptimConfig,
+    Schedule,
+    adamw,
+    decay_groups,
+    fused_adamw,
+    layer_decay_groups,
+    warmup_steps,
+)
 
 CPU = torch.device("cpu")
+CLASSIFIER = ClassifierConfig("mae_vit_32x2x4_patch4", (16, 16), 5)
 SMALL = {
     "model": "mae_vit_32x2x4_patch4",
     "image_size": 16,
@@ -408,6 +413,48 @@ def test_pitfall_17_decay_groups():
     assert not any(name.endswith(".bias") or "norm" in name for name in decayed["names"])
 
 
+def test_pitfall_18_every_groups_rate_is_base_times_scale_after_a_step(tmp_path):
+    ids = torch.arange(8)
+    loader = GivenBatches([torch.empty(0)] * 3)
+    loader.batches = lambda parts: (Batch(torch.randn(8, 3, 16, 16), ids, ids * 0, ids % 5) for _ in parts)
+    objective = Supervised(Classifier(CLASSIFIER), SupervisedConfig(), 0)
+    groups = layer_decay_groups(objective, 0.05, 0.65, 2, "model.")
+    schedule = Schedule(peak=0.01, warmup_steps=1, total_steps=3, floor=1e-6)
+    config = LoopConfig(batch_size=8, precision="fp32", eval_every=3)
+    optimizer = fused_adamw(groups, (0.9, 0.999))
+    journal = Journal(quiet=True)
+    run = Trainer(objective, optimizer, schedule, loader, config, World(CPU), journal, tmp_path)
+    run.run()
+    rates = {name: group["lr"] for group in run.optimizer.param_groups for name in group["names"]}
+    base = 1e-6 + (0.01 - 1e-6) * 0.5 * (1 + math.cos(math.pi / 2))
+    layers = {
+        "pos_embed": 0,
+        "patch_embed.proj.weight": 0,
+        "blocks.0.attn.qkv.weight": 1,
+        "blocks.1.norm2.bias": 2,
+    }
+    for name, layer in {**layers, "fc_norm.weight": 3, "head.weight": 3}.items():
+        assert rates[f"model.{name}"] == pytest.approx(base * 0.65 ** (3 - layer), rel=1e-12), name
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_pitfall_19_fine_tuning_skips_no_weight_in_silence(tmp_path, pool):
+    model = make()
+    left = {"fc_norm.weight", "fc_norm.bias"} if pool == "mean" else set()
+    folder = checkpoint.save(tmp_path, 1, {"model": model.state_dict()}, {}, metadata(model.config))
+    classifier = Classifier(replace(CLASSIFIER, pool=pool))
+    fresh = weights(classifier)
+    load_encoder(classifier, folder)
+    now, theirs = weights(classifier), weights(model)
+    same = {name for name in now if torch.equal(now[name], theirs.get(name, torch.empty(0)))}
+    assert now.keys() - same == {"head.weight", "head.bias"} | left
+    assert all(torch.equal(now[name], fresh[name]) for name in now.keys() - same)
+    state = {name: value for name, value in theirs.items() if name != "blocks.0.norm1.bias"}
+    checkpoint.save(tmp_path, 2, {"model": state}, {}, metadata(model.config))
+    with pytest.raises(UserError, match=r"blocks\.0\.norm1\.bias"):
+        load_encoder(classifier, tmp_path / "step-00000002")
+
+
 def test_pitfall_19_loading_skips_nothing_in_silence(tmp_path):
     model = make()
     for other in (
@@ -432,6 +479,22 @@ def test_pitfall_20_mean_features_leave_cls_out():
         model.cls_token += torch.randn(32, generator=torch.Generator().manual_seed(0))
         assert torch.equal(encoder_features(model, "mean")(images), mean)
         assert not torch.equal(encoder_features(model, "cls")(images), cls)
+
+
+def test_pitfall_20_the_head_reads_patches_under_one_norm():
+    classifier = Classifier(CLASSIFIER)
+    for block in classifier.blocks:  # every token sees itself alone
+        silence(block.attn.proj.weight)
+    assert isinstance(classifier.norm, nn.Identity)
+    assert isinstance(classifier.fc_norm, nn.LayerNorm)
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = classifier(images)
+        classifier.cls_token += 1
+        assert torch.equal(classifier(images), before)
+    by_cls = Classifier(replace(CLASSIFIER, pool="cls"))
+    assert isinstance(by_cls.norm, nn.LayerNorm)
+    assert isinstance(by_cls.fc_norm, nn.Identity)
 
 
 def test_pitfall_21_features_without_masking_in_image_order():
@@ -470,6 +533,20 @@ def test_pitfall_22_a_probe_of_frozen_standardised_features_with_a_floor(tmp_pat
         for x in (features, features * scales)
     ]
     assert accuracies[0] == accuracies[1] > 0.8
+
+
+def test_pitfall_22_what_is_frozen_stays_bit_equal(tmp_path):
+    classifier = Classifier(CLASSIFIER)
+    freeze_all_but(classifier, 0)
+    before, ids = weights(classifier), torch.arange(8)
+    objective = Supervised(classifier, SupervisedConfig(), 0)
+    optimizer = fused_adamw(layer_decay_groups(objective, 0.3, 0.75, 2, "model."), (0.9, 0.999))
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[-1]["lr"] = 0.1
+    objective(Batch(torch.randn(8, 3, 16, 16), ids, ids * 0, ids % 5)).loss.backward()
+    optimizer.step()
+    after = weights(classifier)
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved == {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
 
 
 def test_pitfall_23_loss_in_float32_and_bad_steps_change_nothing(tmp_path):

@@ -1,7 +1,8 @@
 """The command line: parses and calls, nothing else.
 
-Exit codes: 0 done; 1 the run failed, or the demo did not show what it should; 2 wrong input; 75
-stopped by SIGTERM after saving, run the same command to go on; 130 stopped by Ctrl-C, likewise.
+Exit codes: 0 done; 1 the run failed, the demo did not show what it should, or the doctor found an
+ailment; 2 wrong input; 75 stopped by SIGTERM after saving, run the same command to go on; 130 stopped
+by Ctrl-C, likewise.
 """
 
 import sys
@@ -15,8 +16,9 @@ import tyro
 from torch import OutOfMemoryError
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from quarterview import demo, recipes
+from quarterview import recipes
 from quarterview.errors import RunError, UserError, unknown
+from quarterview.evaluate.doctor import DoctorConfig
 from quarterview.evaluate.embed import EmbedConfig
 from quarterview.evaluate.features import ProbeConfig
 from quarterview.evaluate.finetune import FinetuneConfig
@@ -72,6 +74,20 @@ class Finetune(FinetuneConfig):
             return _EXIT_CODES[finetune(config, command).run.status]
         found = partial(config, Journal(), command)
         return max(_EXIT_CODES[result.run.status] for result in found.values())
+
+
+@dataclass(frozen=True)
+class Doctor(DoctorConfig):
+    """Is my run working? The model beside trivial inpainters, its features, its history, its images."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The folder of a run, finished or not."""
+
+    def execute(self, argv: Sequence[str]) -> int:
+        from quarterview.evaluate.doctor import doctor
+
+        config = DoctorConfig(**{f.name: getattr(self, f.name) for f in fields(DoctorConfig)})
+        return 0 if doctor(config, Journal(), ["quarterview", *argv]).healthy else 1
 
 
 @dataclass(frozen=True)
@@ -218,10 +234,12 @@ class Demo:
     """Of every random draw."""
 
     def execute(self, _argv: Sequence[str]) -> int:
+        from quarterview import demo
+
         return _EXIT_CODES[demo.demo(self.out, self.seed, Journal())]
 
 
-Command = Pretrain | Finetune | Knn | Linear | Embed | Look | Reconstruct | Inspect | Recipes | Demo
+Command = Pretrain | Doctor | Finetune | Knn | Linear | Embed | Look | Reconstruct | Inspect | Recipes | Demo
 _COMMANDS: dict[str, Any] = {kind.__name__.lower(): kind for kind in get_args(Command)}
 _WITH_RECIPES: dict[str, tuple[Any, Callable[[str], Any]]] = {
     "pretrain": (Pretrain, recipes.read),

@@ -15,6 +15,7 @@ from quarterview.model.classifier import Classifier, ClassifierConfig, freeze_al
 from quarterview.model.mae import create_model
 from quarterview.model.positions import sincos_2d
 from quarterview.train import checkpoint
+from quarterview.train.optim import layer_decay_groups
 
 DEPTH = 3
 BASE = ClassifierConfig("mae_vit_32x3x2_patch4", (16, 16), 10)
@@ -118,6 +119,18 @@ def test_what_is_trained(blocks, trained, pool):
         r["name"] for r in rows if r["name"].startswith((*trained, *always))
     }
     assert all(r["lr"] == 0 for r in rows if not r["trained"])
+
+
+@pytest.mark.parametrize("blocks", ["0", "0.5", "2", "all"])
+def test_every_trained_parameter_is_in_one_group(blocks):
+    model = Classifier(BASE)
+    freeze_all_but(model, count_blocks(blocks))
+    groups = layer_decay_groups(model, 0.05, 0.75, DEPTH)
+    held = [name for group in groups for name in group["names"]]
+    assert sorted(held) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    parameters = dict(model.named_parameters())
+    for group in groups:
+        assert all(parameters[n] is p for n, p in zip(group["names"], group["params"], strict=True))
 
 
 @pytest.mark.parametrize("blocks", ["0", "0.5", "1"])

@@ -196,6 +196,10 @@ def test_the_schedule_at_its_landmarks():
     assert 0 < schedule.lr(1099) < 1e-8
     assert schedule.lr(1100) == pytest.approx(0, abs=1e-18)
     assert schedule.lr(2000) == pytest.approx(0, abs=1e-18)
+    floored = Schedule(peak=2.4e-3, warmup_steps=100, total_steps=1100, floor=1e-6)
+    assert floored.lr(50) == schedule.lr(50)
+    assert floored.lr(600) == pytest.approx((2.4e-3 + 1e-6) / 2)
+    assert floored.lr(1100) == pytest.approx(1e-6)
 
 
 @given(st.integers(0, 500), st.integers(1, 500), st.floats(1e-6, 1))

@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
-from quarterview.exchange.weights import find_weights, load
+from quarterview.exchange.weights import find_weights, load_backbone
+from quarterview.model.classifier import Classifier
+from quarterview.model.mae import MaskedAutoencoder
 from quarterview.train.journal import Journal, metrics
+
+_CLASSES_SHOWN = 12
 
 
 def inspect(path: str, journal: Journal) -> None:
@@ -12,18 +16,30 @@ def inspect(path: str, journal: Journal) -> None:
     Raises:
         UserError: if there is none at that path.
     """
-    file, model = find_weights(path), load(path)
+    file, model = find_weights(path), load_backbone(path)
     config, shape = model.config, model.config.shape
     height, width = config.image_size
-    decoder = sum(p.numel() for name, p in model.named_parameters() if _is_decoders(name))
-    encoder = sum(p.numel() for p in model.parameters()) - decoder
     rows = [
         ("weights", str(file)),
         ("model", f"{config.model}: {shape.width} wide, {shape.depth} blocks, {shape.heads} heads"),
         (
             "images",
-            f"{height}×{width}, {config.in_chans} channels, {config.patches} patches of {shape.patch_size}",
+            f"{height}×{width}, {config.in_chans} channels, {len(model.pos_embed[0]) - 1} patches of "
+            f"{shape.patch_size}",
         ),
+        *(_autoencoder(model) if isinstance(model, MaskedAutoencoder) else _classifier(model)),
+        ("mean", _numbers(config.mean)),
+        ("std", _numbers(config.std)),
+    ]
+    rows += _last_metrics(Path(path))
+    journal.facts(path, rows)
+
+
+def _autoencoder(model: MaskedAutoencoder) -> list[tuple[str, str]]:
+    config = model.config
+    decoder = sum(p.numel() for name, p in model.named_parameters() if _is_decoders(name))
+    encoder = sum(p.numel() for p in model.parameters()) - decoder
+    return [
         (
             "decoder",
             f"{config.decoder_width} wide, {config.decoder_depth} blocks, {config.decoder_heads} heads",
@@ -31,11 +47,18 @@ def inspect(path: str, journal: Journal) -> None:
         ("parameters", f"encoder {encoder:,}, decoder {decoder:,}"),
         ("masks", f"{config.mask}, {config.mask_ratio:.0%} hidden, {model.kept} patches visible"),
         ("target", "pixels normalised by patch" if config.norm_pix_loss else "pixels"),
-        ("mean", _numbers(config.mean)),
-        ("std", _numbers(config.std)),
     ]
-    rows += _last_metrics(Path(path))
-    journal.facts(path, rows)
+
+
+def _classifier(model: Classifier) -> list[tuple[str, str]]:
+    config = model.config
+    names = f": {', '.join(config.class_names[:_CLASSES_SHOWN])}" if config.class_names else ""
+    more = ", …" if config.class_names and len(config.class_names) > _CLASSES_SHOWN else ""
+    read = "the mean of the patch tokens" if config.pool == "mean" else "the cls token"
+    return [
+        ("head", f"{config.classes} classes{names}{more}, read from {read}"),
+        ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
+    ]
 
 
 def _is_decoders(name: str) -> bool:
