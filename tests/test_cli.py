@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,12 @@ def test_wrong_input_ends_with_2_and_a_reason(run, tmp_path, flags, said):
         assert words in err
     assert "step" not in out
     assert checkpoint.newest(tmp_path / "run" / "checkpoints") is None
+
+
+def test_the_version(run):
+    code, out, _ = run("--version")
+    assert code == 0
+    assert out.strip() == f"quarterview {version('quarterview')}"
 
 
 def test_what_is_missing_is_said(run, tmp_path):

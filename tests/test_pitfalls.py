@@ -50,7 +50,7 @@ from quarterview.train.optim import (
 )
 
 CPU = torch.device("cpu")
-CLASSIFIER = ClassifierConfig("mae_vit_32x2x4_patch4", (16, 16), 5)
+CLASSIFIER = ClassifierConfig("mae_vit_32x2x4_patch4", (16, 16), classes=5)
 SMALL = {
     "model": "mae_vit_32x2x4_patch4",
     "image_size": 16,

@@ -8,6 +8,7 @@ by Ctrl-C, likewise.
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from itertools import pairwise
 from signal import SIGTERM, signal
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -259,6 +260,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run a command line and return its exit code."""
+    if list(argv) == ["--version"]:
+        Journal().say(f"quarterview {version('quarterview')}")
+        return 0
     try:
         command = parse(argv)
         return command.execute(argv)

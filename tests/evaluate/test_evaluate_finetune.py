@@ -18,7 +18,7 @@ from quarterview.train import checkpoint
 from quarterview.train.optim import layer_decay_groups
 
 DEPTH = 3
-BASE = ClassifierConfig("mae_vit_32x3x2_patch4", (16, 16), 10)
+BASE = ClassifierConfig("mae_vit_32x3x2_patch4", (16, 16), classes=10)
 PLAIN = {
     "train": ("shapes:60:size=16",),
     "test": ("shapes:40:seed=1:size=16",),
@@ -89,7 +89,7 @@ def test_every_parameters_learning_rate_follows_the_formula():
 
 
 def test_the_rates_of_vit_base_at_065_are_the_papers():
-    config = ClassifierConfig("mae_vit_4x12x1_patch4", (8, 8), 2)
+    config = ClassifierConfig("mae_vit_4x12x1_patch4", (8, 8), classes=2)
     table = parameter_table(Classifier(config), FinetuneConfig(lr=1.0, layer_decay=0.65))
     rows = {row["name"]: row["lr"] for row in table}
     assert rows["patch_embed.proj.weight"] == pytest.approx(0.0037, abs=5e-5)

@@ -165,7 +165,7 @@ def test_the_command_shows_a_table_and_records_the_result(run, capsys):
     shown = capsys.readouterr().out
     assert "50 labelled, 60 test images" in " ".join(shown.split())
     assert "majority" in shown
-    record = json.loads((run / "results" / "knn-50.json").read_text())
+    record = json.loads((run / "results" / "knn-cls-50.json").read_text())
     assert record["argv"] == ["quarterview", "knn"]
     assert record["settings"]["k"] == [1, 5]
     assert record["settings"]["features"] == "cls"

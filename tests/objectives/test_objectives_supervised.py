@@ -12,7 +12,7 @@ from quarterview.model.classifier import Classifier, ClassifierConfig, drop_path
 from quarterview.model.vit import Block
 from quarterview.objectives.supervised import Supervised, SupervisedConfig
 
-CONFIG = ClassifierConfig("mae_vit_16x4x2_patch4", (8, 8), 5)
+CONFIG = ClassifierConfig("mae_vit_16x4x2_patch4", (8, 8), classes=5)
 PLAIN = SupervisedConfig(smoothing=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0)
 
 

@@ -7,7 +7,6 @@ and given again makes the same bytes as one that was left alone.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -32,6 +31,7 @@ from quarterview.evaluate.features import (
     weights_digest,
 )
 from quarterview.exchange.weights import find_weights, load_backbone
+from quarterview.train.checkpoint import sync
 from quarterview.train.distributed import choose_device
 from quarterview.train.journal import Journal, replace_text
 from quarterview.train.lock import lock
@@ -277,9 +277,9 @@ def write_shard(path: Path, embedder: Embedder, source: Source, ids: range) -> N
         for batch in _record_batches(embedder, source, ids, note):
             writer.write_batch(batch)
         writer.add_key_value_metadata({_UNREADABLE: json.dumps(unreadable)})
-    _sync(partial)
+    sync(partial)
     partial.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _record_batches(embedder: Embedder, source: Source, ids: range, note: Any) -> Iterator[pa.RecordBatch]:
@@ -315,11 +315,3 @@ def _column(found: Tensor, kind: pa.DataType, dtype: str) -> pa.Array:
     for outer in reversed(kinds):
         column = pa.FixedSizeListArray.from_arrays(column, type=outer)
     return column
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -378,7 +378,7 @@ def record_probe(
     """Write a probe's result into its run's results folder; nothing for a weights file outside a run.
 
     Args:
-        protocol: the file's name, to which the number of labels is added where it was given.
+        protocol: the file's name, to which features, ema and the number of labels are added where given.
         settings: those of the protocol, beside those of `config`.
     """
     folder = results_folder(config.run)
@@ -391,5 +391,6 @@ def record_probe(
         if field.name not in ("run", "train", "test")
     }
     weights = {"weights": str(file.relative_to(folder.parent)), "weights_digest": weights_digest(file)}
-    name = protocol if config.labels is None else f"{protocol}-{config.labels}"
+    details = (protocol, config.features, "ema" if config.ema else None, config.labels)
+    name = "-".join(str(part) for part in details if part is not None)
     return write_result(folder, name, argv, {**weights, **given, **settings}, data, results)

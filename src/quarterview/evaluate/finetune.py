@@ -299,19 +299,12 @@ def _start(config: FinetuneConfig) -> ClassifierConfig:
             raise UserError(
                 "scratch says nothing of the network; accepted: --model mae_vit_tiny_patch4 --image-size 32"
             )
-        return ClassifierConfig(config.model, config.image_size, 2, config.in_chans, config.pool)
+        return ClassifierConfig(config.model, config.image_size, config.in_chans, pool=config.pool)
     theirs = read_config(config.run, config.from_ema)
     if config.model not in (None, theirs.model):
         raise UserError(f"--model {config.model}, but {config.run} is {theirs.model}; accepted: neither")
-    return ClassifierConfig(
-        theirs.model,
-        config.image_size or theirs.image_size,
-        2,
-        theirs.in_chans,
-        config.pool,
-        theirs.mean,
-        theirs.std,
-    )
+    size = config.image_size or theirs.image_size
+    return ClassifierConfig(theirs.model, size, theirs.in_chans, theirs.mean, theirs.std, pool=config.pool)
 
 
 def fresh_classifier(config: ClassifierConfig, seed: int) -> Classifier:

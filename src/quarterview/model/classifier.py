@@ -14,16 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from quarterview.errors import UserError, check_types
+from quarterview.model.config import ViTConfig
 from quarterview.model.positions import sincos_2d
-from quarterview.model.vit import (
-    LAYER_NORM_EPS,
-    Block,
-    PatchEmbed,
-    ViTShape,
-    init_weights,
-    parse_model_name,
-    patchify,
-)
+from quarterview.model.vit import LAYER_NORM_EPS, Block, PatchEmbed, init_weights, patchify
 
 Pool = Literal["mean", "cls"]
 HEAD_STD = 2e-5
@@ -31,50 +24,23 @@ HEAD_STD = 2e-5
 
 
 @dataclass(frozen=True)
-class ClassifierConfig:
+class ClassifierConfig(ViTConfig):
     """What a classifier is."""
 
-    model: str
-    """Encoder, as in `MAEConfig`."""
-    image_size: tuple[int, ...]
-    """Height and width in pixels; each must divide by the patch size."""
-    classes: int
+    classes: int = 1000
     """How many classes there are."""
-    in_chans: int = 3
-    """Channels of the images."""
     pool: Pool = "mean"
     """What the head reads: the mean of the patch tokens, or the cls token."""
-    mean: tuple[float, ...] | None = None
-    """Channel means, of pixels in [0, 1], that images are normalised by."""
-    std: tuple[float, ...] | None = None
-    """Channel standard deviations, likewise."""
     class_names: tuple[str, ...] | None = None
     """What the classes are called, in the order of the head's rows."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "mean", "std", "class_names"):
-            values = getattr(self, name)
-            object.__setattr__(self, name, None if values is None else tuple(values))
+        names = self.class_names
+        object.__setattr__(self, "class_names", None if names is None else tuple(names))
+        super().__post_init__()
         check_types(self, ClassifierConfig)
-        patch = self.shape.patch_size
-        if len(self.image_size) != 2 or any(side < 1 or side % patch for side in self.image_size):
-            raise UserError(
-                f"image size {self.image_size} with patches of {patch} pixels; "
-                f"accepted: height and width, each a multiple of {patch}"
-            )
         if self.classes < 2:
             raise UserError(f"{self.classes} classes; accepted: 2 or more")
-
-    @property
-    def shape(self) -> ViTShape:
-        """Width, depth, heads and patch size of the encoder."""
-        return parse_model_name(self.model)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        height, width = self.image_size
-        return height // self.shape.patch_size, width // self.shape.patch_size
 
 
 class Classifier(nn.Module):

@@ -1,4 +1,4 @@
-"""What a masked autoencoder is, as numbers: the configuration of `mae.MaskedAutoencoder`."""
+"""What a model is, as numbers: an encoder, and the masked autoencoder around it."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ from quarterview.model.vit import ViTShape, check_width, parse_model_name
 
 
 @dataclass(frozen=True)
-class MAEConfig:
-    """What a masked autoencoder is. The defaults are the paper's."""
+class ViTConfig:
+    """What an encoder is, and what images it takes."""
 
     model: str = "mae_vit_base_patch16"
     """Encoder: mae_vit_{tiny,small,base,large,huge}_patch{N}, or mae_vit_{WIDTH}x{DEPTH}x{HEADS}_patch{N}."""
@@ -18,22 +18,6 @@ class MAEConfig:
     """Height and width in pixels; one number means a square. Each must divide by the patch size."""
     in_chans: int = 3
     """Channels of the images."""
-    mask_ratio: float = 0.75
-    """Share of the patches that is hidden."""
-    mask: MaskKind = "random"
-    """How hidden patches are chosen: random, block (BEiT's rectangles) or grid (a regular lattice)."""
-    norm_pix_loss: bool = True
-    """Predict pixels normalised by each patch's own mean and deviation, rather than plain pixels."""
-    decoder_width: int = 512
-    """Width of the decoder."""
-    decoder_depth: int = 8
-    """Blocks of the decoder; 0 is a linear head."""
-    decoder_heads: int = 16
-    """Attention heads of the decoder."""
-    encoder_mask_tokens: bool = False
-    """Let the encoder see mask tokens in place of hidden patches (table 1c: slower and worse)."""
-    predict_all: bool = False
-    """Predict visible patches too and count them in the loss (footnote 1: costs half a point)."""
     mean: tuple[float, ...] | None = None
     """Channel means, of pixels in [0, 1], that images are normalised by; measured when None."""
     std: tuple[float, ...] | None = None
@@ -45,7 +29,7 @@ class MAEConfig:
         for name in ("mean", "std"):
             values = getattr(self, name)
             object.__setattr__(self, name, None if values is None else tuple(values))
-        check_types(self, MAEConfig)
+        check_types(self, ViTConfig)
         patch = self.shape.patch_size
         if len(self.image_size) != 2 or any(side < 1 or side % patch for side in self.image_size):
             raise UserError(
@@ -54,21 +38,12 @@ class MAEConfig:
             )
         if self.in_chans < 1:
             raise UserError(f"{self.in_chans} channels; accepted: 1 or more")
-        if self.decoder_depth < 0:
-            raise UserError(f"a decoder of {self.decoder_depth} blocks; accepted: 0 or more")
-        check_width("the decoder", self.decoder_width, self.decoder_heads)
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and len(values) != self.in_chans:
                 raise UserError(f"{name} has {len(values)} numbers for {self.in_chans} channels")
-        if self.norm_pix_loss and patch == self.in_chans == 1:
-            raise UserError("a patch of one number cannot be normalised; accepted: --no-norm-pix-loss")
         if self.std is not None and not all(value > 0 for value in self.std):
             raise UserError(f"std {self.std}; accepted: numbers above 0")
-        try:
-            masking.keep_count(self.patches, self.mask_ratio)
-        except ValueError as error:
-            raise UserError(str(error)) from None
 
     @property
     def shape(self) -> ViTShape:
@@ -85,3 +60,39 @@ class MAEConfig:
     def patches(self) -> int:
         """L, the number of patches."""
         return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class MAEConfig(ViTConfig):
+    """What a masked autoencoder is. The defaults are the paper's."""
+
+    mask_ratio: float = 0.75
+    """Share of the patches that is hidden."""
+    mask: MaskKind = "random"
+    """How hidden patches are chosen: random, block (BEiT's rectangles) or grid (a regular lattice)."""
+    norm_pix_loss: bool = True
+    """Predict pixels normalised by each patch's own mean and deviation, rather than plain pixels."""
+    decoder_width: int = 512
+    """Width of the decoder."""
+    decoder_depth: int = 8
+    """Blocks of the decoder; 0 is a linear head."""
+    decoder_heads: int = 16
+    """Attention heads of the decoder."""
+    encoder_mask_tokens: bool = False
+    """Let the encoder see mask tokens in place of hidden patches (table 1c: slower and worse)."""
+    predict_all: bool = False
+    """Predict visible patches too and count them in the loss (footnote 1: costs half a point)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_types(self, MAEConfig)
+        patch = self.shape.patch_size
+        if self.decoder_depth < 0:
+            raise UserError(f"a decoder of {self.decoder_depth} blocks; accepted: 0 or more")
+        check_width("the decoder", self.decoder_width, self.decoder_heads)
+        if self.norm_pix_loss and patch == self.in_chans == 1:
+            raise UserError("a patch of one number cannot be normalised; accepted: --no-norm-pix-loss")
+        try:
+            masking.keep_count(self.patches, self.mask_ratio)
+        except ValueError as error:
+            raise UserError(str(error)) from None

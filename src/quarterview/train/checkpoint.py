@@ -64,7 +64,7 @@ def save(
     if final.exists():
         _remove(final)
     partial.rename(final)
-    _sync(folder)
+    sync(folder)
     _point(folder / "last", final.name)
     return final
 
@@ -78,8 +78,8 @@ def _write(
         save_file(contiguous, folder / f"{name}.safetensors", header)
     (folder / "state.json").write_text(json.dumps(state, indent=1), "utf-8")
     for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
 def _remove(path: Path) -> None:
@@ -95,10 +95,11 @@ def _point(link: Path, target: str) -> None:
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(target)
     fresh.replace(link)
-    _sync(link.parent)
+    sync(link.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -189,6 +189,8 @@ def describe(row: Mapping[str, Any], remaining: float) -> str:
     parts = [f"loss {row['loss']:.4f}"]
     if row.get("val_loss") is not None:
         parts.append(f"val {row['val_loss']:.4f}")
+    if row.get("knn_accuracy") is not None:
+        parts.append(f"knn {row['knn_accuracy']:.1%}")
     parts.append(f"lr {row['lr']:.2e}")
     parts.append(f"{row['images_per_s']:.0f} images/s")
     parts.append(f"data {row['data_wait']:.0%}")
