@@ -269,15 +269,12 @@ def run(argv: Sequence[str]) -> int:
     except UserError as error:
         Journal().fail(str(error))
         return 2
-    except RunError as error:
-        Journal().fail(str(error))
-        return 1
     except OutOfMemoryError as error:
         Journal().fail(
             f"{error}; accepted: a smaller --batch-size, or --accum-iter 2 for the same one in parts"
         )
         return 1
-    except OSError as error:  # a full disk, no permission: the message names the path
+    except (RunError, OSError) as error:  # of a full disk, no permission: the message names the path
         Journal().fail(str(error))
         return 1
     except KeyboardInterrupt:
