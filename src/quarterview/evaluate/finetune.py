@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from quarterview import draws
+from quarterview import draws, runs
 from quarterview.data.augment import normalise, to_float
+from quarterview.data.cache import CachedSet
 from quarterview.data.loader import Loader
 from quarterview.data.open import open_sources
 from quarterview.data.policy import AugmentConfig
@@ -77,6 +78,10 @@ class FinetuneConfig(SupervisedConfig, AugmentConfig, OptimConfig, RunningConfig
     """Base learning rate: the rate is blr × batch size / 256."""
     warmup_epochs: float | None = 5
     """Epochs of linear warm-up from 0."""
+    weight_decay: float = 0.05
+    """Of weight matrices; biases, norms, the cls token and the positions have none."""
+    eval_every: int | None = None
+    """Updates between looks at the test images, for a curve; by default only after the last."""
 
     def __post_init__(self) -> None:
         size = (self.image_size,) if isinstance(self.image_size, int) else self.image_size
@@ -209,78 +214,88 @@ class _Plan:
 
     def build(self, site: Site) -> Trainer:
         """Model, objective, optimiser and loop of a run at its beginning."""
-        config, device = self.config, site.world.device
+        config, journal = self.config, site.journal
         precision = settle(config, site)
         stream = SampleStream(len(site.source), 0, config.seed)
-        cached, reason = (
-            (None, "RandAugment works on decoded pictures") if config.randaugment else hold(config, site)
-        )
+        held = hold(config, site) if config.randaugment is None else (None, "for RandAugment")
         mean, std = self._statistics(site, stream)
-        model_config = replace(self.model_config, mean=mean, std=std)
-        model = fresh_classifier(model_config, config.seed).to(device)
-        if config.run != SCRATCH and site.resumed is None:
-            load_encoder(model, config.run, config.from_ema)
-        freeze_all_but(model, count_blocks(config.blocks[0]))
-        site.journal.say(
-            f"{self.trained} labelled images of {model_config.classes} classes, "
-            f"{'held on the device' if cached else 'streamed'} ({reason}); {self.judged} test images; "
-            f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} of "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters are trained"
-        )
-        if config.compile:
-            model.compile()
+        self.model_config = replace(self.model_config, mean=mean, std=std)
+        model = self._model(site)
         total = config.total_steps(self.trained)
         warmup, warning = warmup_steps(config.warmup_epochs, self.trained / config.batch_size, total)
         if warning:
-            site.journal.warn(warning)
+            journal.warn(warning)
+        journal.say(self._summary(model, *held))
         objective = Supervised(model, config.part(SupervisedConfig), config.seed)
-        loader = Loader(
-            site.source,
-            stream,
-            model_config.image_size,
-            mean,
-            std,
-            device,
-            config.threads,
-            cached,
-            site.ledger,
-            config.part(AugmentConfig),
-            self.labels,
-        )
+        depth = len(model.blocks)
+        groups = layer_decay_groups(objective, config.weight_decay, config.layer_decay, depth, "model.")
+        resolved = {
+            "steps": total,
+            "fingerprint": site.fingerprint,
+            "cache": "device" if held[0] else "none",
+            "cache_reason": held[1],
+            "mean": list(mean),
+            "std": list(std),
+            "precision": precision,
+        }
         trainer = Trainer(
             objective,
-            fused_adamw(
-                layer_decay_groups(
-                    objective, config.weight_decay, config.layer_decay, len(model.blocks), "model."
-                ),
-                (0.9, config.beta2),
-            ),
+            fused_adamw(groups, (0.9, config.beta2)),
             Schedule(config.peak_lr(config.batch_size), warmup, total, config.min_lr),
-            loader,
+            self._loader(site, stream, held[0]),
             replace(config.part(LoopConfig), precision=precision, eval_every=config.eval_every or total),
             site.world,
-            site.journal,
+            journal,
             site.folder,
             ema=config.ema,
             clip_grad=config.clip_grad,
             state={
                 "config": to_plain(config),
-                "resolved": {
-                    "steps": total,
-                    "fingerprint": site.fingerprint,
-                    "cache": "device" if cached else "none",
-                    "cache_reason": reason,
-                    "mean": list(mean),
-                    "std": list(std),
-                    "precision": precision,
-                },
-                "origin": None,
+                "resolved": resolved,
+                "origin": runs.origin(config.resume, site.resumed),
             },
-            metadata=metadata(model_config),
+            metadata=metadata(self.model_config),
         )
         if site.world.is_main:
-            trainer.hooks = [Judge(trainer, model, self.test, self.test_labels, config)]
+            trainer.hooks = [Judge(trainer, model, self.test, self.test_labels)]
         return trainer
+
+    def _model(self, site: Site) -> Classifier:
+        """The classifier at its start, with its frozen part frozen."""
+        model = fresh_classifier(self.model_config, self.config.seed).to(site.world.device)
+        if self.config.run != SCRATCH and site.resumed is None:
+            load_encoder(model, self.config.run, self.config.from_ema)
+        freeze_all_but(model, count_blocks(self.config.blocks[0]))
+        if self.config.compile:
+            model.compile()
+        return model
+
+    def _summary(self, model: Classifier, cached: CachedSet | None, reason: str) -> str:
+        sizes = {p: p.numel() for p in model.parameters()}
+        trained = sum(size for p, size in sizes.items() if p.requires_grad)
+        return (
+            f"{self.trained} labelled images of {self.model_config.classes} classes, "
+            f"{'held on the device' if cached else 'streamed'} ({reason}); {self.judged} test images; "
+            f"{trained:,} of {sum(sizes.values()):,} parameters are trained"
+        )
+
+    def _loader(self, site: Site, stream: SampleStream, cached: CachedSet | None) -> Loader:
+        mean, std = self.model_config.mean, self.model_config.std
+        assert mean is not None
+        assert std is not None
+        return Loader(
+            site.source,
+            stream,
+            self.model_config.image_size,
+            mean,
+            std,
+            site.world.device,
+            self.config.threads,
+            cached,
+            site.ledger,
+            self.config.part(AugmentConfig),
+            self.labels,
+        )
 
     def _statistics(self, site: Site, stream: SampleStream) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """The channel means and deviations: the run's, or of the training images from scratch."""
@@ -320,11 +335,9 @@ class Judge:
     themselves stands beside it.
     """
 
-    def __init__(
-        self, trainer: Trainer, model: Classifier, source: Source, labels: Tensor, config: FinetuneConfig
-    ) -> None:
+    def __init__(self, trainer: Trainer, model: Classifier, source: Source, labels: Tensor) -> None:
         self.trainer, self.model, self.source, self.labels = trainer, model, source, labels
-        self.threads, self.device = config.threads, trainer.world.device
+        self.device = trainer.world.device
 
     def __call__(self, step: int) -> dict[str, float]:
         last: dict[str, Tensor] = dict(self.model.named_parameters())
