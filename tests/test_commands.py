@@ -216,3 +216,19 @@ def test_the_demo_leaves_other_folders_alone(tmp_path, capsys):
     assert cli.run(["demo", "--out", str(tmp_path)]) == 2
     assert (tmp_path / "thesis.txt").exists()
     assert "something else" in capsys.readouterr().err
+
+
+def test_compare_gives_a_verdict_and_a_page(run, tmp_path, capsys):
+    words = ["--seeds", "1", "--counts", "40", "--least-steps", "1", "--protocols", "knn", "linear"]
+    assert cli.run(["compare", str(run), *SETS, *FAST, *words, "--out", str(tmp_path / "c")]) in (0, 1)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "re-training" in shown
+    assert (
+        "<svg" in (tmp_path / "c" / "report.html").read_text()
+        or "data:image/png" in (tmp_path / "c" / "report.html").read_text()
+    )
+
+
+def test_doctor_ends_with_0_or_1(run, capsys):
+    assert cli.run(["doctor", str(run), "--device", "cpu"]) in (0, 1)
+    assert "interpolation" in capsys.readouterr().out

@@ -1,8 +1,8 @@
 """The command line: parses and calls, nothing else.
 
-Exit codes: 0 done; 1 the run failed, the demo did not show what it should, or the doctor found an
-ailment; 2 wrong input; 75 stopped by SIGTERM after saving, run the same command to go on; 130 stopped
-by Ctrl-C, likewise.
+Exit codes: 0 done; 1 the run failed, the demo did not show what it should, the doctor found an
+ailment, or pre-training is not shown to have helped; 2 wrong input; 75 stopped by SIGTERM after saving,
+run the same command to go on; 130 stopped by Ctrl-C, likewise.
 """
 
 import sys
@@ -19,6 +19,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from quarterview import recipes
 from quarterview.errors import RunError, UserError, unknown
+from quarterview.evaluate.compare import CompareConfig
 from quarterview.evaluate.doctor import DoctorConfig
 from quarterview.evaluate.embed import EmbedConfig
 from quarterview.evaluate.features import ProbeConfig
@@ -29,7 +30,7 @@ from quarterview.train.journal import Journal
 _DESCRIPTION = """Learn to see from a quarter of the picture: masked autoencoders for anyone's images.
 
 Start with `quarterview demo`; then `quarterview pretrain --data FOLDER --out runs/mine --recipe laptop`."""
-_EXIT_CODES = {"complete": 0, "helped": 0, "did not help": 1, "SIGTERM": 75, "SIGINT": 130}
+_EXIT_CODES = {"complete": 0, "helped": 0, "did not help": 1, "cannot tell": 1, "SIGTERM": 75, "SIGINT": 130}
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,26 @@ class Doctor(DoctorConfig):
 
         config = DoctorConfig(**{f.name: getattr(self, f.name) for f in fields(DoctorConfig)})
         return 0 if doctor(config, Journal(), ["quarterview", *argv]).healthy else 1
+
+
+@dataclass(frozen=True)
+class Compare(CompareConfig):
+    """Did pre-training help? Models beside random weights and raw pixels, and a verdict with its page."""
+
+    arms: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="A...")] = ()
+    """Runs, checkpoint folders, .safetensors files or timm:NAME; scratch and random stand beside them."""
+    recipe: str | None = None
+    """Start from a named configuration (see `quarterview recipes`) or a YAML file; flags go first."""
+    run: Annotated[str, tyro.conf.Suppress] = ""
+    model: Annotated[str | None, tyro.conf.Suppress] = None
+    labels: Annotated[int | None, tyro.conf.Suppress] = None
+    resume: Annotated[str, tyro.conf.Suppress] = "auto"
+
+    def execute(self, argv: Sequence[str]) -> int:
+        from quarterview.evaluate.compare import compare
+
+        config = CompareConfig(**{f.name: getattr(self, f.name) for f in fields(CompareConfig)})
+        return _EXIT_CODES[compare(config, Journal(), ["quarterview", *argv]).status]
 
 
 @dataclass(frozen=True)
@@ -240,11 +261,25 @@ class Demo:
         return _EXIT_CODES[demo.demo(self.out, self.seed, Journal())]
 
 
-Command = Pretrain | Doctor | Finetune | Knn | Linear | Embed | Look | Reconstruct | Inspect | Recipes | Demo
+Command = (
+    Pretrain
+    | Doctor
+    | Compare
+    | Finetune
+    | Knn
+    | Linear
+    | Embed
+    | Look
+    | Reconstruct
+    | Inspect
+    | Recipes
+    | Demo
+)
 _COMMANDS: dict[str, Any] = {kind.__name__.lower(): kind for kind in get_args(Command)}
 _WITH_RECIPES: dict[str, tuple[Any, Callable[[str], Any]]] = {
     "pretrain": (Pretrain, recipes.read),
     "finetune": (Finetune, recipes.read_finetune),
+    "compare": (Compare, recipes.read_finetune),
 }
 
 
