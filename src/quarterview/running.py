@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -109,7 +109,7 @@ def carry_out(
         inputs: the sets of images, among which the run's folder must not lie.
         open_source: the training images.
         build: the trainer of the run at its beginning.
-        ending: what to say of a complete run.
+        ending: what to say of a complete run; the main rank alone asks.
         may_change: fields that a resumed run may do differently, besides `MAY_CHANGE`.
         argv: the command line, for the record.
 
@@ -148,7 +148,7 @@ def _carry_out(
     adopted = resumed is not None and resumed.path.parent != folder / "checkpoints"
     if resumed is not None:
         accepted = {*MAY_CHANGE, *may_change}
-        runs.check_same(to_plain(config), to_plain(type(config)()), accepted, fingerprint, resumed)
+        runs.check_same(to_plain(config), defaults(config), accepted, fingerprint, resumed)
         step, total = resumed.state["step"], resumed.state["resolved"]["steps"]
         if step >= total and not adopted:
             journal.say(f"{folder} is complete: {total} steps. Nothing to do.")
@@ -170,7 +170,8 @@ def _carry_out(
     status = _train(trainer, ledger, journal)
     run = Run(folder, status, trainer.step, last_row(folder))
     if run.status == "complete":
-        journal.say(ending(run))
+        if world.is_main:
+            journal.say(ending(run))
     else:
         way = "with --resume auto it" if config.resume == "never" else "the same command"
         journal.say(f"stopped by {run.status} after step {run.step}; {way} goes on from there")
@@ -235,6 +236,11 @@ def settle(config: LoopConfig, site: Site) -> Literal["bf16", "fp32"]:
 def to_plain(config: Any) -> dict[str, Any]:
     """A configuration as JSON and YAML hold it: lists instead of tuples."""
     return json.loads(json.dumps(asdict(config)))
+
+
+def defaults(config: Any) -> dict[str, Any]:
+    """The defaults of a configuration's fields, likewise."""
+    return json.loads(json.dumps({field.name: field.default for field in fields(config)}))
 
 
 def last_row(folder: Path) -> dict[str, Any]:

@@ -129,12 +129,13 @@ def check_same(
         if name not in may_change and before[name] != now[name]
     ]
     if resumed.state["resolved"]["fingerprint"] != fingerprint:
-        changed.append(f"  data: another set of images than before (was {before['data']}, now {now['data']})")
+        name = "data" if "data" in now else "train"
+        changed.append(f"  {name}: another set of images than before (was {before[name]}, now {now[name]})")
     if changed:
+        another = f"--init-from {resumed.path} --out NEW" if "init_from" in now else "--out NEW"
         raise UserError(
             f"{resumed.path} belongs to a run with another configuration:\n" + "\n".join(changed) + "\n"
-            "Give the same flags to go on with it, or start another run from its weights with "
-            f"--init-from {resumed.path} --out NEW"
+            f"Give the same flags to go on with it, or start another run with {another}"
         )
 
 

@@ -1,11 +1,13 @@
 """Fine-tuning: layer decay, frozen parts, what is loaded, resume, and that it learns."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from quarterview.errors import UserError
@@ -254,6 +256,54 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path, randaugment):
     tuned(run, tmp_path / "b", **options, workers=2)
     one, two = (weights(tmp_path / x / "ft") for x in "ab")
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_resumed_run_needs_its_start_no_more(run, tmp_path):
+    moved = tmp_path / "start"
+    shutil.copytree(run, moved)
+    tuned(moved, tmp_path, checkpoint_every=2, keep_checkpoints=9)
+    doomed = tmp_path / "ft" / "checkpoints" / "step-00000004"
+    doomed.rename(doomed.with_name(".removed-x"))
+    moved.rename(tmp_path / "gone")
+    assert tuned(moved, tmp_path, checkpoint_every=2, keep_checkpoints=9).accuracy is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": ("shapes:60:seed=3:size=16",)}, "train: another set of images"),
+        ({"test": ("shapes:40:seed=3:size=16",)}, "--test is another set"),
+        ({"smoothing": 0.2}, "smoothing: was 0.1, now 0.2"),
+    ],
+)
+def test_a_run_goes_on_with_the_same_images_alone(run, tmp_path, change, message):
+    tuned(run, tmp_path, checkpoint_every=2, keep_checkpoints=9)
+    doomed = tmp_path / "ft" / "checkpoints" / "step-00000004"
+    doomed.rename(doomed.with_name(".removed-x"))
+    with pytest.raises(UserError, match=message):
+        tuned(run, tmp_path, checkpoint_every=2, keep_checkpoints=9, **change)
+
+
+def test_unreadable_test_images_are_told_and_not_counted(run, tmp_path, capsys):
+    listed = []
+    for i in range(12):
+        path = tmp_path / f"{i}.png"
+        Image.new("RGB", (16, 16), (i * 20, 0, 0)).save(path)
+        listed.append(f"{path}\t{i % 3}")
+    for i in (2, 5):
+        (tmp_path / f"{i}.png").write_bytes(b"broken")
+    (tmp_path / "list.txt").write_text("\n".join(listed))
+    options = {"train": (str(tmp_path / "list.txt"),), "max_bad_samples": 0.5, "mixup": 0.0, "cutmix": 0.0}
+    result = tuned(run, tmp_path, test=(str(tmp_path / "list.txt"),), **options)
+    assert result.test_images == 10
+    assert "2 test image(s) could not be read" in capsys.readouterr().out
+
+
+def test_one_class_is_refused(run, tmp_path):
+    images = np.zeros((20, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "x.npz", images=images, labels=np.zeros(20, np.int64))
+    with pytest.raises(UserError, match="accepted: two or more, from 0 upward"):
+        tuned(run, tmp_path, train=(str(tmp_path / "x.npz"),), test=(str(tmp_path / "x.npz"),))
 
 
 def test_few_labels_are_equally_many_a_class_and_the_same_again(run, tmp_path):

@@ -27,7 +27,7 @@ _ATTEMPTS = 10
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What is done to a training image. The defaults are the paper's fine-tuning (table 9)."""
+    """What is done to a training image. The defaults are the official fine-tuning's."""
 
     crop_min: float = 0.08
     """The smallest share of the image's area that a random crop keeps."""

@@ -7,6 +7,7 @@ is what pre-training must be compared with.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,13 +25,20 @@ from quarterview.data.statistics import channel_statistics
 from quarterview.data.stream import SampleStream
 from quarterview.data.subset import subset
 from quarterview.errors import UserError, check_types
-from quarterview.evaluate.features import central_batches, choose_labelled
+from quarterview.evaluate.features import central_batches, choose_labelled, weights_digest
 from quarterview.evaluate.report import standard_error
 from quarterview.evaluate.results import write_result
-from quarterview.exchange.weights import load_encoder, metadata, read_config
+from quarterview.exchange.weights import (
+    find_weights,
+    load_encoder,
+    metadata,
+    read_config,
+    read_header,
+)
 from quarterview.model.classifier import Classifier, ClassifierConfig, Pool, freeze_all_but
 from quarterview.objectives.supervised import Supervised, SupervisedConfig
 from quarterview.running import Run, RunningConfig, Site, carry_out, hold, settle, to_plain
+from quarterview.train import checkpoint
 from quarterview.train.journal import Journal
 from quarterview.train.loop import LoopConfig, Trainer
 from quarterview.train.optim import OptimConfig, Schedule, fused_adamw, layer_decay_groups, warmup_steps
@@ -43,7 +51,8 @@ Part = TypeVar("Part", AugmentConfig, SupervisedConfig, LoopConfig)
 
 @dataclass(frozen=True)
 class FinetuneConfig(SupervisedConfig, AugmentConfig, OptimConfig, RunningConfig):
-    """Everything about a fine-tuning run. The defaults are the paper's for ViT-B (table 9)."""
+    """Everything about a fine-tuning run. The defaults are the paper's for ViT-B (table 9), with the
+    random erasing of the official code."""
 
     run: str = ""
     """A run, checkpoint or .safetensors file of a masked autoencoder; scratch for random weights."""
@@ -85,6 +94,8 @@ class FinetuneConfig(SupervisedConfig, AugmentConfig, OptimConfig, RunningConfig
 
     def __post_init__(self) -> None:
         size = (self.image_size,) if isinstance(self.image_size, int) else self.image_size
+        if size is not None and len(size) not in (1, 2):
+            raise UserError(f"image size {size}; accepted: one side or two (height width)")
         object.__setattr__(self, "image_size", None if size is None else tuple(size) * (3 - len(size)))
         for name in ("train", "test", "blocks"):
             values = getattr(self, name)
@@ -158,25 +169,26 @@ def finetune(config: FinetuneConfig, argv: Sequence[str] = ()) -> Finetuned:
 
     inputs = (*config.train, *config.test)
     run = carry_out(config, inputs, plan.open, plan.build, ending, {"train", "test"}, argv)
-    accuracy = run.metrics.get("test_accuracy") if run.status == "complete" else None
-    return Finetuned(run, accuracy, plan.judged)
+    if run.status != "complete":
+        return Finetuned(run, None, 0)
+    return Finetuned(run, run.metrics.get("test_accuracy"), run.metrics.get("test_images", 0))
 
 
 def _record(config: FinetuneConfig, plan: "_Plan", run: Run, argv: Sequence[str]) -> str:
     """Write the result down, and say it."""
-    accuracy = run.metrics["test_accuracy"]
-    error = standard_error(accuracy, plan.judged)
+    accuracy, judged = run.metrics["test_accuracy"], run.metrics["test_images"]
+    error = standard_error(accuracy, judged)
     write_result(
         run.folder / "results",
         "finetune",
         argv,
         to_plain(config),
         {"train": plan.fingerprint, "train_images": plan.trained, **plan.test_data},
-        {"accuracy": accuracy, "standard_error": error, "steps": run.step},
+        {"accuracy": accuracy, "standard_error": error, "judged": judged, "steps": run.step},
     )
     start = "random weights" if config.run == SCRATCH else config.run
     return (
-        f"done: {accuracy:.1%} ± {error:.1%} of {plan.judged} test images, after {run.step} steps from "
+        f"done: {accuracy:.1%} ± {error:.1%} of {judged} test images, after {run.step} steps from "
         f"{start} with {plan.trained} labelled images, blocks trained: {config.blocks[0]}"
     )
 
@@ -186,7 +198,8 @@ class _Plan:
 
     def __init__(self, config: FinetuneConfig) -> None:
         self.config = config
-        self.model_config = _start(config)
+        self.begun = _begun(config)
+        self.model_config = self.begun or start_of(config)
         self.fingerprint, self.trained, self.judged = "", 0, 0
         self.test_data: dict[str, Any] = {}
         self.labels = torch.empty(0, dtype=torch.int64)
@@ -198,11 +211,19 @@ class _Plan:
         if source.classes and self.test.classes and list(source.classes) != list(self.test.classes):
             raise UserError("--train and --test have different classes; accepted: the same")
         labels, test_labels = torch.tensor(labels_of(source)), torch.tensor(labels_of(self.test))
-        classes = int(max(labels.max(), test_labels.max())) + 1
-        names = tuple(source.classes) if source.classes else None
-        self.model_config = replace(
-            self.model_config, classes=max(2, len(names) if names else classes), class_names=names
-        )
+        if labels.min() < 0 or len(labels.unique()) < 2:
+            raise UserError(
+                f"--train has the labels {labels.unique().tolist()}; accepted: two or more, from 0 upward"
+            )
+        if self.begun is None:
+            names = tuple(source.classes) if source.classes else None
+            count = len(names) if names else int(max(labels.max(), test_labels.max())) + 1
+            self.model_config = replace(self.model_config, classes=count, class_names=names)
+        if not 0 <= test_labels.min() <= test_labels.max() < self.model_config.classes:
+            raise UserError(
+                f"--test has labels from {int(test_labels.min())} to {int(test_labels.max())}; accepted: "
+                f"0 to {self.model_config.classes - 1}"
+            )
         chosen = choose_labelled(labels, self.config.labels, self.config.seed)
         self.labels, self.test_labels = labels[chosen], test_labels
         self.trained = len(chosen)
@@ -216,6 +237,15 @@ class _Plan:
         """Model, objective, optimiser and loop of a run at its beginning."""
         config, journal = self.config, site.journal
         precision = settle(config, site)
+        if (config.mixup or config.cutmix) and config.batch_size // (site.world.size * config.accum_iter) % 2:
+            raise UserError(
+                f"a batch of {config.batch_size} gives {site.world.size} ranks an odd number of images, "
+                "which cannot be mixed in pairs; accepted: an even one"
+            )
+        if config.randaugment is not None and config.cache == "device":
+            raise UserError("--cache device cannot serve RandAugment; accepted: --cache auto or none")
+        if site.known and site.known["test"] != self.test_data["test"]:
+            raise UserError("--test is another set of images than before; accepted: the same, or a new --out")
         stream = SampleStream(len(site.source), 0, config.seed)
         held = hold(config, site) if config.randaugment is None else (None, "for RandAugment")
         mean, std = self._statistics(site, stream)
@@ -232,6 +262,8 @@ class _Plan:
         resolved = {
             "steps": total,
             "fingerprint": site.fingerprint,
+            "test": self.test_data["test"],
+            "start": site.known.get("start") if site.known else _weights_of(config),
             "cache": "device" if held[0] else "none",
             "cache_reason": held[1],
             "mean": list(mean),
@@ -307,7 +339,19 @@ class _Plan:
         return channel_statistics(site.source, stream, self.config.threads, site.ledger)
 
 
-def _start(config: FinetuneConfig) -> ClassifierConfig:
+def _begun(config: FinetuneConfig) -> ClassifierConfig | None:
+    """What a run in the folder is training already, for which its start is no longer asked."""
+    newest = checkpoint.newest(Path(config.out) / "checkpoints") if config.out else None
+    header = read_header(newest / "model.safetensors") if newest else None
+    return header if isinstance(header, ClassifierConfig) else None
+
+
+def _weights_of(config: FinetuneConfig) -> str | None:
+    """Sixteen hex digits of the weights that a run starts from; None from scratch."""
+    return None if config.run == SCRATCH else weights_digest(find_weights(config.run, config.from_ema))
+
+
+def start_of(config: FinetuneConfig) -> ClassifierConfig:
     """The classifier to be, as far as its start tells; how many classes the images will."""
     if config.run == SCRATCH:
         if config.model is None or config.image_size is None:
@@ -358,7 +402,9 @@ class Judge:
                 right[name] += int((predicted == labels).sum())
         if not seen:
             raise UserError("none of the test images could be read")
-        return {name: count / seen for name, count in right.items()}
+        if seen < len(self.source):
+            self.trainer.journal.warn(f"{len(self.source) - seen} test image(s) could not be read")
+        return {**{name: count / seen for name, count in right.items()}, "test_images": seen}
 
 
 def parameter_table(model: Classifier, config: FinetuneConfig) -> list[dict[str, Any]]:
@@ -383,7 +429,7 @@ def show_parameters(config: FinetuneConfig, journal: Journal) -> None:
     Raises:
         UserError: if the start says nothing of the network.
     """
-    model = Classifier(_start(config))
+    model = Classifier(start_of(config))
     freeze_all_but(model, count_blocks(config.blocks[0]))
     rows = [
         (row["name"], f"{row['lr']:.3e}" if row["trained"] else "frozen", f"{row['weight_decay']:g}")

@@ -1,5 +1,6 @@
 """Partial fine-tuning: accuracy over the number of blocks that are trained (figure 9)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,10 +8,17 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from quarterview.errors import UserError
-from quarterview.evaluate.finetune import FinetuneConfig, Finetuned, finetune
+from quarterview.evaluate.finetune import (
+    FinetuneConfig,
+    Finetuned,
+    count_blocks,
+    finetune,
+    start_of,
+)
 from quarterview.evaluate.report import standard_error
 from quarterview.evaluate.results import write_result
 from quarterview.running import to_plain
+from quarterview.train.distributed import ranks
 from quarterview.train.journal import Journal
 
 
@@ -27,6 +35,12 @@ def partial(config: FinetuneConfig, journal: Journal, argv: Sequence[str] = ()) 
     """
     if not config.out:
         raise UserError("no folder for the runs; accepted: --out FOLDER")
+    if ranks() > 1:
+        raise UserError("several values of --blocks are several runs; accepted under torchrun: one")
+    depth = start_of(config).shape.depth
+    for blocks in config.blocks:
+        if depth < count_blocks(blocks) < math.inf:
+            raise UserError(f"{blocks} blocks of {depth}; accepted: at most {depth}, or all")
     folder = Path(config.out)
     found: dict[str, Finetuned] = {}
     for blocks in config.blocks:

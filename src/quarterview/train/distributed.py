@@ -78,6 +78,11 @@ def join(device: str) -> World:
     return World(chosen, rank, size)
 
 
+def ranks() -> int:
+    """How many ranks torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def leave(world: World) -> None:
     """End this process's membership."""
     if world.size > 1 and dist.is_initialized():
