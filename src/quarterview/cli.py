@@ -64,8 +64,9 @@ class Finetune(FinetuneConfig):
     """Show every parameter's learning rate and weight decay, and train nothing."""
 
     def execute(self, argv: Sequence[str]) -> int:
-        from quarterview.evaluate.finetune import finetune, show_parameters
+        from quarterview.evaluate.finetune import finetune
         from quarterview.evaluate.partial import partial
+        from quarterview.evaluate.rates import show_parameters
 
         config = FinetuneConfig(**{f.name: getattr(self, f.name) for f in fields(FinetuneConfig)})
         command = ["quarterview", *argv]

@@ -14,12 +14,10 @@ from quarterview.errors import UserError
 from quarterview.evaluate.compare import (
     RANDOM,
     CompareConfig,
-    TimmBackbone,
     between,
     compare,
     comparisons,
     open_arms,
-    open_timm,
     random_twin,
     recipe,
     resolve,
@@ -28,6 +26,7 @@ from quarterview.evaluate.features import ProbeConfig, choose_labelled, probe_da
 from quarterview.evaluate.finetune import FinetuneConfig
 from quarterview.evaluate.knn import knn_accuracies
 from quarterview.evaluate.linear import linear_accuracy
+from quarterview.evaluate.timm_backbone import TimmBackbone, open_timm
 from quarterview.exchange.weights import metadata
 from quarterview.model.classifier import Classifier, ClassifierConfig
 from quarterview.model.mae import create_model

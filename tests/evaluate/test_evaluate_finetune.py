@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from quarterview.errors import UserError
-from quarterview.evaluate.finetune import FinetuneConfig, count_blocks, finetune, parameter_table
+from quarterview.evaluate.finetune import FinetuneConfig, count_blocks, finetune
+from quarterview.evaluate.rates import parameter_table
 from quarterview.exchange.weights import load, load_backbone, load_classifier, load_encoder, metadata
 from quarterview.model.classifier import Classifier, ClassifierConfig, freeze_all_but
 from quarterview.model.mae import create_model
@@ -304,6 +305,17 @@ def test_one_class_is_refused(run, tmp_path):
     np.savez(tmp_path / "x.npz", images=images, labels=np.zeros(20, np.int64))
     with pytest.raises(UserError, match="accepted: two or more, from 0 upward"):
         tuned(run, tmp_path, train=(str(tmp_path / "x.npz"),), test=(str(tmp_path / "x.npz"),))
+
+
+def test_a_result_that_a_kill_prevented_is_written_by_the_same_command(run, tmp_path):
+    first = tuned(run, tmp_path)
+    file = tmp_path / "ft" / "results" / "finetune.json"
+    before = json.loads(file.read_text())
+    file.unlink()
+    assert tuned(run, tmp_path).accuracy == first.accuracy
+    after = json.loads(file.read_text())
+    assert after["results"] == before["results"]
+    assert after["data"] == before["data"]
 
 
 def test_few_labels_are_equally_many_a_class_and_the_same_again(run, tmp_path):

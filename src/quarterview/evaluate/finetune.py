@@ -39,7 +39,7 @@ from quarterview.model.classifier import Classifier, ClassifierConfig, Pool, fre
 from quarterview.objectives.supervised import Supervised, SupervisedConfig
 from quarterview.running import Run, RunningConfig, Site, carry_out, hold, settle, to_plain
 from quarterview.train import checkpoint
-from quarterview.train.journal import Journal
+from quarterview.train.distributed import ranks
 from quarterview.train.loop import LoopConfig, Trainer
 from quarterview.train.optim import OptimConfig, Schedule, fused_adamw, layer_decay_groups, warmup_steps
 
@@ -171,6 +171,8 @@ def finetune(config: FinetuneConfig, argv: Sequence[str] = ()) -> Finetuned:
     run = carry_out(config, inputs, plan.open, plan.build, ending, {"train", "test"}, argv)
     if run.status != "complete":
         return Finetuned(run, None, 0)
+    if ranks() == 1 and not (run.folder / "results" / "finetune.json").exists():
+        ending(run)  # a kill came between the last checkpoint and the result
     return Finetuned(run, run.metrics.get("test_accuracy"), run.metrics.get("test_images", 0))
 
 
@@ -405,36 +407,3 @@ class Judge:
         if seen < len(self.source):
             self.trainer.journal.warn(f"{len(self.source) - seen} test image(s) could not be read")
         return {**{name: count / seen for name, count in right.items()}, "test_images": seen}
-
-
-def parameter_table(model: Classifier, config: FinetuneConfig) -> list[dict[str, Any]]:
-    """Every parameter's name, highest learning rate, weight decay, and whether it is trained."""
-    peak = config.peak_lr(config.batch_size)
-    groups = layer_decay_groups(model, config.weight_decay, config.layer_decay, len(model.blocks))
-    found = {name: group for group in groups for name in group["names"]}
-    return [
-        {
-            "name": name,
-            "trained": name in found,
-            "lr": peak * found[name]["lr_scale"] if name in found else 0.0,
-            "weight_decay": found[name]["weight_decay"] if name in found else 0.0,
-        }
-        for name, _ in model.named_parameters()
-    ]
-
-
-def show_parameters(config: FinetuneConfig, journal: Journal) -> None:
-    """Show the `parameter_table` of what would be trained, and the drop path of each block.
-
-    Raises:
-        UserError: if the start says nothing of the network.
-    """
-    model = Classifier(start_of(config))
-    freeze_all_but(model, count_blocks(config.blocks[0]))
-    rows = [
-        (row["name"], f"{row['lr']:.3e}" if row["trained"] else "frozen", f"{row['weight_decay']:g}")
-        for row in parameter_table(model, config)
-    ]
-    journal.table("parameters", ["name", "peak learning rate", "weight decay"], rows)
-    rates = torch.linspace(0, config.drop_path, len(model.blocks)).tolist()
-    journal.say("drop path by block: " + " ".join(f"{rate:.3g}" for rate in rates))
