@@ -187,6 +187,21 @@ def test_the_recipe_comes_first_and_flags_above_it():
     assert tuple(command.image_size) == (96, 96)
 
 
+def test_a_base_rate_goes_before_a_recipes_own_rate():
+    command = cli.parse(["finetune", "RUN", "--recipe", "small", "--blr", "2e-3", "--batch-size", "256"])
+    assert command.peak_lr(command.batch_size) == 2e-3
+    command = cli.parse(["finetune", "RUN", "--recipe", "small", "--blr", "2e-3", "--lr", "5e-4"])
+    assert command.peak_lr(command.batch_size) == 5e-4
+
+
+def test_asking_for_help_does_not_wait_for_libraries_that_it_does_not_need():
+    script = (
+        "import sys, quarterview.cli; print(*{'torchvision', 'sklearn', 'torch._dynamo'} & {*sys.modules})"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert shown.stdout.split() == []
+
+
 def test_recipes_are_listed_and_valid(run):
     from quarterview.recipes import RECIPES, read
 

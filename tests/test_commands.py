@@ -102,6 +102,10 @@ def test_the_table_of_rates(run, capsys):
     assert "frozen" in shown
     assert "blocks.1.mlp.fc1.weight" in shown
     assert "7.500e-01" in shown
+    assert cli.run(["finetune", str(run), "--table", "--blocks", "0", "all"]) == 0
+    shown = capsys.readouterr().out
+    assert "blocks trained: 0" in shown
+    assert "blocks trained: all" in shown
 
 
 def test_finetune_says_what_is_missing(run, tmp_path, capsys):

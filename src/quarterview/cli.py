@@ -7,7 +7,7 @@ run the same command to go on; 130 stopped by Ctrl-C, likewise.
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from itertools import pairwise
 from signal import SIGTERM, signal
@@ -330,6 +330,8 @@ def parse(argv: Sequence[str]) -> Command:
     if "--recipe" in arguments[:-1] and arguments[0] in _WITH_RECIPES:
         kind, read = _WITH_RECIPES[arguments[0]]
         base = read(arguments[arguments.index("--recipe") + 1])
+        if "--blr" in arguments and "--lr" not in arguments:
+            base = replace(base, lr=None)  # else the recipe's own rate would go before the flag
         defaults[arguments[0]] = kind(**{f.name: getattr(base, f.name) for f in fields(base)})
     types: list[Any] = [
         Annotated[kind, tyro.conf.subcommand(name, default=defaults.get(name, tyro.MISSING_NONPROP))]

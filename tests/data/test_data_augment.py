@@ -17,6 +17,7 @@ from quarterview.data.augment import (
     random_crops,
     to_float,
 )
+from quarterview.data.loader import central
 
 BICUBIC = tvf.InterpolationMode.BICUBIC
 PINNED_BOXES = [
@@ -240,6 +241,16 @@ def test_the_central_box_is_the_largest_inside(sides):
     assert abs(2 * left + w - width) <= 1
     if min(h, w) > 1:
         assert abs(h * columns - w * rows) <= max(rows, columns)
+
+
+def test_seven_eighths_of_the_box_are_the_official_resize_256_and_central_224():
+    image = torch.randint(0, 256, (3, 512, 640), generator=torch.manual_seed(0), dtype=torch.uint8)
+    theirs = tvf.center_crop(
+        tvf.resize(image, [256], interpolation=tvf.InterpolationMode.BICUBIC, antialias=True), [224]
+    )
+    inner = (..., slice(2, -2), slice(2, -2))  # at the edge theirs sees what lies beyond
+    assert torch.equal(central(image, (224, 224), 224 / 256)[inner], theirs[inner])
+    assert not torch.equal(central(image, (224, 224))[inner], theirs[inner])
 
 
 def test_normalising_and_back():

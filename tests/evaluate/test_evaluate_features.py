@@ -13,6 +13,7 @@ from quarterview.errors import UserError
 from quarterview.evaluate import features
 from quarterview.evaluate.features import (
     ProbeConfig,
+    central_batches,
     choose_labelled,
     extract,
     fresh_twin,
@@ -96,6 +97,24 @@ def test_broken_images_are_left_out(model, tmp_path):
     found, kept = extract({"raw": pixel_features}, source, range(6), model.config, torch.device("cpu"))
     assert kept == [0, 1, 2, 4, 5]
     torch.testing.assert_close(found["raw"][:, 0] * 255, torch.tensor([0.0, 40, 80, 160, 200]))
+
+
+@pytest.mark.parametrize(
+    ("size", "crop_pct", "outer"),
+    [((224, 224), None, False), ((224, 224), 1.0, True), ((32, 32), None, True), ((32, 32), 0.5, False)],
+)
+def test_how_much_of_a_test_image_is_seen(tmp_path, size, crop_pct, outer):
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[:4] = image[-4:] = 255  # a frame of a sixteenth, which seven eighths do not reach
+    Image.fromarray(image).save(tmp_path / "a.png")
+    source = open_source(str(tmp_path), 3)
+    [(_, seen)] = central_batches(source, [0], size, 1, crop_pct=crop_pct)
+    assert bool((seen > 128).any()) == outer
+
+
+def test_a_share_that_is_none_is_refused(run):
+    with pytest.raises(UserError, match=r"crop_pct 1\.5"):
+        ProbeConfig(str(run), ("a",), ("b",), crop_pct=1.5)
 
 
 def test_pixels_are_shrunk_to_the_stated_side():

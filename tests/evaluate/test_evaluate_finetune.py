@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from quarterview.data.augment import normalise, to_float
+from quarterview.data.open import open_source
 from quarterview.errors import UserError
 from quarterview.evaluate.finetune import FinetuneConfig, count_blocks, finetune
 from quarterview.evaluate.rates import parameter_table
@@ -231,9 +233,6 @@ def test_a_fine_tuned_run_can_be_read_and_says_what_it_found(run, tmp_path):
 
 
 def test_the_accuracy_is_the_models_on_the_test_images(run, tmp_path):
-    from quarterview.data.augment import normalise, to_float
-    from quarterview.data.open import open_source
-
     result = tuned(run, tmp_path, steps=8, lr=3e-3)
     model, source = load_classifier(tmp_path / "ft"), open_source("shapes:40:seed=1:size=16", 3)
     images = to_float(torch.stack([source.image(i).pixels for i in range(40)]))
@@ -243,8 +242,22 @@ def test_the_accuracy_is_the_models_on_the_test_images(run, tmp_path):
 
 
 def test_an_average_of_the_weights_is_judged_where_there_is_one(run, tmp_path):
-    result = tuned(run, tmp_path, ema=0.5)
-    assert {"test_accuracy", "test_accuracy_last"} <= result.run.metrics.keys()
+    result = tuned(run, tmp_path, ema=0.97, steps=8, lr=3e-2)
+    source = open_source("shapes:40:seed=1:size=16", 3)
+    images = to_float(torch.stack([source.image(i).pixels for i in range(40)]))
+    labels = torch.tensor([source.label(i) for i in range(40)])
+    for name, average in (("test_accuracy", True), ("test_accuracy_last", False)):
+        model = load_classifier(tmp_path / "ft", average)
+        with torch.no_grad():
+            predicted = model(normalise(images, model.config.mean, model.config.std)).argmax(1)
+        assert result.run.metrics[name] == (predicted == labels).double().mean()
+    assert result.run.metrics["test_accuracy"] != result.run.metrics["test_accuracy_last"]
+
+
+def test_logits_are_float32_under_autocast(run):
+    model = Classifier(BASE)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.zeros(2, 3, 16, 16)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("randaugment", [None, "rand-m9-mstd0.5-inc1"])
@@ -372,8 +385,15 @@ def test_it_learns(tmp_path):
         ({"labels": 1}, "1 labels"),
         ({"smoothing": 1.0}, "smoothing"),
         ({"train": ()}, "--train is missing"),
+        ({"crop_pct": 0.0}, "crop_pct"),
     ],
 )
 def test_wrong_requests_say_what_is_accepted(run, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         tuned(run, tmp_path, **options)
+
+
+def test_randaugment_of_other_than_rgb_is_refused_at_once(tmp_path):
+    network = {"model": "mae_vit_32x3x2_patch4", "image_size": 16, "in_chans": 1}
+    with pytest.raises(UserError, match=r"RGB.*takes 1 channel"):
+        tuned("scratch", tmp_path, **network, randaugment="rand-m9-mstd0.5-inc1")

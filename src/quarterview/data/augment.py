@@ -2,7 +2,7 @@
 
 The crop is torchvision's `RandomResizedCrop`, with its numbers drawn by `draws`. A crop, a resize
 and a flip are together one linear map per axis, so a batch of equal-sized images is augmented on
-its device by two matrix products; single images of any size go through torchvision's kernels. Both
+its device by two matrix products; single images of any size go through torch's kernels. Both
 are bicubic with antialiasing.
 """
 
@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torchvision.transforms.v2.functional as tvf
+import torch.nn.functional as F
 from torch import Tensor
 
 from quarterview import draws
@@ -75,9 +75,16 @@ def _central_boxes(sizes: Tensor, ratio: tuple[float, float]) -> Tensor:
     return torch.stack([(height - h) // 2, (width - w) // 2, h, w], dim=1)
 
 
-def eval_box(height: int, width: int, image_size: Sequence[int]) -> tuple[int, int, int, int]:
-    """The largest central box of the wanted aspect ratio: top, left, height, width."""
-    scale = min(height / image_size[0], width / image_size[1])
+def eval_box(
+    height: int, width: int, image_size: Sequence[int], crop_pct: float = 1.0
+) -> tuple[int, int, int, int]:
+    """The largest central box of the wanted aspect ratio: top, left, height, width.
+
+    Args:
+        crop_pct: the sides of the box as a share of the largest; 0.875 is the same as to resize the
+            shorter side to 256 and cut out the central 224.
+    """
+    scale = min(height / image_size[0], width / image_size[1]) * crop_pct
     h, w = max(1, round(image_size[0] * scale)), max(1, round(image_size[1] * scale))
     return (height - h) // 2, (width - w) // 2, h, w
 
@@ -87,9 +94,7 @@ def crop_resize(pixels: Tensor, box: Sequence[int], image_size: Sequence[int], f
     top, left, height, width = (int(n) for n in box)
     pixels = pixels[:, top : top + height, left : left + width]
     if (height, width) != tuple(image_size):
-        pixels = tvf.resize_image(
-            pixels, list(image_size), interpolation=tvf.InterpolationMode.BICUBIC, antialias=True
-        )
+        pixels = F.interpolate(pixels[None], tuple(image_size), mode="bicubic", antialias=True)[0]
     return pixels.flip(2) if flip else pixels
 
 

@@ -213,9 +213,10 @@ class Loader:
         return batch
 
 
-def central(pixels: Tensor, image_size: Sequence[int]) -> Tensor:
-    """One image [C, H, W] cut to the largest central box of the wanted shape, and resized."""
-    return crop_resize(pixels, eval_box(pixels.shape[1], pixels.shape[2], image_size), image_size)
+def central(pixels: Tensor, image_size: Sequence[int], crop_pct: float = 1.0) -> Tensor:
+    """One image [C, H, W] cut to a share of the largest central box of the wanted shape, and resized."""
+    box = eval_box(pixels.shape[1], pixels.shape[2], image_size, crop_pct)
+    return crop_resize(pixels, box, image_size)
 
 
 def stack(images: Sequence[Tensor]) -> Tensor:

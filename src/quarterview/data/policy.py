@@ -8,9 +8,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-import torchvision.transforms.v2.functional as tvf
-from PIL.Image import Image, Resampling
+from PIL import Image
+from PIL.Image import Resampling
 from torch import Tensor
 
 from quarterview import draws
@@ -73,11 +74,12 @@ def randaugment(
         raise UserError("RandAugment needs 8-bit RGB images; accepted for others: --randaugment none")
     transform = _policy(policy, min(pixels.shape[1:]), mean)
     with draws.seeded(seed, "randaugment", epoch, sample):
-        return tvf.pil_to_tensor(transform(tvf.to_pil_image(pixels)))
+        changed = transform(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+        return torch.from_numpy(np.array(changed)).permute(2, 0, 1).contiguous()
 
 
 @functools.cache
-def _policy(policy: str, side: int, mean: tuple[float, ...]) -> Callable[[Image], Image]:
+def _policy(policy: str, side: int, mean: tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
     try:
         from timm.data.auto_augment import rand_augment_transform
     except ImportError:

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from torchvision import datasets
-from torchvision.datasets.utils import download_and_extract_archive
 
 from quarterview.data.cifar import read_cifar
 from quarterview.data.decode import from_pillow
@@ -141,6 +139,8 @@ def _opened(name: str, split: str, root: Path) -> _Opened:
 
 
 def _by_torchvision(name: str, options: dict[str, Any], root: Path, download: bool) -> _Opened:
+    from torchvision import datasets  # here, for it takes seconds to import
+
     dataset = getattr(datasets, name)(root=str(root), download=download, **options)
     names = getattr(dataset, "classes", None)
     classes = names and [entry if isinstance(entry, str) else ", ".join(entry) for entry in names]
@@ -155,6 +155,9 @@ def _labels(dataset: Any) -> list[int]:
 
 
 def _cifar(name: str, options: dict[str, Any], root: Path, download: bool) -> _Opened:
+    from torchvision import datasets
+    from torchvision.datasets.utils import download_and_extract_archive
+
     known: Any = getattr(datasets, name)
     folder = root / known.base_folder
     files = [folder / file for file, _ in (known.train_list if options["train"] else known.test_list)]

@@ -7,6 +7,7 @@ every arm gets the same images. `verdict` says what the figures allow to be said
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,15 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from quarterview import draws
-from quarterview.data.augment import normalise, to_float
 from quarterview.data.open import open_sources
 from quarterview.data.source import Source, labels_of
 from quarterview.errors import UserError, check_types, unknown
 from quarterview.evaluate.features import (
     Backbone,
     Encoder,
-    central_batches,
     choose_labelled,
+    class_scores,
     encoder_features,
     extract,
     fresh_twin,
@@ -47,7 +47,6 @@ PROTOCOLS = {"finetune": "fine-tuning", "linear": "linear classifier", "knn": "n
 """What each protocol is called, the one that counts most first."""
 RANDOM, PIXELS, TIMM = "random encoder", "raw pixels", "timm:"
 _LEAST_A_CLASS = 2
-_BATCH = 256
 
 Status = Literal["helped", "did not help", "cannot tell", "SIGTERM", "SIGINT"]
 Measured = dict[tuple[str, int, str], np.ndarray]
@@ -282,7 +281,7 @@ def _measure_frozen(
     used = sorted({int(i) for count in images.counts for seed in seeds for i in images.chosen(count, seed)})
     journal.say(f"features of {len(used):,} training and {len(images.test):,} test images")
     for name, mine, model, encoder in _encoders(config, arms, seeds):
-        train, test, kept, test_kept = _features(name, model, encoder, images, used, device)
+        train, test, kept, test_kept = _features(name, model, encoder, images, used, device, config.crop_pct)
         truth = images.test_labels[test_kept]
         place = torch.full((len(images.train),), -1)
         place[kept] = torch.arange(len(kept))
@@ -321,13 +320,14 @@ def _features(
     images: _Images,
     used: Sequence[int],
     device: torch.device,
+    crop_pct: float | None,
 ) -> tuple[Tensor, Tensor, list[int], list[int]]:
     """Features of the training images `used` and of the test images, and which could be read."""
     if isinstance(model, nn.Module):
         model.to(device)
-    train, kept = extract({name: encoder}, images.train, used, model.config, device, _BATCH)
-    everything = range(len(images.test))
-    test, test_kept = extract({name: encoder}, images.test, everything, model.config, device, _BATCH)
+    of = partial(extract, config=model.config, device=device, crop_pct=crop_pct)
+    train, kept = of({name: encoder}, images.train, used)
+    test, test_kept = of({name: encoder}, images.test, range(len(images.test)))
     if isinstance(model, nn.Module):
         model.cpu()
     return train[name], test[name], kept, test_kept
@@ -379,7 +379,7 @@ def _measure_tuned(
                 result = finetune(recipe(config, arms[0], given, count, seed, folder), argv)
                 if result.run.status != "complete":
                     return result.run.status
-                right = told_right(result.run.folder, config.ema is not None, images, device)
+                right = told_right(result.run.folder, config, images, device)
                 row = ("finetune", count, name)
                 measured[row] = np.vstack([*measured.get(row, ()), right])
     return "complete"
@@ -410,20 +410,20 @@ def recipe(
     return FinetuneConfig(**values)
 
 
-@torch.inference_mode()
-def told_right(run: Path, ema: bool, images: _Images, device: torch.device) -> np.ndarray:
+def told_right(run: Path, config: CompareConfig, images: _Images, device: torch.device) -> np.ndarray:
     """bool [M]: which of the readable test images a fine-tuned classifier tells right."""
-    model = load_classifier(run, ema).to(device)
-    config = model.config
-    mean, std = config.mean or (0.0,) * config.in_chans, config.std or (1.0,) * config.in_chans
-    found = []
+    model = load_classifier(run, config.ema is not None).to(device)
     everything = range(len(images.test))
-    for ids, pixels in central_batches(images.test, everything, config.image_size, _BATCH):
-        predicted = model(normalise(to_float(pixels.to(device)), mean, std)).argmax(dim=1).cpu()
-        found.append((predicted == images.test_labels[ids]).numpy())
-    if not found:
-        raise UserError("none of the test images could be read")
-    return np.concatenate(found)
+    scores, seen = extract(
+        {"": class_scores(model)},
+        images.test,
+        everything,
+        model.config,
+        device,
+        crop_pct=config.crop_pct,
+        precision=config.precision,
+    )
+    return (scores[""].argmax(dim=1) == images.test_labels[seen]).numpy()
 
 
 # ---------------------------------------------------------------------- what came of it

@@ -27,6 +27,7 @@ from quarterview.evaluate.features import (
     Backbone,
     as_trained,
     central_batches,
+    check_crop_pct,
     tokens_after,
     weights_digest,
 )
@@ -62,6 +63,9 @@ class EmbedConfig:
     """Images in a shard."""
     batch_size: int = 256
     """Images that the encoder sees at a time."""
+    crop_pct: float | None = None
+    """Share of the sides of the largest central box that an image is cut to. By default 0.875 for
+    224 × 224 pixels, as the paper does, and 1 for other sizes."""
     ema: bool = False
     """Use the moving average of the weights, of a run with --ema."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -72,6 +76,7 @@ class EmbedConfig:
         for name in ("shard_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}; accepted: 1 or more")
+        check_crop_pct(self.crop_pct)
 
 
 class Embedder(NamedTuple):
@@ -179,7 +184,8 @@ def check_folder(folder: Path) -> None:
 def settings_of(config: EmbedConfig, source: Source, device: torch.device) -> dict[str, Any]:
     """All that the bytes of the shards depend on, but for the machine itself."""
     given = asdict(config)
-    named = {name: given[name] for name in ("features", "block", "dtype", "shard_size", "batch_size")}
+    names = ("features", "block", "dtype", "shard_size", "batch_size", "crop_pct")
+    named = {name: given[name] for name in names}
     return {
         "data": list(config.data),
         "data_fingerprint": source.fingerprint(),
@@ -285,7 +291,7 @@ def write_shard(path: Path, embedder: Embedder, source: Source, ids: range) -> N
 def _record_batches(embedder: Embedder, source: Source, ids: range, note: Any) -> Iterator[pa.RecordBatch]:
     config, schema = embedder.config, embedder.schema
     size = embedder.model.config.image_size
-    for some, pixels in central_batches(source, ids, size, config.batch_size, note):
+    for some, pixels in central_batches(source, ids, size, config.batch_size, note, config.crop_pct):
         found = embedder(pixels)
         if not found.isfinite().all():
             raise RunError(f"the embedding of an image of {source.name(some[0])} and after is no number")

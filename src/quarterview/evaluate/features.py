@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from quarterview import draws
 from quarterview.data.augment import normalise, to_float
@@ -26,6 +28,7 @@ from quarterview.train.distributed import choose_device
 from quarterview.train.loop import precision_context, usable_precision
 
 FeatureKind = Literal["mean", "cls"]
+PAPER_SIZE, PAPER_CROP_PCT = (224, 224), 224 / 256
 PIXEL_SIDE = 32
 """Larger images are shrunk to this side before their pixels serve as features."""
 
@@ -82,6 +85,9 @@ class ProbeConfig:
     """Judge raw pixels and an encoder with random weights beside the model."""
     ema: bool = False
     """Judge the moving average of the weights, of a run with --ema."""
+    crop_pct: float | None = None
+    """Share of the sides of the largest central box that an image is cut to. By default 0.875 for
+    224 × 224 pixels, as the paper does, and 1 for other sizes."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute the features."""
     seed: int = 0
@@ -91,6 +97,13 @@ class ProbeConfig:
         check_types(self, ProbeConfig)
         if self.labels is not None and self.labels < 1:
             raise UserError(f"{self.labels} labels; accepted: 1 or more")
+        check_crop_pct(self.crop_pct)
+
+
+def check_crop_pct(crop_pct: float | None) -> None:
+    """Raises UserError if it is no share."""
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise UserError(f"crop_pct {crop_pct}; accepted: a share above 0, at most 1")
 
 
 class Probe(NamedTuple):
@@ -176,8 +189,9 @@ def probe_data(config: ProbeConfig) -> ProbeData:
     """
     probe = open_probe(config)
     encoders, backbone, device = probe.encoders, probe.backbone, probe.device
-    train_features, train_kept = extract(encoders, probe.train, probe.chosen.tolist(), backbone, device)
-    test_features, test_kept = extract(encoders, probe.test, range(len(probe.test)), backbone, device)
+    of = partial(extract, config=backbone, device=device, crop_pct=config.crop_pct)
+    train_features, train_kept = of(encoders, probe.train, probe.chosen.tolist())
+    test_features, test_kept = of(encoders, probe.test, range(len(probe.test)))
     return ProbeData(
         train_features,
         probe.train_labels[train_kept],
@@ -244,6 +258,20 @@ def encoder_features(model: Backbone, kind: FeatureKind) -> Encoder:
     return encode
 
 
+def class_scores(model: Classifier, weights: Mapping[str, Tensor] | None = None) -> Encoder:
+    """What a classifier says of whole images: float [B, classes].
+
+    Args:
+        weights: to use in place of its own, by name.
+    """
+
+    def score(images: Tensor) -> Tensor:
+        images = as_trained(model, images)
+        return model(images) if weights is None else functional_call(model, dict(weights), (images,))
+
+    return score
+
+
 def as_trained(model: Backbone, images: Tensor) -> Tensor:
     """Images in [0, 1], normalised by the means and deviations that a model was trained with."""
     mean = model.config.mean or (0.0,) * model.config.in_chans
@@ -305,16 +333,22 @@ def extract(
     config: BackboneConfig,
     device: torch.device,
     batch_size: int = 256,
+    crop_pct: float | None = None,
+    precision: Literal["bf16", "fp32"] = "bf16",
 ) -> tuple[dict[str, Tensor], list[int]]:
     """Features of the images `ids` by each encoder, in one pass over the images.
+
+    Args:
+        crop_pct: as `central_batches`.
+        precision: of the encoders; fp32 where the device has no bf16.
 
     Returns:
         float32 [N, D] on the CPU for each encoder, and the ids that could be read, in order.
     """
     found: dict[str, Tensor] = {}
     kept: list[int] = []
-    context = precision_context(usable_precision("bf16", device), device)
-    for some, pixels in central_batches(source, ids, config.image_size, batch_size):
+    context = precision_context(usable_precision(precision, device), device)
+    for some, pixels in central_batches(source, ids, config.image_size, batch_size, crop_pct=crop_pct):
         images = to_float(pixels.to(device))
         for name, encoder in encoders.items():
             with context():
@@ -334,16 +368,21 @@ def central_batches(
     image_size: Sequence[int],
     batch_size: int,
     broken: Callable[[Report], None] | None = None,
+    crop_pct: float | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Central crops of the readable images: their ids and [B, C, *image_size].
 
     Args:
         broken: told of each image that cannot be read.
+        crop_pct: share of the sides of the largest central box; by default 0.875 for 224 × 224
+            pixels, as the official evaluation of the paper, and 1 for other sizes.
     """
+    if crop_pct is None:
+        crop_pct = PAPER_CROP_PCT if tuple(image_size) == PAPER_SIZE else 1.0
     some: list[tuple[int, Tensor]] = []
     for sample, picture, reports in read_many(source, ids, decoding_threads()):
         if picture is not None:
-            some.append((sample, central(picture.pixels, image_size)))
+            some.append((sample, central(picture.pixels, image_size, crop_pct)))
         elif broken is not None:
             broken(reports[0])
         if len(some) == batch_size:

@@ -5,17 +5,15 @@ is what pre-training must be compared with.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from quarterview import draws, runs
-from quarterview.data.augment import normalise, to_float
 from quarterview.data.cache import CachedSet
 from quarterview.data.loader import Loader
 from quarterview.data.open import open_sources
@@ -25,7 +23,13 @@ from quarterview.data.statistics import channel_statistics
 from quarterview.data.stream import SampleStream
 from quarterview.data.subset import subset
 from quarterview.errors import UserError, check_types
-from quarterview.evaluate.features import central_batches, choose_labelled, weights_digest
+from quarterview.evaluate.features import (
+    check_crop_pct,
+    choose_labelled,
+    class_scores,
+    extract,
+    weights_digest,
+)
 from quarterview.evaluate.report import standard_error
 from quarterview.evaluate.results import write_result
 from quarterview.exchange.weights import (
@@ -44,7 +48,6 @@ from quarterview.train.loop import LoopConfig, Trainer
 from quarterview.train.optim import OptimConfig, Schedule, fused_adamw, layer_decay_groups, warmup_steps
 
 SCRATCH = "scratch"
-_TEST_BATCH = 256
 
 Part = TypeVar("Part", AugmentConfig, SupervisedConfig, LoopConfig)
 
@@ -89,6 +92,9 @@ class FinetuneConfig(SupervisedConfig, AugmentConfig, OptimConfig, RunningConfig
     """Epochs of linear warm-up from 0."""
     weight_decay: float = 0.05
     """Of weight matrices; biases, norms, the cls token and the positions have none."""
+    crop_pct: float | None = None
+    """Share of the sides of the largest central box that a test image is cut to. By default 0.875 for
+    224 × 224 pixels, as the paper does, and 1 for other sizes."""
     eval_every: int | None = None
     """Updates between looks at the test images, for a curve; by default only after the last."""
 
@@ -109,6 +115,7 @@ class FinetuneConfig(SupervisedConfig, AugmentConfig, OptimConfig, RunningConfig
             raise UserError(f"layer decay {self.layer_decay}; accepted: a number above 0, at most 1")
         if not 0 <= self.beta2 < 1:
             raise UserError(f"beta2 {self.beta2}; accepted: 0 to below 1")
+        check_crop_pct(self.crop_pct)
         if self.min_lr < 0:
             raise UserError(f"min_lr {self.min_lr}; accepted: 0 or more")
         if (self.mixup or self.cutmix) and (self.batch_size // self.accum_iter) % 2:
@@ -146,6 +153,8 @@ class Finetuned:
     """On the test images, of the weights after the last step (with --ema, of their average); None if
     the run was stopped."""
     test_images: int
+    data: Mapping[str, Any]
+    """The images, for a result."""
 
 
 def finetune(config: FinetuneConfig, argv: Sequence[str] = ()) -> Finetuned:
@@ -170,10 +179,11 @@ def finetune(config: FinetuneConfig, argv: Sequence[str] = ()) -> Finetuned:
     inputs = (*config.train, *config.test)
     run = carry_out(config, inputs, plan.open, plan.build, ending, {"train", "test"}, argv)
     if run.status != "complete":
-        return Finetuned(run, None, 0)
+        return Finetuned(run, None, 0, plan.described)
     if ranks() == 1 and not (run.folder / "results" / "finetune.json").exists():
         ending(run)  # a kill came between the last checkpoint and the result
-    return Finetuned(run, run.metrics.get("test_accuracy"), run.metrics.get("test_images", 0))
+    judged = run.metrics.get("test_images", 0)
+    return Finetuned(run, run.metrics.get("test_accuracy"), judged, plan.described)
 
 
 def _record(config: FinetuneConfig, plan: "_Plan", run: Run, argv: Sequence[str]) -> str:
@@ -185,7 +195,7 @@ def _record(config: FinetuneConfig, plan: "_Plan", run: Run, argv: Sequence[str]
         "finetune",
         argv,
         to_plain(config),
-        {"train": plan.fingerprint, "train_images": plan.trained, **plan.test_data},
+        plan.described,
         {"accuracy": accuracy, "standard_error": error, "judged": judged, "steps": run.step},
     )
     start = "random weights" if config.run == SCRATCH else config.run
@@ -206,9 +216,20 @@ class _Plan:
         self.test_data: dict[str, Any] = {}
         self.labels = torch.empty(0, dtype=torch.int64)
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """The images, for a result."""
+        return {"train": self.fingerprint, "train_images": self.trained, **self.test_data}
+
     def open(self) -> Source:
         """The labelled training images that are used."""
-        source = open_sources(self.config.train, self.model_config.in_chans)
+        channels = self.model_config.in_chans
+        if self.config.randaugment is not None and channels != 3:
+            raise UserError(
+                f"RandAugment needs 8-bit RGB images, and the network takes {channels} channel(s); accepted: "
+                "--randaugment none"
+            )
+        source = open_sources(self.config.train, channels)
         self.test = open_sources(self.config.test, self.model_config.in_chans)
         if source.classes and self.test.classes and list(source.classes) != list(self.test.classes):
             raise UserError("--train and --test have different classes; accepted: the same")
@@ -291,7 +312,7 @@ class _Plan:
             metadata=metadata(self.model_config),
         )
         if site.world.is_main:
-            trainer.hooks = [Judge(trainer, model, self.test, self.test_labels)]
+            trainer.hooks = [Judge(trainer, model, self.test, self.test_labels, config.crop_pct)]
         return trainer
 
     def _model(self, site: Site) -> Classifier:
@@ -381,29 +402,33 @@ class Judge:
     themselves stands beside it.
     """
 
-    def __init__(self, trainer: Trainer, model: Classifier, source: Source, labels: Tensor) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: Classifier,
+        source: Source,
+        labels: Tensor,
+        crop_pct: float | None = None,
+    ) -> None:
         self.trainer, self.model, self.source, self.labels = trainer, model, source, labels
-        self.device = trainer.world.device
+        self.crop_pct = crop_pct
 
     def __call__(self, step: int) -> dict[str, float]:
-        last: dict[str, Tensor] = dict(self.model.named_parameters())
-        average = self.trainer.ema
-        weights = {"test_accuracy": average or last}
-        if average:
-            weights["test_accuracy_last"] = last
-        right, seen = dict.fromkeys(weights, 0), 0
-        model, config = self.model, self.model.config
-        mean, std = config.mean or (0.0,) * config.in_chans, config.std or (1.0,) * config.in_chans
-        everything = range(len(self.source))
-        for ids, pixels in central_batches(self.source, everything, config.image_size, _TEST_BATCH):
-            images = normalise(to_float(pixels.to(self.device)), mean, std)
-            labels = self.labels[ids].to(self.device)
-            seen += len(ids)
-            for name, tensors in weights.items():
-                predicted = functional_call(model, tensors, (images,)).argmax(dim=1)
-                right[name] += int((predicted == labels).sum())
-        if not seen:
-            raise UserError("none of the test images could be read")
-        if seen < len(self.source):
-            self.trainer.journal.warn(f"{len(self.source) - seen} test image(s) could not be read")
-        return {**{name: count / seen for name, count in right.items()}, "test_images": seen}
+        trainer = self.trainer
+        judged = {"test_accuracy": class_scores(self.model, trainer.ema or None)}
+        if trainer.ema:
+            judged["test_accuracy_last"] = class_scores(self.model)
+        scores, seen = extract(
+            judged,
+            self.source,
+            range(len(self.source)),
+            self.model.config,
+            trainer.world.device,
+            crop_pct=self.crop_pct,
+            precision=trainer.config.precision,
+        )
+        if len(seen) < len(self.source):
+            trainer.journal.warn(f"{len(self.source) - len(seen)} test image(s) could not be read")
+        truth = self.labels[seen]
+        right = {name: float((s.argmax(dim=1) == truth).double().mean()) for name, s in scores.items()}
+        return {**right, "test_images": len(seen)}

@@ -3,19 +3,18 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from quarterview.errors import UserError
 from quarterview.evaluate.features import ProbeConfig, ProbeData, probe_data, record_probe
 from quarterview.evaluate.report import show_accuracies, standard_error
 from quarterview.train.journal import Journal
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)
 """Inverse regularisation strengths that are tried."""
@@ -87,6 +86,8 @@ def linear_fit(data: ProbeData, name: str, seed: int) -> LinearAccuracy:
 
 def choose_strength(features: np.ndarray, labels: np.ndarray, seed: int) -> float:
     """The regularisation that does best on a held-out fifth of the training features."""
+    from sklearn.model_selection import train_test_split  # here, for it takes seconds to import
+
     counts = np.bincount(labels)
     smallest = counts[counts > 0].min()
     enough = smallest >= 2 and len(labels) * HELD_OUT >= len(counts[counts > 0])
@@ -102,8 +103,13 @@ def choose_strength(features: np.ndarray, labels: np.ndarray, seed: int) -> floa
     return STRENGTHS[int(np.argmax(scores))]
 
 
-def fit(features: np.ndarray | Tensor, labels: np.ndarray, strength: float) -> Pipeline:
+def fit(features: np.ndarray | Tensor, labels: np.ndarray, strength: float) -> "Pipeline":
     """Standardised features and a multinomial logistic regression."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=_ITERATIONS))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the last iterations change no figure

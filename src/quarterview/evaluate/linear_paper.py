@@ -93,7 +93,10 @@ def linear_paper(
     labels = probe.train_labels[pictures.ids]
     check_classes(labels)
     heads = train_heads(probe, pictures, labels, paper, journal)
-    test, kept = extract(probe.encoders, probe.test, range(len(probe.test)), probe.backbone, probe.device)
+    everything = range(len(probe.test))
+    test, kept = extract(
+        probe.encoders, probe.test, everything, probe.backbone, probe.device, crop_pct=config.crop_pct
+    )
     unreadable = len(probe.chosen) - len(labels) + len(probe.test) - len(kept)
     data = ProbeData({}, labels, test, probe.test_labels[kept], probe.classes, unreadable)
 

@@ -57,7 +57,7 @@ def partial(config: FinetuneConfig, journal: Journal, argv: Sequence[str] = ()) 
     rows = [(blocks, f"{accuracy:.1%}", f"± {error:.1%}") for blocks, (accuracy, error) in points.items()]
     journal.table("fine-tuning the last blocks", ["blocks", "accuracy", "standard error"], rows)
     results = {blocks: {"accuracy": a, "standard_error": e} for blocks, (a, e) in points.items()}
-    data = {"train": list(config.train), "test": list(config.test)}
+    data = found[config.blocks[-1]].data
     write_result(folder / "results", "partial", argv, to_plain(config), data, results)
     draw(points, folder / "results" / "partial.png", f"from {config.run}")
     journal.say(f"See {folder}/results/partial.png")

@@ -32,12 +32,14 @@ def show_parameters(config: FinetuneConfig, journal: Journal) -> None:
     Raises:
         UserError: if the start says nothing of the network.
     """
-    model = Classifier(start_of(config))
-    freeze_all_but(model, count_blocks(config.blocks[0]))
-    rows = [
-        (row["name"], f"{row['lr']:.3e}" if row["trained"] else "frozen", f"{row['weight_decay']:g}")
-        for row in parameter_table(model, config)
-    ]
-    journal.table("parameters", ["name", "peak learning rate", "weight decay"], rows)
-    rates = torch.linspace(0, config.drop_path, len(model.blocks)).tolist()
+    for blocks in config.blocks:
+        model = Classifier(start_of(config))
+        freeze_all_but(model, count_blocks(blocks))
+        rows = [
+            (row["name"], f"{row['lr']:.3e}" if row["trained"] else "frozen", f"{row['weight_decay']:g}")
+            for row in parameter_table(model, config)
+        ]
+        title = f"parameters, blocks trained: {blocks}"
+        journal.table(title, ["name", "peak learning rate", "weight decay"], rows)
+    rates = torch.linspace(0, config.drop_path, start_of(config).shape.depth).tolist()
     journal.say("drop path by block: " + " ".join(f"{rate:.3g}" for rate in rates))

@@ -97,7 +97,9 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor, scales: Tensor | None = None) -> Tensor:
         """float [B, C, H, W], normalised -> logits, float [B, classes]."""
-        return self.head(self.features(images, scales))
+        features = self.features(images, scales)
+        with torch.autocast(images.device.type, enabled=False):  # in bf16 the best two logits are often equal
+            return self.head(features.float())
 
 
 def drop_path_scales(uniforms: Tensor, rate: float) -> Tensor:

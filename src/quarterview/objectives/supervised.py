@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -59,8 +58,7 @@ class Supervised(nn.Module):
                 images, targets, batch.epochs, batch.ids, self.seed, self.config.mixup, self.config.cutmix
             )
         logits = self.model(images, self._scales(batch))
-        with torch.autocast(images.device.type, enabled=False):
-            return Loss(F.cross_entropy(logits.float(), targets), {})
+        return Loss(F.cross_entropy(logits, targets), {})
 
     def _targets(self, labels: Tensor) -> Tensor:
         """float [B, classes]: one-hot, smoothed."""
