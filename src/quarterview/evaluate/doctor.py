@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from matplotlib.figure import Figure
-
 from quarterview.errors import UserError, check_types
 from quarterview.evaluate.examine import FEWEST, examine, read_record, see_images
 from quarterview.evaluate.examined import MODEL, Examined, usual_rate
@@ -149,6 +147,8 @@ def show(run: Examined, diagnosis: Diagnosis, folder: Path, journal: Journal) ->
 
 def draw_history(rows: Sequence[Mapping[str, Any]], run: Examined, healthy: bool, path: Path) -> None:
     """Write a PNG of the losses over the steps, with the inpainters' as horizontal lines."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 3.5), dpi=100)
     axes = figure.subplots()
     drawn = []

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from quarterview import draws
@@ -110,6 +109,8 @@ def draw_rows(rows: Mapping[str, Tensor], caption: str, path: Path) -> None:
     lines = caption.count("\n") + 1
     cell, margin = _INCHES * min(2.0, height / width), _LINE_INCHES * lines + _GAP_INCHES
     size = (max(_INCHES * count, _LEAST_INCHES) + _NAMES_INCHES, cell * len(rows) + margin)
+    from matplotlib.figure import Figure  # here, for it takes a second to import
+
     figure = Figure(figsize=size, dpi=100)
     axes = figure.subplots(len(rows), count, squeeze=False)
     for line, (name, images) in zip(axes, rows.items(), strict=True):
@@ -134,6 +135,8 @@ def draw_rows(rows: Mapping[str, Tensor], caption: str, path: Path) -> None:
 
 def draw_curve(rows: list[dict], path: Path, title: str = "") -> None:
     """Write a PNG of the training and the validation loss over the steps of a run."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5, 3), dpi=100)
     axes = figure.subplots()
     axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], label="training", linewidth=1)

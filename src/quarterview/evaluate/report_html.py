@@ -8,10 +8,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, NullLocator
-
 from quarterview.evaluate.verdict import Comparison, Contrast, Estimate, Verdict, signed
 from quarterview.train.journal import replace_text
 
@@ -252,6 +248,10 @@ def plot(points: Sequence[Point], colours: Mapping[str, str], salt: str) -> str:
             ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK
         ),
     }
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, NullLocator
+
     with rc_context(style):
         figure = Figure(figsize=(7, 3.6))
         axes = figure.subplots()

@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.stats import t as student
 
 Answer = Literal["helped", "did not help", "cannot tell"]
 LEVEL = 0.95
@@ -86,6 +85,8 @@ def estimate(values: np.ndarray) -> Estimate:
 @functools.cache
 def quantile(count: int) -> float:
     """Student's two-sided 95% quantile for a mean of `count`; 0 for one, of which nothing is known."""
+    from scipy.stats import t as student  # here, for it takes a second to import
+
     return float(student.ppf((1 + LEVEL) / 2, count - 1)) if count > 1 else 0.0
 
 
