@@ -21,6 +21,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "base width/16 at 224": {"model": "mae_vit_768x2x12_patch16", "image_size": 224},
     "huge width/14 at 224": {"model": "mae_vit_1280x1x16_patch14", "image_size": 224},
     "96×160": {"model": "mae_vit_64x3x4_patch16", "image_size": (96, 160)},
+    "one channel": {
+        "model": "mae_vit_64x3x4_patch8",
+        "image_size": 40,
+        "in_chans": 1,
+        "mean": (0.4,),
+        "std": (0.2,),
+    },
     "five channels": {
         "model": "mae_vit_64x3x4_patch4",
         "image_size": 32,

@@ -88,7 +88,8 @@ def _config(model: Model, facts: Facts) -> dict[str, Any]:
         **for_timm(preprocessing_of(config, facts.crop_pct)),
         "num_classes": arguments["num_classes"],
         "pool_size": None,
-        "first_conv": "patch_embed.proj",
+        # Before 1.0.31 timm takes any kernel named here for one of three channels, and adapts it.
+        "first_conv": "patch_embed.proj" if config.in_chans == 3 else None,
         "classifier": "head",
         **({"license": facts.licence} if facts.licence else {}),
     }
