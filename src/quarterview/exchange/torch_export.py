@@ -104,7 +104,7 @@ def target(model: Model) -> Target:
         f"{', '.join(names(model))}{',' if len(names(model)) == 1 else ''} = program(images)",
         notes=(
             "Images are float32 [B, C, H, W], normalised as below, for any B.",
-            "The file runs with the version of torch that wrote it and with newer ones.",
+            "torch does not promise that other versions of it open the file; the one that wrote it is below.",
             "The graph was traced on a CPU; `torch.export.passes.move_to_device_pass` moves it.",
         ),
     )
