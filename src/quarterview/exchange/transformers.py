@@ -270,17 +270,18 @@ def _compare_mae(model: Model, folder: Path) -> dict[str, float]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' bars and notes, which would tell of the check and not of the export."""
-    from transformers.utils import logging
+    import transformers
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    voice = transformers.utils.logging
+    level, bars = voice.get_verbosity(), voice.is_progress_bar_enabled()
+    voice.set_verbosity_error()
+    voice.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        voice.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            voice.enable_progress_bar()
 
 
 # ---------------------------------------------------------------------- the card
