@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from quarterview.exchange.weights import find_weights, load_backbone
+from quarterview.exchange.weights import find_weights, load
 from quarterview.model.classifier import Classifier
 from quarterview.model.mae import MaskedAutoencoder
 from quarterview.train.journal import Journal, metrics
@@ -16,7 +16,7 @@ def inspect(path: str, journal: Journal) -> None:
     Raises:
         UserError: if there is none at that path.
     """
-    file, model = find_weights(path), load_backbone(path)
+    file, model = find_weights(path), load(path)
     config, shape = model.config, model.config.shape
     height, width = config.image_size
     rows = [
