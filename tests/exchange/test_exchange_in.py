@@ -363,9 +363,10 @@ def test_a_hostile_pickle_never_runs(model, tmp_path, how):
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content, protocol=2 if how == "pickle 2" else 4))
-    with pytest.raises(
-        UserError, match=r"(wants to run (posix\.mkdir|torch\.storage\._load_from_bytes)|holds more than tensors), which is not done"
-    ):
+    refused = (
+        r"(wants to run (posix\.mkdir|torch\.storage\._load_from_bytes)|holds more than tensors), which is"
+    )
+    with pytest.raises(UserError, match=refused):
         qv.load(path)
     assert not trace.exists()
     with path.open("rb") as file:  # it would have
