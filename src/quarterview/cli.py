@@ -221,15 +221,21 @@ class Embed(EmbedConfig):
 
 @dataclass(frozen=True)
 class Inspect:
-    """Say what a run, a checkpoint or a weights file is."""
+    """Say what weights are, wherever they are from; or in what two of them differ."""
 
-    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-    """A run, a checkpoint folder or a .safetensors file."""
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS")]
+    """A run, a checkpoint folder, a .safetensors or .pth file, a folder of transformers or timm, timm:NAME
+    or hf:OWNER/NAME."""
+    other: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="OTHER")] = None
+    """Others to compare them with."""
 
     def execute(self, _argv: Sequence[str]) -> int:
-        from quarterview.exchange.inspect import inspect
+        from quarterview.exchange.inspect import compare_weights, inspect
 
-        inspect(self.path, Journal())
+        if self.other is None:
+            inspect(self.path, Journal())
+        else:
+            compare_weights(self.path, self.other, Journal())
         return 0
 
 
