@@ -80,5 +80,5 @@ def test_what_only_one_has(model, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "decoder_pred.bias" not in shown  # of one shape in both
     assert "decoder_embed.weight: 32×192 in the first, 48×192 in the second" in shown
-    assert "decoder_blocks.1.norm1.weight: not in the first, 48 in the second" in shown
+    assert "decoder_blocks.1.attn.proj.bias: not in the first, 48 in the second" in shown
     assert "norm_pix_loss" in shown
