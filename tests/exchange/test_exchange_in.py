@@ -15,6 +15,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
 import quarterview as qv
+from quarterview import cli
 from quarterview.errors import UserError
 from quarterview.exchange.architecture import IMAGENET_MEAN
 from quarterview.exchange.transformers import export_transformers
@@ -317,6 +318,26 @@ def test_the_hub_through_its_cache(model, tmp_path, monkeypatch):
     assert same(model, load_autoencoder("hf:someone/mae-tiny"))
     with pytest.raises(UserError, match="hf:someone/else cannot be had"):
         qv.load("hf:someone/else")
+
+
+@pytest.mark.parametrize("given", ["mae_pretrain_vit_tiny.pth", "folder"])
+def test_commands_that_take_a_run_take_them(model, tmp_path, capsys, given):
+    encoder = {k: v for k, v in model.state_dict().items() if not k.startswith(("decoder", "mask_token"))}
+    if given == "folder":
+        (tmp_path / "folder").mkdir()
+        save_file(encoder, tmp_path / "folder" / "model.safetensors")
+        (tmp_path / "folder" / "config.json").write_text('{"num_classes": 0}')
+    else:
+        official(tmp_path / given, encoder)
+    sets = ["--train", "shapes:60:size=32", "--test", "shapes:40:seed=1:size=32", "--device", "cpu"]
+    path = str(tmp_path / given)
+    assert cli.run(["knn", path, *sets, "--no-baselines"]) == 0
+    tune = ["--steps", "1", "--batch-size", "4", "--randaugment", "none", "--workers", "0"]
+    assert cli.run(["finetune", path, *sets, *tune, "--out", str(tmp_path / "ft")]) == 0
+    assert "encoder of timm or the official code" in capsys.readouterr().out
+    found = qv.load(tmp_path / "ft").state_dict()
+    moved = (found["blocks.0.mlp.fc1.weight"] - model.state_dict()["blocks.0.mlp.fc1.weight"]).abs().max()
+    assert moved < 0.01  # from there, not from fresh weights
 
 
 # ---------------------------------------------------------------------- nothing in silence

@@ -413,11 +413,9 @@ def record_probe(
         protocol: the file's name, to which features, ema and the number of labels are added where given.
         settings: those of the protocol, beside those of `config`.
     """
-    folder = results_folder(config.run)
-    if folder is None:
+    folder, weights = results_folder(config.run), read(config.run, config.ema)
+    if folder is None or weights.file is None:
         return None
-    weights = read(config.run, config.ema)
-    assert weights.file is not None, "weights in a run's folder are a file"
     given = {
         field.name: getattr(config, field.name)
         for field in fields(ProbeConfig)
