@@ -282,10 +282,13 @@ def test_a_head_that_ours_is_not_is_left_out_and_said(tmp_path):
     arguments = {"img_size": 32, "patch_size": 4, "global_pool": "avg", "fc_norm": False, "num_classes": 5}
     theirs = timm.create_model("vit_tiny_patch16_224", **arguments)
     save_file(dict(theirs.state_dict()), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"model_args": arguments}))
-    weights = read(tmp_path)
-    assert set(weights.dropped) == {"head.weight", "head.bias"}
-    assert any("the head reads tokens that ours cannot" in line for line in weights.manifest)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": "vit_tiny_patch16_224", "model_args": arguments, "pretrained_cfg": {}})
+    )
+    for given in (str(tmp_path), f"timm:local-dir:{tmp_path}"):
+        weights = read(given)
+        assert set(weights.dropped) == {"head.weight", "head.bias"}
+        assert any("the head reads tokens that ours cannot" in line for line in weights.manifest)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])

@@ -189,7 +189,12 @@ def _read_timm(name: str) -> Foreign:
         ) from None
     size = getattr(getattr(vit, "patch_embed", None), "img_size", None)
     heads = getattr(getattr(next(iter(getattr(vit, "blocks", ())), None), "attn", None), "num_heads", None)
-    config = {"pretrained_cfg": dict(vit.pretrained_cfg), "img_size": size, "num_heads": heads}
+    config = {
+        "pretrained_cfg": dict(vit.pretrained_cfg),
+        "img_size": size,
+        "num_heads": heads,
+        "global_pool": getattr(vit, "global_pool", "token"),
+    }
     return Foreign(dict(vit.state_dict()), None, config, {}, {})
 
 
