@@ -228,6 +228,36 @@ def test_a_folder_that_transformers_wrote(tmp_path, images):
         torch.testing.assert_close(ours(images), theirs(images).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_an_autoencoder_that_transformers_wrote(tmp_path, images):
+    """Its version 5 writes a decoder's blocks under names of its own."""
+    config = ViTMAEConfig(
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=192,
+        image_size=32,
+        patch_size=8,
+        decoder_hidden_size=32,
+        decoder_num_hidden_layers=2,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=128,
+        layer_norm_eps=1e-6,
+        norm_pix_loss=True,
+    )
+    torch.manual_seed(0)
+    theirs = disturbed(ViTMAEForPreTraining(config))
+    with torch.no_grad():  # zero in a model built from its configuration
+        theirs.vit.embeddings.position_embeddings.copy_(sincos_2d(48, (4, 4)))
+        theirs.decoder.decoder_pos_embed.copy_(sincos_2d(32, (4, 4)))
+    theirs.save_pretrained(tmp_path)
+    ours = load_autoencoder(tmp_path)
+    assert (ours.config.model, ours.config.decoder_heads) == ("mae_vit_48x2x4_patch8", 2)
+    noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        loss, expected = ours(images, noise=noise).loss, theirs(images, noise=noise).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_shards_by_their_index(model, tmp_path):
     tensors = {}
     for name, tensor in model.state_dict().items():

@@ -6,7 +6,7 @@ unless the caller names it.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from quarterview.errors import UserError
 from quarterview.exchange.foreign import ACCEPTED, Foreign, common_prefix
-from quarterview.exchange.transformers import IN_A_BLOCK, NAMES
 from quarterview.model.classifier import Classifier, ClassifierConfig
 from quarterview.model.config import MAEConfig
 from quarterview.model.mae import MaskedAutoencoder
@@ -146,24 +145,34 @@ def _our_name(theirs: str) -> tuple[str, int | None]:
     return plain, None
 
 
-_BLOCK = re.compile(
-    r"(?:vit\.)?(?:(?P<decoder>decoder\.decoder_layers)|encoder\.layer|layers)"
+_BLOCK = re.compile(  # transformers 5 reads decoders under the first name and writes them under the second
+    r"(?:vit\.)?(?:(?P<decoder>decoder\.(?:decoder_layers|decoder_encoder\.layer))|encoder\.layer|layers)"
     r"\.(?P<index>\d+)\.(?P<part>.+)\.(?P<leaf>weight|bias)"
 )
-_PLAIN = {theirs.removeprefix("vit."): ours for ours, theirs in NAMES.items()} | {"classifier": "head"}
-
-
-def _parts() -> Iterator[tuple[str, tuple[str, int | None]]]:
-    for ours, candidates in IN_A_BLOCK.items():
-        for theirs in candidates:
-            if "{" not in theirs:
-                yield theirs, (ours, None)
-                continue
-            for third, (short, long) in enumerate(zip("qkv", ("query", "key", "value"), strict=True)):
-                yield theirs.replace("{qkv}", short).replace("{query_key_value}", long), (ours, third)
-
-
-_PARTS: dict[str, tuple[str | None, int | None]] = dict(_parts())
+_PLAIN = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "layernorm": "norm",
+    "classifier": "head",
+    "decoder.mask_token": "mask_token",
+    "decoder.decoder_pos_embed": "decoder_pos_embed",
+    "decoder.decoder_embed": "decoder_embed",
+    "decoder.decoder_norm": "decoder_norm",
+    "decoder.decoder_pred": "decoder_pred",
+}
+_PARTS: dict[str, tuple[str | None, int | None]] = {  # of a block: as transformers 4 says, then as 5 does
+    "layernorm_before": ("norm1", None),
+    "layernorm_after": ("norm2", None),
+    **{f"attention.attention.{x}": ("attn.qkv", i) for i, x in enumerate(("query", "key", "value"))},
+    "attention.output.dense": ("attn.proj", None),
+    "intermediate.dense": ("mlp.fc1", None),
+    "output.dense": ("mlp.fc2", None),
+    **{f"attention.{x}_proj": ("attn.qkv", i) for i, x in enumerate("qkv")},
+    "attention.o_proj": ("attn.proj", None),
+    "mlp.fc1": ("mlp.fc1", None),
+    "mlp.fc2": ("mlp.fc2", None),
+}
 
 
 # ---------------------------------------------------------------------- shapes

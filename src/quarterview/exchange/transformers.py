@@ -12,7 +12,7 @@ from quarterview.errors import UserError
 from quarterview.model.mae import MaskedAutoencoder
 from quarterview.model.vit import LAYER_NORM_EPS, MLP_RATIO
 
-NAMES = {
+_NAMES = {
     "cls_token": "vit.embeddings.cls_token",
     "pos_embed": "vit.embeddings.position_embeddings",
     "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
@@ -24,7 +24,7 @@ NAMES = {
     "decoder_pred": "decoder.decoder_pred",
 }
 _STACKS = {"blocks": ("vit.layers", "vit.encoder.layer"), "decoder_blocks": ("decoder.decoder_layers",)}
-IN_A_BLOCK = {  # names since transformers 5, then those of transformers 4
+_IN_A_BLOCK = {  # names since transformers 5, then those of transformers 4
     "norm1": ("layernorm_before",),
     "norm2": ("layernorm_after",),
     "attn.qkv": ("attention.{qkv}_proj", "attention.attention.{query_key_value}"),
@@ -97,10 +97,10 @@ def _rename(name: str, value: Tensor, accepted: Any) -> Iterator[tuple[str, Tens
     block = re.fullmatch(r"(blocks|decoder_blocks)\.(\d+)\.(.+)\.(weight|bias)", name)
     if block is None:
         stem, _, leaf = name.rpartition(".")
-        yield (NAMES[name], value) if name in NAMES else (f"{NAMES[stem]}.{leaf}", value)
+        yield (_NAMES[name], value) if name in _NAMES else (f"{_NAMES[stem]}.{leaf}", value)
         return
     stack, index, part, leaf = block.groups()
-    candidates = [f"{s}.{index}.{p}.{leaf}" for s in _STACKS[stack] for p in IN_A_BLOCK[part]]
+    candidates = [f"{s}.{index}.{p}.{leaf}" for s in _STACKS[stack] for p in _IN_A_BLOCK[part]]
     if part != "attn.qkv":
         yield next(key for key in candidates if key in accepted), value
         return
