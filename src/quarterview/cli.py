@@ -24,6 +24,7 @@ from quarterview.evaluate.doctor import DoctorConfig
 from quarterview.evaluate.embed import EmbedConfig
 from quarterview.evaluate.features import ProbeConfig
 from quarterview.evaluate.finetune import FinetuneConfig
+from quarterview.exchange.export import ExportConfig
 from quarterview.pretraining import PretrainConfig, pretrain, start_values
 from quarterview.train.journal import Journal
 
@@ -240,6 +241,39 @@ class Inspect:
 
 
 @dataclass(frozen=True)
+class Export(ExportConfig):
+    """Write a model as others open it: `quarterview export RUN --to timm --out DIR`."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run, a checkpoint folder or a .safetensors file."""
+
+    def execute(self, _argv: Sequence[str]) -> int:
+        from quarterview.exchange.export import export
+
+        export(self, Journal())
+        return 0
+
+
+@dataclass(frozen=True)
+class Push:
+    """Upload an export to the Hugging Face Hub."""
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """What `quarterview export` wrote."""
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OWNER/NAME")]
+    """The repository; made if it is not there."""
+    private: bool = False
+    """Make it visible to its owner only."""
+
+    def execute(self, _argv: Sequence[str]) -> int:
+        from quarterview.exchange.hub import push
+
+        files = push(self.folder, self.name, self.private)
+        Journal().say(f"uploaded {', '.join(files)} to {self.name}")
+        return 0
+
+
+@dataclass(frozen=True)
 class Recipes:
     """List the named configurations of --recipe, for pretrain and for finetune."""
 
@@ -279,6 +313,8 @@ Command = (
     | Look
     | Reconstruct
     | Inspect
+    | Export
+    | Push
     | Recipes
     | Demo
 )

@@ -14,6 +14,7 @@ from quarterview.data.statistics import channel_statistics
 from quarterview.data.stream import SampleStream, default_holdout
 from quarterview.errors import UserError, check_types
 from quarterview.evaluate.online import OnlineProbeConfig, held_out_hooks, probe_hooks, probe_is_due
+from quarterview.exchange.facts import facts_of
 from quarterview.exchange.weights import check_start, load_into, metadata, read
 from quarterview.model.config import MAEConfig
 from quarterview.model.mae import fresh_model
@@ -122,6 +123,8 @@ class Prepared(NamedTuple):
     cache_reason: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    licence: str
+    """Of the weights to start from, as far as it is known: what is made of them goes by it."""
 
 
 def prepare(config: PretrainConfig, site: Site) -> Prepared:
@@ -139,7 +142,9 @@ def prepare(config: PretrainConfig, site: Site) -> Prepared:
         )
     cached, reason = hold(config, site)
     mean, std = known.get("mean", config.mean), known.get("std", config.std)
+    licence = known.get("licence", "")
     if config.init_from is not None and not known:
+        licence = facts_of(config.init_from, allow_partial=config.allow_partial).licence
         start = read(config.init_from, allow_partial=config.allow_partial).config
         if start.in_chans == config.in_chans:
             mean, std = mean or start.mean, std or start.std  # what the weights were trained with
@@ -150,7 +155,7 @@ def prepare(config: PretrainConfig, site: Site) -> Prepared:
         f"images are {'held on the device' if cached else 'streamed'} ({reason}); "
         f"mean {numbers(mean)}, std {numbers(std)}"
     )
-    return Prepared(stream, cached, reason, tuple(mean), tuple(std))
+    return Prepared(stream, cached, reason, tuple(mean), tuple(std), licence)
 
 
 def build(config: PretrainConfig, prepared: Prepared, site: Site) -> Trainer:
@@ -212,6 +217,7 @@ def resolved(prepared: Prepared, site: Site, steps: int, warmup: int, precision:
     return {
         "steps": steps,
         "warmup_steps": warmup,
+        "licence": prepared.licence,
         "images": len(site.source),
         "holdout": prepared.stream.holdout,
         "fingerprint": site.fingerprint,

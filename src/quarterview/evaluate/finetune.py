@@ -31,6 +31,7 @@ from quarterview.evaluate.features import (
 )
 from quarterview.evaluate.report import standard_error
 from quarterview.evaluate.results import write_result
+from quarterview.exchange.facts import facts_of
 from quarterview.exchange.weights import (
     load_encoder,
     metadata,
@@ -286,6 +287,7 @@ class _Plan:
             "fingerprint": site.fingerprint,
             "test": self.test_data["test"],
             "start": site.known.get("start") if site.known else _weights_of(config),
+            "licence": site.known.get("licence") if site.known else _licence_of(config),
             "cache": "device" if held[0] else "none",
             "cache_reason": held[1],
             "mean": list(mean),
@@ -372,6 +374,11 @@ def _begun(config: FinetuneConfig) -> ClassifierConfig | None:
 def _weights_of(config: FinetuneConfig) -> str | None:
     """Sixteen hex digits of the weights that a run starts from; None from scratch."""
     return None if config.run == SCRATCH else read(config.run, config.from_ema).digest
+
+
+def _licence_of(config: FinetuneConfig) -> str:
+    """Of the weights that a run starts from, as far as it is known: what is made of them goes by it."""
+    return "" if config.run == SCRATCH else facts_of(config.run, config.from_ema).licence
 
 
 def start_of(config: FinetuneConfig) -> ClassifierConfig:

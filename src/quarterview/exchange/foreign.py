@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,7 +28,7 @@ ACCEPTED = (
 )
 _CONTAINERS = ("model", "state_dict", "model_state_dict", "module")
 _FILES = ("model.safetensors", "pytorch_model.bin")
-_HUB_PATTERNS = ["*.json", *_FILES, "model-*.safetensors", "pytorch_model-*.bin"]
+_HUB_PATTERNS = ["*.json", "README.md", *_FILES, "model-*.safetensors", "pytorch_model-*.bin"]
 
 
 class Foreign(NamedTuple):
@@ -42,6 +43,8 @@ class Foreign(NamedTuple):
     """The folder's ``preprocessor_config.json``, likewise."""
     args: dict[str, Any]
     """The command line that an official checkpoint carries, likewise."""
+    licence: str = ""
+    """Of the weights, where it is stated beside them."""
 
 
 def read_foreign(given: str | Path) -> Foreign:
@@ -59,7 +62,7 @@ def read_foreign(given: str | Path) -> Foreign:
     if path.is_dir():
         return _read_folder(path)
     tensors, args = read_tensors(path)
-    return Foreign(tensors, path, {}, {}, args)
+    return Foreign(tensors, path, {}, {}, args, header_entry(path, "license"))
 
 
 # ---------------------------------------------------------------------- files
@@ -141,7 +144,8 @@ def _read_folder(folder: Path) -> Foreign:
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= read_tensors(file)[0]
-    return Foreign(tensors, files[0] if len(files) == 1 else None, config, processor, {})
+    licence = card_licence(folder) or config.get("pretrained_cfg", {}).get("license", "")
+    return Foreign(tensors, files[0] if len(files) == 1 else None, config, processor, {}, licence)
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -163,13 +167,27 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def has_header(file: Path, key: str) -> bool:
-    """Whether a safetensors file carries a metadata entry of that name; False for any other file."""
+def header_entry(file: Path, key: str) -> str:
+    """A text in the header of a safetensors file; empty if it has none of that name, or is another file."""
     try:
         with safe_open(file, "pt") as handle:
-            return key in (handle.metadata() or {})
+            return (handle.metadata() or {}).get(key, "")
     except (SafetensorError, OSError):
-        return False
+        return ""
+
+
+def card_licence(folder: Path) -> str:
+    """The licence that a model card, ``README.md``, states in its header; empty if it states none."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return ""
+    header = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", errors="replace"), re.DOTALL)
+    try:
+        stated = yaml.safe_load(header[1]) if header else None
+    except yaml.YAMLError:
+        return ""
+    stated = stated if isinstance(stated, dict) else {}
+    return str(stated.get("license_name") or stated.get("license") or "")
 
 
 # ---------------------------------------------------------------------- elsewhere
@@ -195,7 +213,8 @@ def _read_timm(name: str) -> Foreign:
         "num_heads": heads,
         "global_pool": getattr(vit, "global_pool", "token"),
     }
-    return Foreign(dict(vit.state_dict()), None, config, {}, {})
+    licence = vit.pretrained_cfg.get("license") or ""
+    return Foreign(dict(vit.state_dict()), None, config, {}, {}, licence)
 
 
 def fetch(given: str) -> Path:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from quarterview.errors import UserError
 from quarterview.exchange.adapt import adapt
 from quarterview.exchange.architecture import DECODER, recognise
-from quarterview.exchange.foreign import ACCEPTED, fetch, has_header, read_foreign
+from quarterview.exchange.foreign import ACCEPTED, fetch, header_entry, read_foreign
 from quarterview.model.classifier import Classifier, ClassifierConfig
 from quarterview.model.config import MAEConfig
 from quarterview.model.mae import MaskedAutoencoder, fresh_model
@@ -50,6 +50,8 @@ class Weights(NamedTuple):
     """Their names of what was left out."""
     notes: tuple[str, ...] = ()
     """What had to be assumed."""
+    licence: str = ""
+    """Of the weights, where their file or their card says it."""
 
     @property
     def ours(self) -> bool:
@@ -107,20 +109,27 @@ def read(given: str | Path, ema: bool = False, allow_partial: Sequence[str] = ()
         file = find_weights(path, ema)
         config = read_header(file)
         kind = "masked autoencoder" if isinstance(config, MAEConfig) else "classifier"
-        return Weights(text, f"Quarterview's {kind}", config, load_file(file), file)
+        return Weights(
+            text,
+            f"Quarterview's {kind}",
+            config,
+            load_file(file),
+            file,
+            licence=header_entry(file, "license"),
+        )
     if ema:
         raise UserError(f"{given} is no run of ours, so it holds no moving average; accepted: without it")
     found = read_foreign(text if text.startswith("timm:") else path)
     kind, config, tensors, missing, dropped, notes = recognise(found, text, allow_partial)
-    return Weights(text, kind, config, tensors, found.file, missing, dropped, notes)
+    return Weights(text, kind, config, tensors, found.file, missing, dropped, notes, found.licence)
 
 
 def _is_ours(path: Path) -> bool:
     """Whether a path is to be opened as a run, a checkpoint or a file of ours."""
     if path.is_dir():
         file = path / "model.safetensors"
-        return (path / "checkpoints").is_dir() or has_header(file, METADATA_KEY)
-    return path.is_file() and has_header(path, METADATA_KEY)
+        return (path / "checkpoints").is_dir() or bool(header_entry(file, METADATA_KEY))
+    return path.is_file() and bool(header_entry(path, METADATA_KEY))
 
 
 # ---------------------------------------------------------------------- our own files

@@ -83,7 +83,7 @@ class Classifier(nn.Module):
                 f"images of shape {tuple(images.shape)}; accepted: (B, {', '.join(map(str, expected))})"
             )
         x = self.patch_embed(patchify(images, self.patch_size))  # [B, L, D]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # [B, 1 + L, D]
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed  # [B, 1 + L, D]
         for i, block in enumerate(self.blocks):
             x = block(x, None if scales is None else scales[:, i])
         return self.norm(x)

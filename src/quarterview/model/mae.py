@@ -152,7 +152,7 @@ class MaskedAutoencoder(nn.Module):
         if visible is not None:
             patches, positions = take(patches, visible), take(positions, visible)
         x = self.patch_embed(patches) + positions  # [B, V, D]
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1).to(x.dtype)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1).to(x.dtype)
         tokens = [cls, x]
         if hidden is not None:
             tokens.append((self.mask_token + take(self.pos_embed[:, 1:], hidden)).to(x.dtype))

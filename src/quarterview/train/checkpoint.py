@@ -82,6 +82,25 @@ def _write(
     sync(folder)
 
 
+def save_weights(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write one safetensors file, outside any run.
+
+    Args:
+        file: to write; a file of that name is replaced.
+        tensors: by name.
+        metadata: texts for the header.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    try:
+        save_file(contiguous, file, metadata)
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{file} could not be written: {' '.join(str(error).split())}") from None
+    sync(file)
+
+
 def _remove(path: Path) -> None:
     """Remove a checkpoint. Its name goes first, so that a kill leaves none that only looks complete."""
     doomed = path.with_name(f".removed-{path.name}")

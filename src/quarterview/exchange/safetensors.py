@@ -1,0 +1,68 @@
+"""To one safetensors file: every weight under our names, and a header that says what it is."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from quarterview.exchange.card import Target
+from quarterview.exchange.facts import Facts
+from quarterview.exchange.folder import staged
+from quarterview.exchange.verify import Exported, Model, accept, compare, outputs, versions
+from quarterview.exchange.weights import load, metadata
+from quarterview.model.classifier import Classifier
+from quarterview.train.checkpoint import save_weights
+
+FILE = "model.safetensors"
+
+
+def export_safetensors(model: Model, path: str | Path, facts: Facts | None = None) -> Exported:
+    """Write a file that ``quarterview.load`` and every command open, and that any reader can read.
+
+    The names of an encoder's or a classifier's weights are timm's; the header holds the
+    configuration as JSON, under ``quarterview``.
+
+    Args:
+        path: of the file; one of that name is replaced.
+        facts: where the weights come from; its licence goes into the header.
+
+    Raises:
+        RunError: if the file cannot be written, or its forward differs from ours.
+    """
+    path = Path(path)
+    with staged(path.parent, path.name) as folder:
+        differences = write(model, folder / path.name, facts or Facts())
+    return Exported(path, differences, versions("safetensors"))
+
+
+def write(model: Model, file: Path, facts: Facts) -> Mapping[str, float]:
+    """Write the file, open it again and compare."""
+    licence = {"license": facts.licence} if facts.licence else {}
+    save_weights(file, dict(model.state_dict()), {**metadata(model.config), **licence})
+    differences = compare(model, partial(outputs, load(file)))
+    accept("safetensors", differences)
+    return differences
+
+
+def target(model: Model) -> Target:
+    """What a card says of the file."""
+    if isinstance(model, Classifier):
+        load = (
+            "from quarterview.exchange.weights import load_classifier\n\n"
+            'model = load_classifier("FOLDER/model.safetensors")\n'
+            "logits = model(images)  # float [B, classes]"
+        )
+    else:
+        load = (
+            'import quarterview as qv\n\nmodel = qv.load("FOLDER/model.safetensors")\n'
+            "tokens = model.encode(images)  # float [B, 1 + patches, width]"
+        )
+    return Target(
+        name="safetensors",
+        library="quarterview",
+        load=load,
+        packages=("safetensors",),
+        notes=(
+            "Without Quarterview: `safetensors.torch.load_file` reads the weights, which have timm's names "
+            "where timm has them; the header of the file holds the configuration as JSON.",
+        ),
+    )
