@@ -16,7 +16,7 @@ qv() {  # 75 is stopped after saving, and 124 what `timeout` makes of it: both g
   timeout --signal=TERM "$limit" python -m quarterview "$@" ${MORE:-} || code=$?
   [[ $code == 0 || $code == 75 || $code == 124 ]]
 }
-tune=(--recipe small --batch-size 512 --epochs "${TUNE_EPOCHS:-100}" --warmup-epochs 5)
+tune=(--recipe small --batch-size 512 --lr 1e-3 --mixup 0.8 --cutmix 1 --epochs "${TUNE_EPOCHS:-100}" --warmup-epochs 5)
 fresh=(scratch --model mae_vit_tiny_patch4 --image-size 32 --layer-decay 1)
 
 case $stage in

@@ -144,7 +144,7 @@ def test_inspect_tells_what_it_is(run, capsys):
         assert cli.run(["inspect", str(path)]) == 0
         assert "32 wide, 2 blocks, 2 heads" in capsys.readouterr().out
     assert cli.run(["inspect", str(run.parent)]) == 2
-    assert "no complete checkpoint" in capsys.readouterr().err
+    assert "holds no checkpoint" in capsys.readouterr().err
 
 
 def test_recipes_are_listed_and_resolve(capsys):

@@ -7,9 +7,9 @@ run the same command to go on; 130 stopped by Ctrl-C, likewise.
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from signal import SIGTERM, signal
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -25,7 +25,7 @@ from quarterview.evaluate.embed import EmbedConfig
 from quarterview.evaluate.features import ProbeConfig
 from quarterview.evaluate.finetune import FinetuneConfig
 from quarterview.exchange.export import ExportConfig
-from quarterview.pretraining import PretrainConfig, pretrain
+from quarterview.pretraining import PretrainConfig, pretrain, start_values
 from quarterview.train.journal import Journal
 
 _DESCRIPTION = """Learn to see from a quarter of the picture: masked autoencoders for anyone's images.
@@ -222,15 +222,21 @@ class Embed(EmbedConfig):
 
 @dataclass(frozen=True)
 class Inspect:
-    """Say what a run, a checkpoint or a weights file is."""
+    """Say what weights are, wherever they are from; or in what two of them differ."""
 
-    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-    """A run, a checkpoint folder or a .safetensors file."""
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS")]
+    """A run, a checkpoint folder, a .safetensors or .pth file, a folder of transformers or timm, timm:NAME
+    or hf:OWNER/NAME."""
+    other: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="OTHER")] = None
+    """Others to compare them with."""
 
     def execute(self, _argv: Sequence[str]) -> int:
-        from quarterview.exchange.inspect import inspect
+        from quarterview.exchange.inspect import compare_weights, inspect
 
-        inspect(self.path, Journal())
+        if self.other is None:
+            inspect(self.path, Journal())
+        else:
+            compare_weights(self.path, self.other, Journal())
         return 0
 
 
@@ -362,21 +368,47 @@ def parse(argv: Sequence[str]) -> Command:
     """
     arguments = gather(argv)
     check_words(arguments)
-    defaults: dict[str, Any] = {}
-    if "--recipe" in arguments[:-1] and arguments[0] in _WITH_RECIPES:
-        kind, read = _WITH_RECIPES[arguments[0]]
-        base = read(arguments[arguments.index("--recipe") + 1])
-        if "--blr" in arguments and "--lr" not in arguments:
-            base = replace(base, lr=None)  # else the recipe's own rate would go before the flag
-        defaults[arguments[0]] = kind(**{f.name: getattr(base, f.name) for f in fields(base)})
+    default = _default(arguments)
     types: list[Any] = [
-        Annotated[kind, tyro.conf.subcommand(name, default=defaults.get(name, tyro.MISSING_NONPROP))]
+        Annotated[
+            kind,
+            tyro.conf.subcommand(name, default=default if name in arguments[:1] else tyro.MISSING_NONPROP),
+        ]
         for name, kind in _COMMANDS.items()
     ]
     union: Any = types[0]
     for kind in types[1:]:
         union |= kind
     return tyro.cli(union, prog="quarterview", args=arguments, description=_DESCRIPTION, registry=_registry())
+
+
+def _default(arguments: Sequence[str]) -> Any:
+    """What the flags stand above: a recipe, and the architecture of the weights to start from."""
+    name = arguments[0] if arguments else ""
+    given = {flag: word for flag, word in pairwise(arguments) if flag in ("--recipe", "--init-from", "--out")}
+    if name not in _WITH_RECIPES or not {"--recipe", "--init-from"} & given.keys():
+        return tyro.MISSING_NONPROP
+    kind, read = _WITH_RECIPES[name]
+    values: dict[str, Any] = {}
+    if "--recipe" in given:
+        base = read(given["--recipe"])
+        values = {field.name: getattr(base, field.name) for field in fields(base)}
+        if "--blr" in arguments and "--lr" not in arguments:
+            values["lr"] = None  # else the recipe's own rate would go before the flag
+    if "--init-from" in given and name == "pretrain":
+        start = start_values(
+            given["--init-from"], given.get("--out", ""), _after("--allow-partial", arguments)
+        )
+        if "--recipe" in given:
+            del start["image_size"]  # to which the weights are adapted
+        values |= start
+    return kind(**values)
+
+
+def _after(flag: str, arguments: Sequence[str]) -> list[str]:
+    """The words that follow a flag, up to the next."""
+    words = list(arguments[arguments.index(flag) + 1 :]) if flag in arguments else []
+    return list(takewhile(lambda word: not word.startswith("--"), words))
 
 
 def gather(argv: Sequence[str]) -> list[str]:

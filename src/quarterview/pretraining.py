@@ -14,7 +14,8 @@ from quarterview.data.statistics import channel_statistics
 from quarterview.data.stream import SampleStream, default_holdout
 from quarterview.errors import UserError, check_types
 from quarterview.evaluate.online import OnlineProbeConfig, held_out_hooks, probe_hooks, probe_is_due
-from quarterview.exchange.weights import load_into, metadata, read_config
+from quarterview.exchange.facts import facts_of
+from quarterview.exchange.weights import check_start, load_into, metadata, read
 from quarterview.model.config import MAEConfig
 from quarterview.model.mae import fresh_model
 from quarterview.objectives.mae import MaskedAutoencoding
@@ -32,11 +33,16 @@ class PretrainConfig(OnlineProbeConfig, OptimConfig, MAEConfig, DataConfig, Runn
     """Everything about a pre-training run. Each field is a flag of ``quarterview pretrain``."""
 
     init_from: str | None = None
-    """A run, checkpoint or .safetensors file of the same architecture whose weights to start from."""
+    """Weights to start from: a run, a checkpoint, an official .pth file, a folder of transformers or timm,
+    timm:NAME or hf:OWNER/NAME. Image size, patch size and channels may differ."""
+    allow_partial: tuple[str, ...] = ()
+    """Names of weights, such as decoder*, that `init_from` may lack, or that may be left out of it."""
 
     def __post_init__(self) -> None:
         for part in (RunningConfig, DataConfig, MAEConfig, OptimConfig, OnlineProbeConfig):
             part.__post_init__(self)
+        names = self.allow_partial
+        object.__setattr__(self, "allow_partial", (names,) if isinstance(names, str) else tuple(names))
         check_types(self, PretrainConfig)
 
     def part(self, kind: type[Part]) -> Part:
@@ -46,6 +52,24 @@ class PretrainConfig(OnlineProbeConfig, OptimConfig, MAEConfig, DataConfig, Runn
     def validation_every(self, total: int) -> int:
         """Updates between validations in a run of `total`."""
         return self.eval_every or max(self.log_every, total // 20)
+
+
+def start_values(init_from: str, out: str, allow_partial: Sequence[str] = ()) -> dict[str, Any]:
+    """What the weights to start from say of a configuration: its defaults, where nothing else is said.
+
+    Args:
+        out: the run's folder. Once there is a checkpoint in it, that is asked, and the start is no
+            longer needed.
+
+    Raises:
+        UserError: if they cannot be read.
+    """
+    begun = checkpoint.newest(Path(out) / "checkpoints") if out else None
+    weights = read(begun or init_from, allow_partial=allow_partial)
+    names = ["model", "image_size", "in_chans"]
+    if isinstance(weights.config, MAEConfig) and weights.has_decoder:
+        names += ["decoder_width", "decoder_depth", "decoder_heads", "encoder_mask_tokens", "norm_pix_loss"]
+    return {name: getattr(weights.config, name) for name in names}
 
 
 MAY_CHANGE = ("data", "probe_train", "probe_test", "probe_every", "probe_labels", "probe_k")
@@ -75,7 +99,8 @@ def pretrain(config: PretrainConfig, argv: Sequence[str] = ()) -> Run:
 
     def open_images() -> Source:
         if config.init_from is not None and not checkpoint.steps(Path(config.out) / "checkpoints"):
-            read_config(config.init_from)  # so that a wrong one is told before the data is read
+            # A wrong one is told before the data is read.
+            check_start(config.part(MAEConfig), config.init_from, config.allow_partial)
         return open_sources(config.data, config.in_chans)
 
     return carry_out(config, config.data, open_images, build_run, ending, MAY_CHANGE, argv)
@@ -98,6 +123,8 @@ class Prepared(NamedTuple):
     cache_reason: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    licence: str
+    """Of the weights to start from, as far as it is known: what is made of them goes by it."""
 
 
 def prepare(config: PretrainConfig, site: Site) -> Prepared:
@@ -115,6 +142,12 @@ def prepare(config: PretrainConfig, site: Site) -> Prepared:
         )
     cached, reason = hold(config, site)
     mean, std = known.get("mean", config.mean), known.get("std", config.std)
+    licence = known.get("licence", "")
+    if config.init_from is not None and not known:
+        licence = facts_of(config.init_from, allow_partial=config.allow_partial).licence
+        start = read(config.init_from, allow_partial=config.allow_partial).config
+        if start.in_chans == config.in_chans:
+            mean, std = mean or start.mean, std or start.std  # what the weights were trained with
     if mean is None or std is None:
         measured = channel_statistics(source, stream, config.threads, site.ledger)
         mean, std = mean or measured[0], std or measured[1]
@@ -122,7 +155,7 @@ def prepare(config: PretrainConfig, site: Site) -> Prepared:
         f"images are {'held on the device' if cached else 'streamed'} ({reason}); "
         f"mean {numbers(mean)}, std {numbers(std)}"
     )
-    return Prepared(stream, cached, reason, tuple(mean), tuple(std))
+    return Prepared(stream, cached, reason, tuple(mean), tuple(std), licence)
 
 
 def build(config: PretrainConfig, prepared: Prepared, site: Site) -> Trainer:
@@ -132,8 +165,8 @@ def build(config: PretrainConfig, prepared: Prepared, site: Site) -> Trainer:
     model_config = replace(config.part(MAEConfig), mean=prepared.mean, std=prepared.std)
     model = fresh_model(model_config, config.seed).to(world.device)
     if config.init_from is not None and site.resumed is None:
-        load_into(model, config.init_from)
-        journal.say(f"weights from {config.init_from}")
+        for line in load_into(model, config.init_from, config.allow_partial):
+            journal.say(line)
     if config.decoder_depth == 0 and not config.encoder_mask_tokens:
         journal.warn(
             "a decoder without blocks sees nothing of the picture unless --encoder-mask-tokens is given"
@@ -184,6 +217,7 @@ def resolved(prepared: Prepared, site: Site, steps: int, warmup: int, precision:
     return {
         "steps": steps,
         "warmup_steps": warmup,
+        "licence": prepared.licence,
         "images": len(site.source),
         "holdout": prepared.stream.holdout,
         "fingerprint": site.fingerprint,

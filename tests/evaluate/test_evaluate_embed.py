@@ -20,8 +20,7 @@ from quarterview.data.loader import central
 from quarterview.data.open import open_source
 from quarterview.errors import RunError, UserError
 from quarterview.evaluate.embed import EmbedConfig, embed, shard_ranges
-from quarterview.evaluate.features import weights_digest
-from quarterview.exchange.weights import load, metadata
+from quarterview.exchange.weights import load, metadata, read
 from quarterview.model.mae import create_model
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal
@@ -123,7 +122,7 @@ def test_the_rows_are_the_readable_images_in_order(run, photos, tmp_path, featur
     assert all(row["reason"] and row["name"] == source.name(row["id"]) for row in record["unreadable"])
     assert record["classes"] == ["a", "b"]
     assert record["settings"]["data_fingerprint"] == source.fingerprint()
-    assert record["settings"]["weights"] == weights_digest(next(run.rglob("model.safetensors")))
+    assert record["settings"]["weights"] == read(next(run.rglob("model.safetensors"))).digest
     assert sorted(files(out)) == ["embed.json", *record["shards"]]
     assert [pq.read_metadata(out / name).num_rows for name in record["shards"]] == [
         sum(16 * i <= sample < 16 * (i + 1) for sample in ids) for i in range(3)

@@ -19,10 +19,9 @@ from quarterview.evaluate.features import (
     fresh_twin,
     pixel_features,
     tokens_after,
-    weights_digest,
 )
 from quarterview.evaluate.knn import knn
-from quarterview.exchange.weights import metadata
+from quarterview.exchange.weights import metadata, read
 from quarterview.model.mae import create_model, fresh_model
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal
@@ -179,14 +178,14 @@ def test_a_fresh_twin_has_the_weights_of_its_seed_and_leaves_the_model_alone(mod
 
 def test_the_digest_is_that_of_the_bytes(run, tmp_path):
     file = run / "checkpoints" / "step-00000001" / "model.safetensors"
-    digest = weights_digest(file)
+    digest = read(file).digest
     assert len(digest) == 16
     copy = tmp_path / "copy"
     copy.write_bytes(file.read_bytes())
-    assert weights_digest(copy) == digest
+    assert read(copy).digest == digest
     content = file.read_bytes()
     copy.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert weights_digest(copy) != digest
+    assert read(copy).digest != digest
 
 
 def test_probes_refuse_what_cannot_be_compared(run, tmp_path):

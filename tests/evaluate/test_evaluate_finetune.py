@@ -15,7 +15,7 @@ from quarterview.data.open import open_source
 from quarterview.errors import UserError
 from quarterview.evaluate.finetune import FinetuneConfig, count_blocks, finetune
 from quarterview.evaluate.rates import parameter_table
-from quarterview.exchange.weights import load, load_backbone, load_classifier, load_encoder, metadata
+from quarterview.exchange.weights import load, load_autoencoder, load_classifier, load_encoder, metadata
 from quarterview.model.classifier import Classifier, ClassifierConfig, freeze_all_but
 from quarterview.model.mae import create_model
 from quarterview.model.positions import sincos_2d
@@ -227,9 +227,9 @@ def test_a_fine_tuned_run_can_be_read_and_says_what_it_found(run, tmp_path):
     assert saved["data"]["train_images"] == 60
     model = load_classifier(tmp_path / "ft")
     assert model.config.classes == 10
-    assert isinstance(load_backbone(tmp_path / "ft"), Classifier)
+    assert isinstance(load(tmp_path / "ft"), Classifier)
     with pytest.raises(UserError, match="fine-tuned classifier"):
-        load(tmp_path / "ft")
+        load_autoencoder(tmp_path / "ft")
 
 
 def test_the_accuracy_is_the_models_on_the_test_images(run, tmp_path):

@@ -204,7 +204,7 @@ def test_the_papers_probe_leaves_the_encoder_as_it_is_and_reads_the_cls_token(ru
         models.append(load(*args, **kwargs))
         return models[-1]
 
-    monkeypatch.setattr(features, "load_backbone", remembered)
+    monkeypatch.setattr(features, "load", remembered)
     paper = PaperConfig(epochs=4, warmup_epochs=1.0)
     found = linear_paper(config(run, labels=60), paper, Journal(quiet=True), ["quarterview", "linear"])
     assert list(found) == ["raw pixels", "random encoder", "this model"]

@@ -281,12 +281,12 @@ def test_what_is_no_model_is_refused(tmp_path):
     path = checkpoint.save(tmp_path, 1, {"model": {"a": torch.ones(1)}}, {}, {})
     cases = {
         tmp_path / "missing": "does not exist",
-        tmp_path / "empty": "holds no complete checkpoint",
-        tmp_path / "bad.safetensors": "is no safetensors file",
-        path: "has no header of ours",
+        tmp_path / "empty": "holds no checkpoint",
+        tmp_path / "bad.safetensors": "is neither a safetensors file",
+        path: "has no config.json",
     }
     for given, reason in cases.items():
-        with pytest.raises(UserError, match=f"{reason}.*accepted: a run's folder"):
+        with pytest.raises(UserError, match=f"{reason}.*accepted: "):
             qv.load(given)
     good = checkpoint.save(
         tmp_path, 2, {"model": MaskedAutoencoder(CONFIG).state_dict()}, {}, metadata(CONFIG)

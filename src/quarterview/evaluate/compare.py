@@ -28,7 +28,6 @@ from quarterview.evaluate.features import (
     extract,
     fresh_twin,
     pixel_features,
-    weights_digest,
 )
 from quarterview.evaluate.finetune import SCRATCH, FinetuneConfig, finetune
 from quarterview.evaluate.knn import nearest, vote
@@ -37,7 +36,7 @@ from quarterview.evaluate.report_html import Between, Page, Point, write_page
 from quarterview.evaluate.results import write_result
 from quarterview.evaluate.timm_backbone import TimmBackbone, open_timm
 from quarterview.evaluate.verdict import Comparison, Estimate, Verdict, contrast, estimate, judge, signed
-from quarterview.exchange.weights import find_weights, load_backbone, load_classifier
+from quarterview.exchange.weights import load, load_classifier, read
 from quarterview.model.classifier import Classifier
 from quarterview.running import to_plain
 from quarterview.train.distributed import choose_device
@@ -193,7 +192,7 @@ def open_arms(config: CompareConfig) -> list[Arm]:
             model, digest = open_timm(given.removeprefix(TIMM))
             tunable = False
         else:
-            model, digest = load_backbone(given, config.from_ema), _digest(given, config.from_ema)
+            model, digest = load(given, config.from_ema), read(given, config.from_ema).digest
             tunable = True
             if isinstance(model, Classifier) and "finetune" in config.protocols:
                 raise UserError(
@@ -204,10 +203,6 @@ def open_arms(config: CompareConfig) -> list[Arm]:
         if model.config.in_chans != arms[0].model.config.in_chans:
             raise UserError(f"{named[0]} and {given} take other channels; accepted: the same")
     return arms
-
-
-def _digest(given: str, ema: bool) -> str:
-    return weights_digest(find_weights(given, ema).resolve())
 
 
 def random_twin(model: Backbone, seed: int) -> Backbone:

@@ -29,9 +29,8 @@ from quarterview.evaluate.features import (
     central_batches,
     check_crop_pct,
     tokens_after,
-    weights_digest,
 )
-from quarterview.exchange.weights import find_weights, load_backbone
+from quarterview.exchange.weights import load, read
 from quarterview.train.checkpoint import sync
 from quarterview.train.distributed import choose_device
 from quarterview.train.journal import Journal, replace_text
@@ -123,7 +122,7 @@ def embed(config: EmbedConfig, journal: Journal) -> dict[str, Any]:
         RunError: if an embedding is no number.
     """
     device = choose_device(config.device)
-    model = load_backbone(config.run, ema=config.ema).to(device)
+    model = load(config.run, config.ema).to(device)
     depth = len(model.blocks)
     if config.block is not None and not 1 <= config.block <= depth:
         raise UserError(
@@ -190,7 +189,7 @@ def settings_of(config: EmbedConfig, source: Source, device: torch.device) -> di
         "data": list(config.data),
         "data_fingerprint": source.fingerprint(),
         "images": len(source),
-        "weights": weights_digest(find_weights(config.run, config.ema)),
+        "weights": read(config.run, config.ema).digest,
         **named,
         "device": device.type,
         "precision": usable_precision("bf16", device),

@@ -23,7 +23,7 @@ from quarterview.evaluate.findings import Finding
 from quarterview.evaluate.history import read_history
 from quarterview.evaluate.inpainters import inpainted_losses, model_losses
 from quarterview.evaluate.pictures import Pictures, describe, read_sample
-from quarterview.exchange.weights import load
+from quarterview.exchange.weights import load_autoencoder
 from quarterview.model import masking
 from quarterview.model.config import MAEConfig
 from quarterview.model.mae import MaskedAutoencoder, fresh_model
@@ -167,7 +167,7 @@ def _see(record: Record, source: Source, fingerprint: str, count: int, device: t
     sample = read_sample(source, ids.tolist(), record.model.image_size)
     if len(sample.ids) == 0:
         raise UserError(f"no image can be read, {source.name(0)} among them; accepted: images that can")
-    model = load(record.folder) if record.step is not None else None
+    model = load_autoencoder(record.folder) if record.step is not None else None
     fresh = fresh_model(model.config if model else with_statistics(record, source, stream), record.loop.seed)
     fresh = fresh.to(device).eval()
     images = normalised(fresh.config, sample.images).to(device)

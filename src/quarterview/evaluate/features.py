@@ -1,6 +1,5 @@
 """Features of labelled images: what every probe of a frozen encoder starts from."""
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -22,7 +21,7 @@ from quarterview.data.open import open_sources
 from quarterview.data.source import Source, labels_of
 from quarterview.errors import UserError, check_types
 from quarterview.evaluate.results import results_folder, write_result
-from quarterview.exchange.weights import find_weights, load_backbone
+from quarterview.exchange.weights import load, read
 from quarterview.model.classifier import Classifier
 from quarterview.train.distributed import choose_device
 from quarterview.train.loop import precision_context, usable_precision
@@ -170,7 +169,7 @@ def open_probe(config: ProbeConfig, default: FeatureKind = "mean") -> Probe:
         UserError: if the images have no labels, or train and test have other classes.
     """
     device = choose_device(config.device)
-    model = load_backbone(config.run, ema=config.ema).to(device)
+    model = load(config.run, config.ema).to(device)
     train, test = (open_sources(spec, model.config.in_chans) for spec in (config.train, config.test))
     if train.classes and test.classes and list(train.classes) != list(test.classes):
         raise UserError(f"{config.train} and {config.test} have different classes; accepted: the same")
@@ -400,12 +399,6 @@ def decoding_threads() -> int:
 # ---------------------------------------------------------------------- records
 
 
-def weights_digest(file: Path) -> str:
-    """Sixteen hex digits of the content of a weights file."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
-
-
 def record_probe(
     protocol: str,
     config: ProbeConfig,
@@ -420,16 +413,16 @@ def record_probe(
         protocol: the file's name, to which features, ema and the number of labels are added where given.
         settings: those of the protocol, beside those of `config`.
     """
-    folder = results_folder(config.run)
-    if folder is None:
+    folder, weights = results_folder(config.run), read(config.run, config.ema)
+    if folder is None or weights.file is None:
         return None
-    file = find_weights(config.run, config.ema).resolve()
     given = {
         field.name: getattr(config, field.name)
         for field in fields(ProbeConfig)
         if field.name not in ("run", "train", "test")
     }
-    weights = {"weights": str(file.relative_to(folder.parent)), "weights_digest": weights_digest(file)}
+    file = weights.file.resolve().relative_to(folder.parent)
+    described = {"weights": str(file), "weights_digest": weights.digest}
     details = (protocol, config.features, "ema" if config.ema else None, config.labels)
     name = "-".join(str(part) for part in details if part is not None)
-    return write_result(folder, name, argv, {**weights, **given, **settings}, data, results)
+    return write_result(folder, name, argv, {**described, **given, **settings}, data, results)

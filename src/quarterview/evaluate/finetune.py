@@ -28,14 +28,14 @@ from quarterview.evaluate.features import (
     choose_labelled,
     class_scores,
     extract,
-    weights_digest,
 )
 from quarterview.evaluate.report import standard_error
 from quarterview.evaluate.results import write_result
+from quarterview.exchange.facts import facts_of
 from quarterview.exchange.weights import (
-    find_weights,
     load_encoder,
     metadata,
+    read,
     read_config,
     read_header,
 )
@@ -287,6 +287,7 @@ class _Plan:
             "fingerprint": site.fingerprint,
             "test": self.test_data["test"],
             "start": site.known.get("start") if site.known else _weights_of(config),
+            "licence": site.known.get("licence") if site.known else _licence_of(config),
             "cache": "device" if held[0] else "none",
             "cache_reason": held[1],
             "mean": list(mean),
@@ -319,7 +320,8 @@ class _Plan:
         """The classifier at its start, with its frozen part frozen."""
         model = fresh_classifier(self.model_config, self.config.seed).to(site.world.device)
         if self.config.run != SCRATCH and site.resumed is None:
-            load_encoder(model, self.config.run, self.config.from_ema)
+            for line in load_encoder(model, self.config.run, self.config.from_ema):
+                site.journal.say(line)
         freeze_all_but(model, count_blocks(self.config.blocks[0]))
         if self.config.compile:
             model.compile()
@@ -371,7 +373,12 @@ def _begun(config: FinetuneConfig) -> ClassifierConfig | None:
 
 def _weights_of(config: FinetuneConfig) -> str | None:
     """Sixteen hex digits of the weights that a run starts from; None from scratch."""
-    return None if config.run == SCRATCH else weights_digest(find_weights(config.run, config.from_ema))
+    return None if config.run == SCRATCH else read(config.run, config.from_ema).digest
+
+
+def _licence_of(config: FinetuneConfig) -> str:
+    """Of the weights that a run starts from, as far as it is known: what is made of them goes by it."""
+    return "" if config.run == SCRATCH else facts_of(config.run, config.from_ema).licence
 
 
 def start_of(config: FinetuneConfig) -> ClassifierConfig:

@@ -26,7 +26,7 @@ from quarterview.evaluate.panel import (
     read_pictures,
     shown,
 )
-from quarterview.exchange.weights import load_backbone
+from quarterview.exchange.weights import load
 from quarterview.model.classifier import Classifier
 from quarterview.model.mae import MaskedAutoencoder
 from quarterview.model.vit import Attention
@@ -248,7 +248,7 @@ def look(run: str, images: Sequence[str], out: str, seed: int = 0, heads: int = 
     """
     if heads < 0:
         raise UserError(f"{heads} heads; accepted: 0 or more")
-    model = load_backbone(run)
+    model = load(run)
     config = model.config
     batch = read_pictures(images, config.in_chans, config.image_size)
     mean, std = config.mean or (0.0,) * config.in_chans, config.std or (1.0,) * config.in_chans

@@ -13,7 +13,7 @@ from quarterview.data.loader import central, stack
 from quarterview.data.open import open_source
 from quarterview.data.source import BadSampleError, Picture
 from quarterview.errors import UserError
-from quarterview.exchange.weights import load
+from quarterview.exchange.weights import load_autoencoder
 from quarterview.model.mae import MaskedAutoencoder
 
 PANEL_MOST = 8
@@ -164,7 +164,7 @@ def reconstruct_files(run: str, images: Sequence[str], out: str, seed: int) -> N
     Raises:
         UserError: if the model or a picture cannot be read.
     """
-    model = load(run)
+    model = load_autoencoder(run)
     config = model.config
     batch = read_pictures(images, config.in_chans, config.image_size)
     mean, std = config.mean or (0.0,) * config.in_chans, config.std or (1.0,) * config.in_chans

@@ -12,7 +12,7 @@ from quarterview.exchange.facts import Facts, facts_of
 from quarterview.exchange.folder import check_folder, write_folder
 from quarterview.exchange.transformers import Part
 from quarterview.exchange.verify import Exported, Model
-from quarterview.exchange.weights import load_backbone
+from quarterview.exchange.weights import load
 from quarterview.train.journal import Journal
 
 To = Literal["timm", "transformers", "onnx", "safetensors", "torch-export"]
@@ -30,7 +30,7 @@ class ExportConfig:
     """What is exported, for what, and where to."""
 
     run: str
-    """A run, a checkpoint folder or a .safetensors file of ours."""
+    """A run, a checkpoint folder, a .safetensors file, or weights from elsewhere."""
     to: To
     """What it is for: timm, transformers, onnx, safetensors, or torch-export."""
     out: str
@@ -58,7 +58,7 @@ def export(config: ExportConfig, journal: Journal) -> Exported:
         RunError: if the target's forward differs from ours by more than `verify.LIMIT`.
     """
     check_folder(Path(config.out))
-    model, facts = load_backbone(config.run, config.ema), facts_of(config.run, config.ema, config.licence)
+    model, facts = load(config.run, config.ema), facts_of(config.run, config.ema, config.licence)
     done = _export(model, config, facts)
     for name, value in done.differences.items():
         journal.say(f"{name}: differs from our forward by at most {value:.1e} of the largest number")

@@ -1,12 +1,13 @@
 """Where weights come from: what their run's folder says, for the card of an export."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quarterview.exchange.weights import find_weights
+from quarterview.errors import UserError
+from quarterview.exchange.weights import Weights, read
 from quarterview.train import checkpoint
 from quarterview.train.journal import metrics
 
@@ -57,27 +58,32 @@ class Facts:
         return self.settings.get("crop_pct")
 
 
-def facts_of(path: str | Path, ema: bool = False, licence: str = "") -> Facts:
+def facts_of(
+    path: str | Path, ema: bool = False, licence: str = "", allow_partial: Sequence[str] = ()
+) -> Facts:
     """What the folder of a run says of its weights.
 
     The licence is the one that is given, or else the one that the run recorded, or else that of the
     weights that the run started from, and so on.
 
     Args:
-        path: a run, a checkpoint folder or a weights file; one that lies in no run says nothing.
+        path: a run, a checkpoint folder, a weights file, or weights from elsewhere; what lies in no run
+            says little.
         ema: of the moving average of the weights.
         licence: of the weights, where the caller knows it.
+        allow_partial: as `quarterview.exchange.weights.read`.
 
     Raises:
         UserError: if there are no weights at that path.
     """
-    return _facts(find_weights(path, ema), licence, _GENERATIONS)
+    return _facts(path, read(path, ema, allow_partial), licence, _GENERATIONS)
 
 
-def _facts(file: Path, licence: str, generations: int) -> Facts:
+def _facts(path: str | Path, weights: Weights, licence: str, generations: int) -> Facts:
+    file = weights.file
+    if not weights.ours or file is None or not (file.resolve().parent / "state.json").is_file():
+        return Facts(name=_name(path), licence=licence or weights.licence)
     folder = file.resolve().parent
-    if not (folder / "state.json").is_file():
-        return Facts(name=file.stem, licence=licence)
     state = checkpoint.read_state(folder)
     run = folder.parents[1]
     record = _read(run / "run.json")
@@ -104,12 +110,19 @@ def _facts(file: Path, licence: str, generations: int) -> Facts:
 
 def _start(path: str, generations: int) -> Facts | None:
     """The facts of the weights that a run began with, if they still lie where they did."""
-    if generations == 0 or not Path(path).exists():
+    if generations == 0 or not Path(path).exists():  # nothing is fetched for a card
         return None
     try:
-        return _facts(find_weights(path), "", generations - 1)
-    except ValueError:  # another kind of file, or a run that was emptied
+        return _facts(path, read(path), "", generations - 1)
+    except UserError:  # a run that was emptied
         return None
+
+
+def _name(path: str | Path) -> str:
+    """What weights that lie in no run are called: the file's name, or what follows timm: or hf:."""
+    text = str(path)
+    scheme, _, rest = text.partition(":")
+    return rest if scheme in ("timm", "hf") else Path(text).stem
 
 
 def _losses(run: Path, step: int | None) -> tuple[dict[str, float], float | None]:

@@ -8,7 +8,7 @@ from quarterview.exchange.card import Target
 from quarterview.exchange.facts import Facts
 from quarterview.exchange.folder import staged
 from quarterview.exchange.verify import Exported, Model, accept, compare, outputs, versions
-from quarterview.exchange.weights import load_backbone, metadata
+from quarterview.exchange.weights import load, metadata
 from quarterview.model.classifier import Classifier
 from quarterview.train.checkpoint import save_weights
 
@@ -38,7 +38,7 @@ def write(model: Model, file: Path, facts: Facts) -> Mapping[str, float]:
     """Write the file, open it again and compare."""
     licence = {"license": facts.licence} if facts.licence else {}
     save_weights(file, dict(model.state_dict()), {**metadata(model.config), **licence})
-    differences = compare(model, partial(outputs, load_backbone(file)))
+    differences = compare(model, partial(outputs, load(file)))
     accept("safetensors", differences)
     return differences
 

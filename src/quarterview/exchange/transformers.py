@@ -272,16 +272,16 @@ def _quiet() -> Iterator[None]:
     """Without transformers' bars and notes, which would tell of the check and not of the export."""
     import transformers
 
-    voice = transformers.utils.logging
-    level, bars = voice.get_verbosity(), voice.is_progress_bar_enabled()
-    voice.set_verbosity_error()
-    voice.disable_progress_bar()
+    logging = transformers.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        voice.set_verbosity(level)
+        logging.set_verbosity(level)
         if bars:
-            voice.enable_progress_bar()
+            logging.enable_progress_bar()
 
 
 # ---------------------------------------------------------------------- the card

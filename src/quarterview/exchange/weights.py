@@ -1,23 +1,138 @@
-"""Open our own weights: a run, a checkpoint or a file."""
+"""Open weights: our own runs, checkpoints and files, and those of others.
 
+`read` is the one door. What it finds is a configuration of ours, tensors by our names, and a
+manifest that says what they were, what is missing and what was assumed.
+"""
+
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from quarterview.errors import UserError
+from quarterview.exchange.adapt import adapt
+from quarterview.exchange.architecture import DECODER, recognise
+from quarterview.exchange.foreign import ACCEPTED, fetch, header_entry, read_foreign
 from quarterview.model.classifier import Classifier, ClassifierConfig
 from quarterview.model.config import MAEConfig
-from quarterview.model.mae import MaskedAutoencoder
+from quarterview.model.mae import MaskedAutoencoder, fresh_model
 from quarterview.train import checkpoint
+from quarterview.train.journal import Journal
 
 METADATA_KEY = "quarterview"
-ACCEPTED = "accepted: a run's folder, a checkpoint folder in it, or a .safetensors file of ours"
-
-
 _KINDS = {"mae": MAEConfig, "classifier": ClassifierConfig}
+_SCHEMES = ("timm:", "hf:")
+
+
+class Weights(NamedTuple):
+    """Weights from anywhere, in our words."""
+
+    given: str
+    """As the user called them."""
+    kind: str
+    """What they are."""
+    config: MAEConfig | ClassifierConfig
+    tensors: dict[str, Tensor]
+    """By our names."""
+    file: Path | None
+    """Where they lie; None for timm:NAME, or where they lie in several files."""
+    missing: tuple[str, ...] = ()
+    """Our names of what they lack."""
+    dropped: tuple[str, ...] = ()
+    """Their names of what was left out."""
+    notes: tuple[str, ...] = ()
+    """What had to be assumed."""
+    licence: str = ""
+    """Of the weights, where their file or their card says it."""
+
+    @property
+    def ours(self) -> bool:
+        """Whether this package wrote them."""
+        return self.kind.startswith("Quarterview")
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether they can reconstruct."""
+        return "decoder_pred.weight" in self.tensors
+
+    @property
+    def manifest(self) -> list[str]:
+        """What was found, what is missing and what was assumed, in a few lines."""
+        lines = [f"{self.given}: {self.kind}, {self.config.model}, {len(self.tensors)} tensors taken"]
+        if self.dropped:
+            lines.append(f"left out: {_some(self.dropped)}")
+        missing = [name for name in self.missing if not any(fnmatchcase(name, p) for p in DECODER)]
+        if missing:
+            lines.append(f"missing, so freshly initialised: {_some(missing)}")
+        return [*lines, *self.notes]
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits of the weights: of the file where there is one, else of the tensors."""
+        digest = hashlib.blake2b(digest_size=8)
+        if self.file is not None:
+            with self.file.open("rb") as content:
+                return hashlib.file_digest(content, lambda: digest).hexdigest()
+        for name in sorted(self.tensors):
+            digest.update(name.encode())
+            digest.update(self.tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def read(given: str | Path, ema: bool = False, allow_partial: Sequence[str] = ()) -> Weights:
+    """Read weights of ours or of others.
+
+    Args:
+        given: a run (which means its newest complete checkpoint), a checkpoint folder, a file, a
+            folder of transformers or timm, ``timm:NAME``, or ``hf:OWNER/NAME``.
+        ema: the moving average of a run's weights instead of the weights.
+        allow_partial: patterns of names that may be missing or left out.
+
+    Raises:
+        UserError: if there are no weights, or they are not understood.
+    """
+    text = str(given)
+    path = fetch(text) if text.startswith("hf:") else Path(text)
+    if not text.startswith("timm:") and _is_ours(path):
+        file = find_weights(path, ema)
+        config = read_header(file)
+        kind = "masked autoencoder" if isinstance(config, MAEConfig) else "classifier"
+        return Weights(
+            text,
+            f"Quarterview's {kind}",
+            config,
+            load_file(file),
+            file,
+            licence=header_entry(file, "license"),
+        )
+    if ema:
+        raise UserError(f"{given} is no run of ours, so it holds no moving average; accepted: without it")
+    found = read_foreign(text if text.startswith("timm:") else path)
+    kind, config, tensors, missing, dropped, notes = recognise(found, text, allow_partial)
+    return Weights(text, kind, config, tensors, found.file, missing, dropped, notes, found.licence)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a path is to be opened as a run, a checkpoint or a file of ours."""
+    if path.is_dir():
+        file = path / "model.safetensors"
+        return (path / "checkpoints").is_dir() or bool(header_entry(file, METADATA_KEY))
+    return path.is_file() and bool(header_entry(path, METADATA_KEY))
+
+
+# ---------------------------------------------------------------------- our own files
 
 
 def metadata(config: MAEConfig | ClassifierConfig) -> dict[str, str]:
@@ -27,7 +142,7 @@ def metadata(config: MAEConfig | ClassifierConfig) -> dict[str, str]:
 
 
 def find_weights(path: str | Path, ema: bool = False) -> Path:
-    """The weights file that a path means.
+    """The weights file that a path of ours means.
 
     Raises:
         UserError: if there is none.
@@ -72,109 +187,183 @@ def read_header(file: Path) -> MAEConfig | ClassifierConfig:
         ) from None
 
 
-def read_config(path: str | Path, ema: bool = False) -> MAEConfig:
-    """The configuration of a masked autoencoder of ours.
+# ---------------------------------------------------------------------- models
+
+
+def read_config(given: str | Path, ema: bool = False) -> MAEConfig | ClassifierConfig:
+    """The configuration of weights from anywhere.
 
     Raises:
-        UserError: if there is none at that path.
+        UserError: as `read`.
     """
-    file = find_weights(path, ema)
-    config = read_header(file)
-    if not isinstance(config, MAEConfig):
-        raise UserError(f"{path} is a fine-tuned classifier; accepted: a pre-trained masked autoencoder")
-    return config
+    path = Path(given)
+    if not str(given).startswith(_SCHEMES) and _is_ours(path):
+        return read_header(find_weights(path, ema))
+    return read(given, ema).config
 
 
-def load(path: str | Path, ema: bool = False) -> MaskedAutoencoder:
-    """The masked autoencoder of a run, a checkpoint folder or a ``.safetensors`` file, in evaluation mode.
+def load(
+    given: str | Path, ema: bool = False, allow_partial: Sequence[str] = ()
+) -> MaskedAutoencoder | Classifier:
+    """The model of a run, a checkpoint, a file, a folder of transformers or timm, or the Hub.
+
+    A `Classifier` if the weights have a head, else a `MaskedAutoencoder`, in evaluation mode. What
+    foreign weights lack, such as a decoder, is freshly initialised, and said.
 
     Args:
-        path: a run means its newest complete checkpoint.
-        ema: the moving average of the weights instead of the weights.
+        given, ema, allow_partial: as `read`.
 
     Raises:
-        UserError: if there is no such model.
+        UserError: as `read`.
     """
-    model = MaskedAutoencoder(read_config(path, ema))
-    model.load_state_dict(load_file(find_weights(path, ema)))
+    weights = read(given, ema, allow_partial)
+    if not weights.ours:
+        journal = Journal()
+        for line in weights.manifest:
+            journal.say(line)
+    return build(weights)
+
+
+def build(weights: Weights) -> MaskedAutoencoder | Classifier:
+    """The model that holds weights; what they lack has the initial values that belong to seed 0."""
+    config = weights.config
+    model = fresh_model(config, seed=0) if isinstance(config, MAEConfig) else Classifier(config)
+    missing = model.load_state_dict(weights.tensors, strict=False).missing_keys
+    if set(missing) != set(weights.missing):
+        raise UserError(f"{weights.given} lacks {_some(missing)}; accepted: whole weights")
     return model.eval()
 
 
-def load_classifier(path: str | Path, ema: bool = False) -> Classifier:
-    """Likewise, the classifier of a fine-tuned run.
+def load_autoencoder(given: str | Path, ema: bool = False) -> MaskedAutoencoder:
+    """Likewise, of a masked autoencoder.
 
     Raises:
         UserError: if there is no such model.
     """
-    model = load_backbone(path, ema)
-    if not isinstance(model, Classifier):
-        raise UserError(f"{path} is no classifier; accepted: a run of quarterview finetune")
+    model = load(given, ema)
+    if not isinstance(model, MaskedAutoencoder):
+        raise UserError(f"{given} is a fine-tuned classifier; accepted: a pre-trained masked autoencoder")
     return model
 
 
-def load_backbone(path: str | Path, ema: bool = False) -> MaskedAutoencoder | Classifier:
-    """Whichever of the two a path holds, in evaluation mode.
+def load_classifier(given: str | Path, ema: bool = False) -> Classifier:
+    """Likewise, of a classifier.
 
     Raises:
-        UserError: if there is no model of ours.
+        UserError: if there is no such model.
     """
-    file = find_weights(path, ema)
-    config = read_header(file)
-    model = MaskedAutoencoder(config) if isinstance(config, MAEConfig) else Classifier(config)
-    model.load_state_dict(load_file(file))
-    return model.eval()
+    model = load(given, ema)
+    if not isinstance(model, Classifier):
+        raise UserError(f"{given} is no classifier; accepted: a run of quarterview finetune")
+    return model
 
 
-def load_encoder(model: Classifier, path: str | Path, ema: bool = False) -> None:
-    """Give a classifier the encoder of a masked autoencoder.
+# ---------------------------------------------------------------------- into another model
 
-    The decoder stays behind, and with mean pooling the encoder's final norm too, which `fc_norm`
-    replaces. The positions are computed anew, so the image size may differ.
+
+def load_encoder(model: Classifier, given: str | Path, ema: bool = False) -> list[str]:
+    """Give a classifier the encoder of a masked autoencoder, or of another classifier.
+
+    Decoder and head stay behind, and with mean pooling the encoder's final norm too, which a new
+    `fc_norm` replaces. The image size may differ.
+
+    Returns:
+        What was done, in words.
 
     Raises:
         UserError: if the encoders differ, or a weight is missing or left over for another reason.
     """
-    config, ours = read_config(path, ema), model.config
-    if (config.model, config.in_chans) != (ours.model, ours.in_chans):
+    weights = read(given, ema)
+    theirs, ours = weights.config, model.config
+    if (theirs.model, theirs.in_chans) != (ours.model, ours.in_chans):
         raise UserError(
-            f"{path} is {config.model} of {config.in_chans} channels; accepted: {ours.model} of "
+            f"{given} is {theirs.model} of {theirs.in_chans} channels; accepted: {ours.model} of "
             f"{ours.in_chans}, the classifier's"
         )
-    state = load_file(find_weights(path, ema))
-    if config.image_size != ours.image_size:
-        state["pos_embed"] = model.pos_embed.detach()
-    norms = {"norm.weight", "norm.bias"}
-    left = {name for name in state if name.startswith(("decoder", "mask_token"))}
+    tensors, notes = adapt(weights.tensors, theirs, ours)
+    left = {name for name in tensors if name.startswith(("decoder", "mask_token", "head.", "fc_norm."))}
     new = {"head.weight", "head.bias"}
     if ours.pool == "mean":
-        left, new = left | norms, new | {f"fc_{name}" for name in norms}
-    found = model.load_state_dict(state, strict=False)
-    wrong = (set(found.missing_keys) ^ new) | (set(found.unexpected_keys) ^ left)
+        left |= {name for name in tensors if name.startswith("norm.")}
+        new |= {"fc_norm.weight", "fc_norm.bias"}
+    _fill(model, {name: tensor for name, tensor in tensors.items() if name not in left}, new, str(given))
+    return [*weights.manifest, *notes] if not weights.ours else notes
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], new: set[str], given: str) -> None:
+    """Load tensors into a model in which exactly the names `new` are to be left as they are."""
+    found = model.load_state_dict(tensors, strict=False)
+    wrong = (set(found.missing_keys) ^ new) | set(found.unexpected_keys)
     if wrong:
-        raise UserError(f"{path} does not fit {ours.model}: {', '.join(sorted(wrong))}")
+        raise UserError(f"{given} does not fit {type(model).__name__}: {', '.join(sorted(wrong))}")
 
 
-_ARCHITECTURE = (
-    *("model", "image_size", "in_chans", "decoder_width", "decoder_depth", "decoder_heads"),
-    "encoder_mask_tokens",
-)
+def load_into(model: MaskedAutoencoder, given: str | Path, allow_partial: Sequence[str] = ()) -> list[str]:
+    """Give a masked autoencoder the weights of another, or of an encoder alone.
 
+    Image size, patch size and channels may differ; see `adapt`. A decoder that is missing, or that
+    differs and is named by `allow_partial`, stays as it is.
 
-def load_into(model: MaskedAutoencoder, path: str | Path) -> None:
-    """Give a model the weights of another of the same architecture.
+    Returns:
+        What was done, in words.
 
     Raises:
-        UserError: if the architectures differ, naming each difference.
+        UserError: if the architectures differ otherwise, naming each difference.
     """
-    theirs = read_config(path)
-    different = [
-        f"{name} {getattr(theirs, name)} there, {getattr(model.config, name)} here"
-        for name in _ARCHITECTURE
-        if getattr(theirs, name) != getattr(model.config, name)
-    ]
-    if different:
+    weights, other_decoder = check_start(model.config, given, allow_partial)
+    theirs, ours = weights.config, model.config
+    fresh_decoder = bool(other_decoder)
+    tensors, notes = adapt(weights.tensors, theirs, ours)
+    parts = ("head.*", "fc_norm.*", *(DECODER if fresh_decoder else ()))
+    tensors = {name: t for name, t in tensors.items() if not any(fnmatchcase(name, p) for p in parts)}
+    if isinstance(theirs, ClassifierConfig):
+        notes.append("the head stays behind")
+    if fresh_decoder:
+        notes.append(f"the decoder is freshly initialised, for theirs has {'; '.join(other_decoder)}")
+    new = {name for name in model.state_dict() if name not in tensors}
+    allowed = (*(DECODER if fresh_decoder or not weights.has_decoder else ()), *allow_partial)
+    if isinstance(theirs, ClassifierConfig) and theirs.pool == "mean":  # it normalises the mean instead
+        notes.append("the final norm is freshly initialised")
+        allowed = (*allowed, "norm.*")
+    _fill(model, tensors, {name for name in new if any(fnmatchcase(name, p) for p in allowed)}, str(given))
+    return [*weights.manifest, *notes]
+
+
+def check_start(
+    ours: MAEConfig, given: str | Path, allow_partial: Sequence[str] = ()
+) -> tuple[Weights, list[str]]:
+    """Read weights for a masked autoencoder, and compare the architectures.
+
+    Returns:
+        The weights, and in what the decoder differs, which then is to be a fresh one.
+
+    Raises:
+        UserError: if they differ in anything else, or in the decoder and `allow_partial` does not
+            name it.
+    """
+    weights = read(given, allow_partial=allow_partial)
+    different = _differences(weights, ours)
+    fresh = any(fnmatchcase("decoder_pred.weight", pattern) for pattern in allow_partial)
+    if different["encoder"] or (different["decoder"] and not fresh):
         raise UserError(
-            f"the weights in {path} are of another architecture: {'; '.join(different)}; "
-            "accepted: weights of the same model, image size, channels and decoder"
+            f"the weights in {given} are of another architecture: "
+            f"{'; '.join(different['encoder'] + different['decoder'])}; accepted: the same width, depth and "
+            "heads, and the same decoder or --allow-partial 'decoder*' for a new one"
         )
-    model.load_state_dict(load_file(find_weights(path)))
+    return weights, different["decoder"]
+
+
+def _differences(weights: Weights, ours: MAEConfig) -> dict[str, list[str]]:
+    """What no adapting bridges, of the encoder and of the decoder."""
+
+    def differ(theirs: object, ours: object, names: Sequence[str]) -> list[str]:
+        return [
+            f"{name} {getattr(theirs, name)} there, {getattr(ours, name)} here"
+            for name in names
+            if getattr(theirs, name) != getattr(ours, name)
+        ]
+
+    theirs = weights.config
+    encoder = differ(theirs.shape, ours.shape, ("width", "depth", "heads"))
+    decoder = ("decoder_width", "decoder_depth", "decoder_heads", "encoder_mask_tokens")
+    return {"encoder": encoder, "decoder": differ(theirs, ours, decoder) if weights.has_decoder else []}
