@@ -45,21 +45,14 @@ def write(model: Model, file: Path, facts: Facts) -> Mapping[str, float]:
 
 def target(model: Model) -> Target:
     """What a card says of the file."""
+    call, shape = ("model.encode(images)", "1 + patches, width")
     if isinstance(model, Classifier):
-        load = (
-            "from quarterview.exchange.weights import load_classifier\n\n"
-            'model = load_classifier("FOLDER/model.safetensors")\n'
-            "logits = model(images)  # float [B, classes]"
-        )
-    else:
-        load = (
-            'import quarterview as qv\n\nmodel = qv.load("FOLDER/model.safetensors")\n'
-            "tokens = model.encode(images)  # float [B, 1 + patches, width]"
-        )
+        call, shape = ("model(images)", "classes")
     return Target(
         name="safetensors",
         library="quarterview",
-        load=load,
+        load='import quarterview as qv\n\nmodel = qv.load("FOLDER/model.safetensors")\n'
+        f"found = {call}  # float [B, {shape}]",
         packages=("safetensors",),
         notes=(
             "Without Quarterview: `safetensors.torch.load_file` reads the weights, which have timm's names "
