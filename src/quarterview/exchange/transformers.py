@@ -160,9 +160,9 @@ def _write(model: Model, facts: Facts, parts: Sequence[Part], folder: Path) -> M
         save_weights(there / "model.safetensors", renamed(model, part), {"format": "pt"})
         config = _config(model, part)
         config.architectures = [_CLASSES[part]]
-        config.save_pretrained(there)
         (there / "preprocessor_config.json").write_text(json.dumps(wanted, indent=1) + "\n", "utf-8")
         with _quiet():
+            config.save_pretrained(there)
             compared = _compare_mae(model, there) if part == "mae" else _compare(model, there, part)
         differences |= {f"{part}: {name}": value for name, value in compared.items()}
     accept("transformers", differences)
