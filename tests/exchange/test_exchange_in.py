@@ -116,7 +116,8 @@ def test_an_official_encoder_gets_a_fresh_decoder_and_says_so(model, images, tmp
     ).eval()
     renamed = {}
     for name, tensor in encoder.items():
-        for key, part in transformers_names(name, tensor).items():
+        old = "encoder.layer.0.output.dense.bias" in theirs.state_dict()
+        for key, part in transformers_names(name, tensor, old).items():
             renamed[key.removeprefix("vit.")] = part
     theirs.load_state_dict(renamed)
     with torch.no_grad():
@@ -319,6 +320,22 @@ def test_a_head_that_ours_is_not_is_left_out_and_said(tmp_path):
         weights = read(given)
         assert set(weights.dropped) == {"head.weight", "head.bias"}
         assert any("the head reads tokens that ours cannot" in line for line in weights.manifest)
+
+
+@pytest.mark.parametrize("start", [b"\x80", b"PK"])
+def test_a_safetensors_file_that_begins_like_a_pickle(tmp_path, start):
+    """It begins with the length of its header."""
+    small = create_model("mae_vit_64x1x1_patch4", image_size=16, decoder_width=32, decoder_depth=1)
+    path = tmp_path / "x.safetensors"
+    save_file(small.state_dict(), path, {"pad": ""})
+    header, wanted, step = (
+        int.from_bytes(path.read_bytes()[:8], "little"),
+        int.from_bytes(start, "little"),
+        256 ** len(start),
+    )
+    save_file(small.state_dict(), path, {"pad": " " * ((wanted - header) % step)})
+    assert path.read_bytes().startswith(start)
+    assert same(small, load_autoencoder(path))
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])

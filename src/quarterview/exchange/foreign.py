@@ -78,9 +78,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         start = file.read(16)
     if not start:
         raise UserError(f"{path} is empty; {ACCEPTED}")
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+    # A safetensors file begins with the length of its header, which may look like the start of a pickle.
+    header = int.from_bytes(start[:8], "little")
+    safe = start[8:9] == b"{" and header <= path.stat().st_size - 8
+    if not safe and (start[:2] == b"PK" or start[:1] == b"\x80"):
         return _unwrap(path, _read_pickle(path))
-    if start.lstrip()[:1] in (b"{", b"["):
+    if not safe and start.lstrip()[:1] in (b"{", b"["):
         raise UserError(f"{path} is JSON and holds no weights; {ACCEPTED}")
     try:
         return dict(load_file(path)), {}
