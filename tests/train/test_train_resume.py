@@ -441,8 +441,8 @@ def test_init_from_starts_with_the_weights_of_another_run(tmp_path):
     assert not torch.allclose(
         qv.load(tmp_path / "third").state_dict()["cls_token"], given["cls_token"], atol=1e-3
     )
-    for changes in ({"decoder_width": 64}, {"image_size": 32}, {"model": "mae_vit_32x3x2_patch4"}):
-        with pytest.raises(UserError, match=r"do not fit|another architecture"):
+    for changes in ({"decoder_width": 64}, {"model": "mae_vit_32x3x2_patch4"}):
+        with pytest.raises(UserError, match="another architecture"):
             qv.pretrain(tiny(tmp_path / "fourth", **changes, init_from=str(tmp_path / "first")))
 
 
