@@ -17,6 +17,7 @@ FLOORS = {
     "pretraining": 4,
     "recipes": 4,
     "dry_run": 4,
+    "speed": 4,
     "evaluate": 3,
     "exchange": 3,
     "running": 2,

@@ -17,7 +17,8 @@ from quarterview.train.journal import Journal
 from quarterview.train.loop import precision_context, usable_precision
 from quarterview.train.optim import warmup_steps
 
-_ADAM_BYTES = 4 + 4 + 4 + 4  # weight, gradient and two moments, in float32
+ADAM_BYTES = 4 + 4 + 4 + 4
+"""A trained weight, its gradient and its two moments, in float32."""
 
 
 def show(config: PretrainConfig, journal: Journal) -> None:
@@ -40,7 +41,7 @@ def show(config: PretrainConfig, journal: Journal) -> None:
     if warning:
         journal.warn(warning)
     peak = config.peak_lr(config.batch_size)
-    memory = (parameters * _ADAM_BYTES + frozen * 4 + activations) / 2**30
+    memory = (parameters * ADAM_BYTES + frozen * 4 + activations) / 2**30
     part = config.batch_size // config.accum_iter
     rows = [
         ("images", f"{len(source):,}, of which {trained:,} are trained on and {holdout:,} held out"),

@@ -21,6 +21,7 @@ from quarterview.data.loader import LoadConfig
 from quarterview.data.source import Source
 from quarterview.errors import UserError, check_types
 from quarterview.train import checkpoint, distributed
+from quarterview.train.allocator import keep_freed_memory
 from quarterview.train.checkpoint import Checkpoint
 from quarterview.train.distributed import World
 from quarterview.train.journal import Journal, metrics
@@ -119,6 +120,7 @@ def carry_out(
     """
     if not config.out:
         raise UserError("no folder for the run; accepted: --out RUN")
+    keep_freed_memory()
     folder = Path(config.out)
     runs.check_folder(folder, inputs)
     world = distributed.join(config.device)

@@ -108,12 +108,19 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, D / heads]
-        x = attention(query, key, value)
-        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
+    def forward(self, x: Tensor, first: int = 0) -> Tensor:
+        """float [B, T, D] -> [B, T - first, D]: what the tokens from `first` on take from all."""
+        if first == 0:
+            query, key, value = self._split_heads(self.qkv(x), 3)
+        else:
+            weight, bias, width = self.qkv.weight, self.qkv.bias, x.shape[2]
+            (query,) = self._split_heads(F.linear(x[:, first:], weight[:width], bias[:width]), 1)
+            key, value = self._split_heads(F.linear(x, weight[width:], bias[width:]), 2)
+        return self.proj(attention(query, key, value).transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x: Tensor, count: int) -> Tensor:
+        """float [B, T, count * D] -> [count, B, heads, T, D / heads]."""
+        return x.unflatten(2, (count, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 class Mlp(nn.Module):
@@ -136,18 +143,19 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(width)
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """float [B, T, D] -> the same.
+    def forward(self, x: Tensor, scale: Tensor | None = None, first: int = 0) -> Tensor:
+        """float [B, T, D] -> the same, or [B, T - first, D].
 
         Args:
             scale: float [B, 2], what each sample's two branches are multiplied by: drop path.
+            first: the first of the tokens that are wanted; those before it are only attended to.
         """
         if scale is None:
-            x = x + self.attn(self.norm1(x))
+            x = x[:, first:] + self.attn(self.norm1(x), first)
             return x + self.mlp(self.norm2(x))
-        first, second = scale[:, :, None, None].unbind(1)  # each [B, 1, 1]
-        x = x + first * self.attn(self.norm1(x))
-        return x + second * self.mlp(self.norm2(x))
+        attn_scale, mlp_scale = scale[:, :, None, None].unbind(1)  # each [B, 1, 1]
+        x = x + attn_scale * self.attn(self.norm1(x))
+        return x + mlp_scale * self.mlp(self.norm2(x))
 
 
 def init_weights(module: nn.Module) -> None:

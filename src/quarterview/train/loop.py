@@ -19,11 +19,12 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from quarterview.data.loader import Batch, Loader
 from quarterview.errors import RunError, UserError, check_types
-from quarterview.objectives.objective import Loss, Objective
+from quarterview.objectives.objective import Objective
 from quarterview.train import checkpoint
 from quarterview.train.distributed import World
 from quarterview.train.journal import Journal, Meter
 from quarterview.train.optim import Schedule, load_optimizer_tensors, optimizer_tensors
+from quarterview.train.step import Step
 
 MOST_SKIPS = 3
 """So many bad steps in a row stop a run."""
@@ -120,15 +121,14 @@ class Trainer:
         metadata: dict[str, str] | None = None,
     ) -> None:
         assert isinstance(objective, nn.Module)
-        self.objective, self.module, self.wrapped = objective, objective.train(), world.wrap(objective)
+        self.objective, self.module = objective, objective.train()
         self.optimizer, self.schedule, self.loader = optimizer, schedule, loader
         self.config, self.world, self.journal, self.folder = config, world, journal, folder
-        self.hooks, self.clip_grad = hooks, clip_grad
-        self.extra_state, self.metadata = state or {}, metadata or {}
-        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self.hooks, self.extra_state, self.metadata = hooks, state or {}, metadata or {}
         self.ema_decay = ema
         self.ema = {n: p.detach().clone() for n, p in objective.model.named_parameters()} if ema else {}
         self.autocast = precision_context(config.precision, world.device)
+        self.update = Step(objective, optimizer, world, self.autocast, config.accum_iter, clip_grad)
 
         self.step = 0  # updates done, skipped ones included
         self.skips, self.skips_in_a_row = 0, 0
@@ -169,23 +169,8 @@ class Trainer:
     def _update(self, batch: Batch) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr(self.step) * group.get("lr_scale", 1.0)
-        loss = torch.zeros((), device=self.world.device)
-        metrics: dict[str, Tensor] = {}
-        for part in batch.chunks(self.config.accum_iter):
-            with self.autocast():
-                out: Loss = self.wrapped(part)
-            share = out.loss / self.config.accum_iter
-            share.backward()
-            loss += share.detach()
-            for name, value in out.metrics.items():
-                metrics[name] = metrics.get(name, 0) + value.detach() / self.config.accum_iter
-        loss = self.world.mean(loss)
-        norm = self._gradient_norm()
-        bad = ~(loss.isfinite() & norm.isfinite())
-        # With this set, the fused step changes nothing, on the device and without asking the host.
-        setattr(self.optimizer, "found_inf", bad.float())  # noqa: B010
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        loss, metrics = self.update.gradients(batch)
+        norm, bad = self.update.apply(loss)
         if self.ema_decay is not None:
             average = get_ema_multi_avg_fn(self.ema_decay)
             average(list(self.ema.values()), list(self.objective.model.parameters()), 0)
@@ -198,13 +183,6 @@ class Trainer:
         }.items():
             self._sums[name] = self._sums.get(name, 0) + torch.where(bad, 0.0, value)
         self._pending.append((self.step, bad, batch.ids))
-
-    def _gradient_norm(self) -> Tensor:
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if self.clip_grad is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
-        return norm
 
     # ------------------------------------------------------------------ reading and writing
 

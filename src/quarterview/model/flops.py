@@ -1,0 +1,66 @@
+"""How many floating-point operations a step takes, by closed form.
+
+Matrix products alone are counted, a multiplication and an addition as two, and of those only what
+the method needs: visible patches are embedded, not all; the last block of the decoder and the
+prediction work on the tokens that are predicted. So a rate made of these numbers does not grow by
+doing more than is needed, such as recomputing activations.
+"""
+
+from typing import NamedTuple
+
+from quarterview.model import masking
+from quarterview.model.config import MAEConfig
+from quarterview.model.vit import MLP_RATIO
+
+
+class Flops(NamedTuple):
+    """Of one image in one forward pass."""
+
+    patch_embedding: int
+    encoder: int
+    decoder: int
+    prediction: int
+
+    @property
+    def forward(self) -> int:
+        """Of a forward pass."""
+        return sum(self)
+
+    @property
+    def step(self) -> int:
+        """Of a forward and a backward pass: each product again for its input's gradient and for its
+        weight's, but nothing needs the gradient of the pixels."""
+        return 3 * self.forward - self.patch_embedding
+
+
+def flops(config: MAEConfig) -> Flops:
+    """The operations that a model takes for one image."""
+    shape, patches = config.shape, config.patches
+    numbers = shape.patch_size**2 * config.in_chans  # in a patch
+    kept = masking.keep_count(patches, config.mask_ratio)
+    predicted = patches if config.predict_all else patches - kept
+    encoded = 1 + (patches if config.encoder_mask_tokens else kept)
+    width, depth = config.decoder_width, config.decoder_depth
+    if depth:
+        decoder = _linear(encoded, shape.width, width) + (depth - 1) * block_flops(1 + patches, width)
+        decoder += block_flops(1 + patches, width, predicted)
+    else:
+        decoder, width = 0, shape.width
+    return Flops(
+        patch_embedding=_linear(kept, numbers, shape.width),
+        encoder=shape.depth * block_flops(encoded, shape.width),
+        decoder=decoder,
+        prediction=_linear(predicted, width, numbers),
+    )
+
+
+def block_flops(tokens: int, width: int, wanted: int | None = None) -> int:
+    """Of one transformer block: all of `tokens` are attended to, and `wanted` of them computed."""
+    wanted = tokens if wanted is None else wanted
+    attention = 2 * 2 * wanted * tokens * width  # scores, and the mixture of values
+    keys_and_values = _linear(tokens, width, 2 * width)
+    return keys_and_values + attention + _linear(wanted, width, (2 + 2 * MLP_RATIO) * width)
+
+
+def _linear(rows: int, inputs: int, outputs: int) -> int:
+    return 2 * rows * inputs * outputs

@@ -1,0 +1,76 @@
+"""One update of the weights, and nothing else: what the loop repeats, and what a benchmark times.
+
+Nothing here is decided on the host. A step whose loss or gradient is not finite is dropped by the
+fused optimiser on the device, and nobody waits to learn of it.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from quarterview.data.loader import Batch
+from quarterview.objectives.objective import Loss, Objective
+from quarterview.train.distributed import World
+
+
+class Step:
+    """Forward, backward, optimiser.
+
+    Args:
+        objective: what is trained; wrapped for several ranks here.
+        optimizer: fused, over the objective's parameters.
+        autocast: what to run the forward pass in.
+        accum_iter: parts that a batch is cut into.
+        clip_grad: largest norm of the gradient, or None.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: torch.optim.AdamW,
+        world: World,
+        autocast: Callable[[], AbstractContextManager],
+        accum_iter: int = 1,
+        clip_grad: float | None = None,
+    ) -> None:
+        assert isinstance(objective, nn.Module)
+        self.optimizer, self.world, self.autocast = optimizer, world, autocast
+        self.accum_iter, self.clip_grad = accum_iter, clip_grad
+        self.wrapped = world.wrap(objective)
+        self.parameters = [p for p in objective.parameters() if p.requires_grad]
+
+    def forward(self, part: Batch) -> Loss:
+        """The loss of a part of a batch, in the precision that is trained in."""
+        with self.autocast():
+            return self.wrapped(part)
+
+    def gradients(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Leave a batch's gradients in the parameters; its loss and metrics, over all ranks and parts."""
+        loss = torch.zeros((), device=self.world.device)
+        metrics: dict[str, Tensor] = {}
+        for part in batch.chunks(self.accum_iter):
+            out = self.forward(part)
+            share = out.loss / self.accum_iter
+            share.backward()
+            loss += share.detach()
+            for name, value in out.metrics.items():
+                metrics[name] = metrics.get(name, 0) + value.detach() / self.accum_iter
+        return self.world.mean(loss), metrics
+
+    def apply(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Move the weights, if loss and gradient are finite, and drop the gradients.
+
+        Returns:
+            The norm of the gradient, float32, and whether the step was dropped, bool; scalars on the device.
+        """
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
+        bad = ~(loss.isfinite() & norm.isfinite())
+        # With this set, the fused step changes nothing, on the device and without asking the host.
+        setattr(self.optimizer, "found_inf", bad.float())  # noqa: B010
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm, bad
