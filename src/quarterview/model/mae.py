@@ -4,6 +4,7 @@ Cut the image into patches, hide three quarters of them, encode what is left, de
 with mask tokens, and compare the hidden patches with the truth. One polarity everywhere: `mask` is
 bool [B, L], True where hidden. One order of tokens: cls, visible, hidden; attention does not care
 about order once positions are added, so nothing is ever shuffled back but pictures for people.
+A cheaper decoder, which is not the paper's, is in `cross.py`.
 
 Letters in shapes: B images, N masks (B, or a multiple of it where each image has several, which follow
 one another), C channels, H×W pixels, p the patch size, L patches, V visible ones, Q predicted ones,
@@ -155,17 +156,17 @@ class MaskedAutoencoder(nn.Module):
         hidden: Tensor | None = None,
         layers: list[Tensor] | None = None,
     ) -> Tensor:
-        """Only visible patches are embedded. With `hidden`, mask tokens stand in for those. `layers` is
-        given every layer but the last: what goes into each block, float [N, 1 + V, D]."""
+        """Only visible patches are embedded. With `hidden`, mask tokens stand in for those. What goes
+        into each block, float [N, 1 + V, D], is appended to `layers`."""
         positions = self.pos_embed[:, 1:]
         if visible is not None:
             patches, positions = take(patches, visible), take(positions, visible)
-        x = self.patch_embed(patches) + positions  # [B, V, D]
+        x = self.patch_embed(patches) + positions  # [N, V, D]
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1).to(x.dtype)
         tokens = [cls, x]
         if hidden is not None:
             tokens.append((self.mask_token + take(self.pos_embed[:, 1:], hidden)).to(x.dtype))
-        x = torch.cat(tokens, dim=1)  # [B, 1 + V, D], or [B, 1 + L, D] with mask tokens
+        x = torch.cat(tokens, dim=1)  # [N, 1 + V, D], or [N, 1 + L, D] with mask tokens
         for block in self.blocks:
             if layers is not None:
                 layers.append(x)
