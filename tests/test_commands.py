@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pyarrow.parquet
 import pytest
@@ -197,6 +198,24 @@ def test_the_memory_estimate_grows_as_the_batch_and_without_accumulation():
     assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.05)
     parts = measure(PretrainConfig(**{**vars(config), "batch_size": 128, "accum_iter": 2}), "bf16", device)[2]
     assert parts == sizes[0]
+
+
+def test_the_memory_estimate_grows_with_masks_and_shrinks_with_what_is_predicted():
+    config = PretrainConfig(data=("shapes",), out="x", **{**TINY, "batch_size": 64})
+
+    def activations(**changes) -> int:
+        return measure(replace(config, **changes), "fp32", choose_device("cpu"))[2]
+
+    one = activations()
+    assert activations(masks_per_image=3) == pytest.approx(3 * one, rel=0.05)
+    cross, part = activations(decoder="cross"), activations(decoder="cross", predict_share=0.5)
+    assert part < cross < one
+
+
+def test_the_dry_run_says_how_often_images_are_hidden(tmp_path, capsys):
+    words = ["pretrain", "--recipe", "cifar", "--data", "shapes:1000", "--out", str(tmp_path / "x")]
+    assert cli.run([*words, "--masks-per-image", "4", "--accum-iter", "2", "--dry-run"]) == 0
+    assert "for 128 images, each hidden in 4 ways, at a time" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow

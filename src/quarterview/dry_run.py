@@ -42,14 +42,16 @@ def show(config: PretrainConfig, journal: Journal) -> None:
         journal.warn(warning)
     peak = config.peak_lr(config.batch_size)
     memory = (parameters * ADAM_BYTES + frozen * 4 + activations) / 2**30
-    part = config.batch_size // config.accum_iter
+    part = f"{config.batch_size // config.accum_iter} images"
+    if config.masks_per_image > 1:
+        part += f", each hidden in {config.masks_per_image} ways,"
     rows = [
         ("images", f"{len(source):,}, of which {trained:,} are trained on and {holdout:,} held out"),
         ("parameters", f"{parameters:,} trained, {frozen:,} in fixed position tables"),
         ("steps", f"{steps:,}, the first {warmup:,} of them warm-up to a learning rate of {peak:.2e}"),
         ("epochs", f"{steps * config.batch_size / trained:.4g}"),
         ("device", f"{device}, {precision}"),
-        ("memory", f"about {memory:.2f} GiB for {part} images at a time on one device, "
+        ("memory", f"about {memory:.2f} GiB for {part} at a time on one device, "
                    "cached images and libraries not counted"),
     ]  # fmt: skip
     journal.facts("dry run", rows)
@@ -65,7 +67,7 @@ def measure(config: PretrainConfig, precision: str, device: torch.device) -> tup
         model = MaskedAutoencoder(config.part(MAEConfig))
         own = {id(p.untyped_storage()) for p in model.parameters()}
         images = torch.empty(config.batch_size // config.accum_iter, config.in_chans, *config.image_size)
-        noise = torch.empty(len(images), config.patches)
+        noise = torch.empty(len(images), config.masks_per_image, config.patches)
 
         def keep(tensor: Tensor) -> Tensor:
             if id(tensor.untyped_storage()) not in own:

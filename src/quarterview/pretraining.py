@@ -18,7 +18,7 @@ from quarterview.exchange.facts import facts_of
 from quarterview.exchange.weights import check_start, load_into, metadata, read
 from quarterview.model.config import MAEConfig
 from quarterview.model.mae import fresh_model
-from quarterview.objectives.mae import MaskedAutoencoding
+from quarterview.objectives.mae import MaskedAutoencoding, MaskingConfig
 from quarterview.running import Run, RunningConfig, Site, carry_out, hold, settle, to_plain
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal
@@ -29,7 +29,7 @@ Part = TypeVar("Part", MAEConfig, DataConfig, OptimConfig, LoopConfig, OnlinePro
 
 
 @dataclass(frozen=True)
-class PretrainConfig(OnlineProbeConfig, OptimConfig, MAEConfig, DataConfig, RunningConfig):
+class PretrainConfig(OnlineProbeConfig, OptimConfig, MaskingConfig, MAEConfig, DataConfig, RunningConfig):
     """Everything about a pre-training run. Each field is a flag of ``quarterview pretrain``."""
 
     init_from: str | None = None
@@ -39,7 +39,7 @@ class PretrainConfig(OnlineProbeConfig, OptimConfig, MAEConfig, DataConfig, Runn
     """Names of weights, such as decoder*, that `init_from` may lack, or that may be left out of it."""
 
     def __post_init__(self) -> None:
-        for part in (RunningConfig, DataConfig, MAEConfig, OptimConfig, OnlineProbeConfig):
+        for part in (RunningConfig, DataConfig, MAEConfig, MaskingConfig, OptimConfig, OnlineProbeConfig):
             part.__post_init__(self)
         names = self.allow_partial
         object.__setattr__(self, "allow_partial", (names,) if isinstance(names, str) else tuple(names))
@@ -68,7 +68,8 @@ def start_values(init_from: str, out: str, allow_partial: Sequence[str] = ()) ->
     weights = read(begun or init_from, allow_partial=allow_partial)
     names = ["model", "image_size", "in_chans"]
     if isinstance(weights.config, MAEConfig) and weights.has_decoder:
-        names += ["decoder_width", "decoder_depth", "decoder_heads", "encoder_mask_tokens", "norm_pix_loss"]
+        names += ["decoder", "decoder_width", "decoder_depth", "decoder_heads"]
+        names += ["encoder_mask_tokens", "norm_pix_loss"]
     return {name: getattr(weights.config, name) for name in names}
 
 
@@ -179,7 +180,7 @@ def build(config: PretrainConfig, prepared: Prepared, site: Site) -> Trainer:
     warmup, warning = warmup_steps(config.warmup_epochs, trained / config.batch_size, total)
     if warning:
         journal.warn(warning)
-    objective = MaskedAutoencoding(model, config.seed)
+    objective = MaskedAutoencoding(model, config.seed, config.masks_per_image)
     loader = Loader(
         site.source,
         prepared.stream,

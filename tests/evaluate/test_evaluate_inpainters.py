@@ -108,6 +108,17 @@ def test_a_copy_is_perfect_where_all_patches_are_the_same():
     assert float(inpainted_losses(model, images, mask)[NEAREST].max()) < 1e-6
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_losses_of_a_model_that_predicts_a_part_are_of_that_part(training):
+    model = small(decoder="cross", decoder_depth=1, predict_share=0.5).train(training)
+    images, mask = torch.randn(40, 3, 16, 16), masking.mask_from_noise(torch.rand(40, 16), 4)
+    torch.manual_seed(0)
+    found = model_losses(model, images, mask)
+    torch.manual_seed(0)
+    expected = torch.cat([model(images[i : i + 32], mask=mask[i : i + 32]).loss[None] for i in (0, 32)])
+    torch.testing.assert_close(torch.stack([found[:32].mean(), found[32:].mean()]), expected)
+
+
 @pytest.mark.parametrize("predict_all", [False, True])
 def test_the_models_losses_average_to_its_own_loss(predict_all):
     model = small(predict_all=predict_all, norm_pix_loss=True)

@@ -233,6 +233,7 @@ def test_the_configuration_arrives(tmp_path):
         ({"image_size": (32, 64)}, r"cannot hold a \(32, 64\) image \(only squares\); .* the part vit"),
         ({"encoder_mask_tokens": True}, "cannot hold mask tokens in the encoder"),
         ({"decoder_depth": 0}, "cannot hold a decoder without blocks"),
+        ({"decoder": "cross"}, "cannot hold a cross-attention decoder; accepted: the part vit, or timm"),
         ({"predict_all": True}, "cannot hold predictions of visible patches"),
         ({"mask": "grid"}, r"cannot hold grid masks \(only random ones\)"),
         ({"mask": "block", "predict_all": True}, "predictions of visible patches or block masks"),

@@ -119,10 +119,10 @@ def model_losses(model: MaskedAutoencoder, images: Tensor, mask: Tensor) -> Tens
     """The model's own loss over hidden patches on each image: float32 [B] on the CPU."""
     losses = []
     for some, hides in zip(images.split(_BATCH), mask.split(_BATCH), strict=True):
-        hidden = masking.split(hides, int((~hides[0]).sum()))[1]
-        pred = model(some, mask=hides).pred
-        pred = take(pred, hidden) if model.config.predict_all else pred
+        out = model(some, mask=hides)
         with torch.autocast(some.device.type, enabled=False):
-            truth = model.target(some, model.patchify(some), hidden)
-            losses.append(model.target.loss(pred, truth).mean(dim=1).cpu())
+            truth = model.target(some, model.patchify(some), out.predicted)
+            errors = model.target.loss(out.pred, truth)  # [B, Q]
+            counted = hides.gather(1, out.predicted).float()  # not the visible ones of `predict_all`
+            losses.append(((errors * counted).sum(dim=1) / counted.sum(dim=1)).cpu())
     return torch.cat(losses)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quarterview import draws
 from quarterview.data.augment import to_float
 from quarterview.data.fetch import read_many
 from quarterview.data.loader import Batch, Loader, central, stack
@@ -49,9 +48,9 @@ def held_out_hooks(
 
     def panel(step: int) -> dict[str, float]:
         few = Batch(held_out.images[:8], held_out.ids[:8], held_out.epochs[:8])
-        uniforms = draws.uniform(objective.seed, "mask", few.epochs, few.ids, objective.model.uniforms_needed)
+        noise = objective.noise(few.epochs, few.ids)[:, 0]
         path = folder / "samples" / f"step-{step:08d}.png"
-        draw_panel(objective.model, few.images, objective.model.mask_noise(uniforms), path, f"step {step}")
+        draw_panel(objective.model, few.images, noise, path, f"step {step}")
         return {}
 
     return [val_loss, panel]

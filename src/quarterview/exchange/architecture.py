@@ -220,9 +220,11 @@ def _configuration(
 
 def _decoder(said: Mapping[str, Any], tensors: Mapping[str, Tensor], notes: list[str]) -> dict[str, Any]:
     """The fields of a decoder and its task; nothing where there is no decoder."""
-    if "decoder_embed.weight" not in tensors:
+    first = {"standard": "decoder_embed.weight", "cross": "decoder_blocks.0.attn.q.weight"}
+    kind = next((kind for kind, name in first.items() if name in tensors), None)
+    if kind is None:
         return {}
-    width = len(tensors["decoder_embed.weight"])
+    width = len(tensors[first[kind]])
     heads = said.get("decoder_heads")
     if heads is None:
         heads = MAEConfig.decoder_heads if width % MAEConfig.decoder_heads == 0 else max(1, width // 64)
@@ -230,6 +232,7 @@ def _decoder(said: Mapping[str, Any], tensors: Mapping[str, Tensor], notes: list
     if said.get("norm_pix_loss") is None:
         notes.append("whether pixels were normalised by patch is not recorded: it is assumed")
     fields = {
+        "decoder": kind,
         "decoder_width": width,
         "decoder_depth": _depth(tensors, "decoder_blocks"),
         "decoder_heads": heads,
@@ -274,7 +277,8 @@ def _head_is_ours(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> b
 
 
 def _depth(tensors: Mapping[str, Tensor], stack: str) -> int:
-    return len({name.split(".")[1] for name in tensors if name.startswith(f"{stack}.")})
+    indices = (name.split(".")[1] for name in tensors if name.startswith(f"{stack}."))
+    return len({index for index in indices if index.isdigit()})
 
 
 def _heads(width: int, depth: int, notes: list[str]) -> int:

@@ -102,8 +102,10 @@ def _architecture(model: Model) -> Iterator[tuple[str, str]]:
             yield "classes", ", ".join(model.config.class_names)
     else:
         mae = model.config
-        yield "decoder", f"{mae.decoder_width} wide, {mae.decoder_depth} blocks, {mae.decoder_heads} heads"
-        yield "masks", f"{mae.mask}, {mae.mask_ratio:.0%} hidden"
+        size = f"{mae.decoder_width} wide, {mae.decoder_depth} blocks, {mae.decoder_heads} heads"
+        yield "decoder", f"{mae.decoder}, {size}"
+        predicted = f", {mae.predict_share:.0%} of those predicted" if mae.predict_share < 1 else ""
+        yield "masks", f"{mae.mask}, {mae.mask_ratio:.0%} hidden{predicted}"
         yield "target", "pixels normalised by patch" if mae.norm_pix_loss else "pixels"
 
 

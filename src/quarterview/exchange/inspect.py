@@ -73,12 +73,14 @@ def _task(config: MAEConfig, weights: Weights) -> list[tuple[str, str]]:
     if not weights.has_decoder:
         return [("decoder", "none")]
     visible = keep_count(config.patches, config.mask_ratio)
+    predicted = f", {config.predict_share:.0%} of the hidden predicted" if config.predict_share < 1 else ""
     return [
         (
             "decoder",
-            f"{config.decoder_width} wide, {config.decoder_depth} blocks, {config.decoder_heads} heads",
+            f"{config.decoder}, {config.decoder_width} wide, {config.decoder_depth} blocks, "
+            f"{config.decoder_heads} heads",
         ),
-        ("masks", f"{config.mask}, {config.mask_ratio:.0%} hidden, {visible} patches visible"),
+        ("masks", f"{config.mask}, {config.mask_ratio:.0%} hidden, {visible} patches visible{predicted}"),
         ("target", "pixels normalised by patch" if config.norm_pix_loss else "pixels"),
     ]
 

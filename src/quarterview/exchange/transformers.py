@@ -134,6 +134,8 @@ def _limits(model: Model, part: str) -> Iterator[str]:
         yield f"a {config.image_size} image (only squares)"
     if config.encoder_mask_tokens:
         yield "mask tokens in the encoder"
+    if config.decoder == "cross":
+        yield "a cross-attention decoder"
     if config.decoder_depth == 0:
         yield "a decoder without blocks"
     if config.predict_all:
@@ -203,7 +205,9 @@ def _config(model: Model, part: Part) -> Any:
 
 def renamed(model: Model, part: Part) -> dict[str, Tensor]:
     """The weights of one part under the names of transformers' checkpoints."""
-    theirs = dict(item for name, value in model.state_dict().items() for item in _rename(name, value))
+    left = () if part == "mae" else ("decoder", "mask_token")
+    ours = {name: value for name, value in model.state_dict().items() if not name.startswith(left)}
+    theirs = dict(item for name, value in ours.items() for item in _rename(name, value))
     if part == "vit":
         return {name.removeprefix("vit."): v for name, v in theirs.items() if name.startswith("vit.")}
     return theirs

@@ -365,5 +365,5 @@ def _differences(weights: Weights, ours: MAEConfig) -> dict[str, list[str]]:
 
     theirs = weights.config
     encoder = differ(theirs.shape, ours.shape, ("width", "depth", "heads"))
-    decoder = ("decoder_width", "decoder_depth", "decoder_heads", "encoder_mask_tokens")
+    decoder = ("decoder", "decoder_width", "decoder_depth", "decoder_heads", "encoder_mask_tokens")
     return {"encoder": encoder, "decoder": differ(theirs, ours, decoder) if weights.has_decoder else []}

@@ -1,11 +1,14 @@
 """What a model is, as numbers: an encoder, and the masked autoencoder around it."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from quarterview.errors import UserError, check_types
 from quarterview.model import masking
 from quarterview.model.masking import MaskKind
 from quarterview.model.vit import ViTShape, check_width, parse_model_name
+
+DecoderKind = Literal["standard", "cross"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,12 @@ class MAEConfig(ViTConfig):
     """How hidden patches are chosen: random, block (BEiT's rectangles) or grid (a regular lattice)."""
     norm_pix_loss: bool = True
     """Predict pixels normalised by each patch's own mean and deviation, rather than plain pixels."""
+    decoder: DecoderKind = "standard"
+    """The paper's decoder of all tokens, or cross: hidden patches look at visible ones alone, and at every
+    layer of the encoder (CrossMAE, Fu et al. 2024), which costs less."""
+    predict_share: float = 1.0
+    """Share of the hidden patches that a cross decoder predicts in training, chosen at random; validation and
+    pictures predict all. The learning rate stays as it is: CrossMAE multiplies its own by this share."""
     decoder_width: int = 512
     """Width of the decoder."""
     decoder_depth: int = 8
@@ -92,7 +101,32 @@ class MAEConfig(ViTConfig):
         check_width("the decoder", self.decoder_width, self.decoder_heads)
         if self.norm_pix_loss and patch == self.in_chans == 1:
             raise UserError("a patch of one number cannot be normalised; accepted: --no-norm-pix-loss")
+        self._check_decoder()
         try:
             masking.keep_count(self.patches, self.mask_ratio)
         except ValueError as error:
             raise UserError(str(error)) from None
+
+    def _check_decoder(self) -> None:
+        if not 0 < self.predict_share <= 1:
+            raise UserError(f"a predict share of {self.predict_share}; accepted: above 0, up to 1")
+        if self.decoder == "standard":
+            if self.predict_share < 1:
+                raise UserError(
+                    f"a predict share of {self.predict_share} with the standard decoder, in which hidden "
+                    "patches look at one another, so that leaving some out would change the others; "
+                    "accepted: 1, or --decoder cross"
+                )
+            return
+        if self.decoder_depth == 0:
+            raise UserError("a cross decoder of 0 blocks sees nothing of the picture; accepted: 1 or more")
+        if self.encoder_mask_tokens:
+            raise UserError(
+                "mask tokens in the encoder, and a cross decoder, whose own mask tokens look at visible "
+                "patches; accepted: one of the two"
+            )
+        if self.predict_all:
+            raise UserError(
+                "visible patches cannot be predicted by a cross decoder, which looks at them; accepted: "
+                "--no-predict-all, or --decoder standard"
+            )

@@ -4,8 +4,10 @@ Cut the image into patches, hide three quarters of them, encode what is left, de
 with mask tokens, and compare the hidden patches with the truth. One polarity everywhere: `mask` is
 bool [B, L], True where hidden. One order of tokens: cls, visible, hidden; attention does not care
 about order once positions are added, so nothing is ever shuffled back but pictures for people.
+A cheaper decoder, which is not the paper's, is in `cross.py`.
 
-Letters in shapes: B images, C channels, H×W pixels, p the patch size, L patches, V visible ones,
+Letters in shapes: B images, N masks (B, or a multiple of it where each image has several, which follow
+one another), C channels, H×W pixels, p the patch size, L patches, V visible ones, Q predicted ones,
 P = p*p*C numbers in a patch, D the encoder's width and E the decoder's.
 """
 
@@ -18,8 +20,9 @@ from quarterview import draws
 from quarterview.errors import UserError, unknown
 from quarterview.model import masking
 from quarterview.model.config import MAEConfig
+from quarterview.model.cross import CrossDecoder
 from quarterview.model.positions import sincos_2d
-from quarterview.model.targets import PixelTarget, Target, patch_statistics, take
+from quarterview.model.targets import PixelTarget, Target, nearness, patch_statistics, take
 from quarterview.model.vit import LAYER_NORM_EPS, Block, PatchEmbed, init_weights, patchify
 
 
@@ -27,12 +30,14 @@ class MAEOutput(NamedTuple):
     """What `MaskedAutoencoder.forward` returns."""
 
     loss: Tensor
-    """float32 scalar: the mean squared error over hidden patches."""
+    """float32 scalar: the mean squared error over predicted patches."""
     mask: Tensor
-    """bool [B, L], True where hidden."""
+    """bool [N, L], True where hidden."""
     pred: Tensor
-    """float [B, L - V, P], a row for each hidden patch in ascending patch index; [B, L, P] with
-    `predict_all`."""
+    """float [N, Q, P], a row for each predicted patch in ascending patch index."""
+    predicted: Tensor
+    """int64 [N, Q], which patches those are: the hidden ones, L - V a mask; all with `predict_all`; a
+    random part of the hidden ones in training mode with a `predict_share` below 1."""
 
 
 class MaskedAutoencoder(nn.Module):
@@ -53,14 +58,16 @@ class MaskedAutoencoder(nn.Module):
         self.norm = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
 
         # A decoder without blocks is a linear head on the encoder's own tokens.
-        headless = config.decoder_depth == 0
+        headless, cross = config.decoder_depth == 0, config.decoder == "cross"
         width = shape.width if headless else config.decoder_width
         mask_width = shape.width if config.encoder_mask_tokens else width
         self.mask_token = nn.Parameter(torch.zeros(1, 1, mask_width))
-        self.decoder_embed = nn.Identity() if headless else nn.Linear(shape.width, width)
+        self.decoder_embed = nn.Identity() if headless or cross else nn.Linear(shape.width, width)
         self.decoder_pos_embed = nn.Parameter(sincos_2d(width, self.grid), requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(
-            Block(width, config.decoder_heads) for _ in range(config.decoder_depth)
+        self.decoder_blocks = (
+            CrossDecoder(width, config.decoder_heads, config.decoder_depth, shape)
+            if cross
+            else nn.ModuleList(Block(width, config.decoder_heads) for _ in range(config.decoder_depth))
         )
         self.decoder_norm = nn.Identity() if headless else nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.target: Target = PixelTarget(patch_numbers, normalised=config.norm_pix_loss)
@@ -94,36 +101,31 @@ class MaskedAutoencoder(nn.Module):
         """How many uniform numbers the mask of one image takes."""
         return masking.uniforms_needed(self.config.mask, self.config.patches)
 
-    def _choose_mask(self, images: Tensor, noise: Tensor | None, mask: Tensor | None) -> tuple[Tensor, int]:
+    def _choose_mask(
+        self, images: Tensor, noise: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, int, Tensor | None]:
+        """bool [N, L], how many each row leaves visible, and the noise [N, L] unless the mask was given."""
         if mask is not None:
-            kept = self._check_mask(mask, len(images))
+            kept = masking.count_visible(mask, (len(images), self.config.patches))
             if kept == self.config.patches:
                 raise ValueError(
                     "mask hides nothing, so there is nothing to predict; accepted: 1 or more hidden"
                 )
-            return mask, kept
+            return mask, kept, None
         if noise is None:
-            uniforms = torch.rand(len(images), self.uniforms_needed, device=images.device)
-            noise = self.mask_noise(uniforms)
-        elif noise.shape != (len(images), self.config.patches):
-            raise ValueError(
-                f"noise of shape {tuple(noise.shape)}; accepted: {(len(images), self.config.patches)}"
-            )
-        return masking.mask_from_noise(noise, self.kept), self.kept
+            noise = self.mask_noise(torch.rand(len(images), self.uniforms_needed, device=images.device))
+        noise = masking.rows_of(noise, (len(images), self.config.patches))
+        return masking.mask_from_noise(noise, self.kept), self.kept, noise
 
-    def _check_mask(self, mask: Tensor, batch: int) -> int:
-        """How many patches a caller's mask leaves visible in every row."""
-        if mask.dtype != torch.bool or mask.shape != (batch, self.config.patches):
-            raise ValueError(
-                f"mask of {mask.dtype} {tuple(mask.shape)}; "
-                f"accepted: torch.bool {(batch, self.config.patches)}, True where hidden"
-            )
-        counts = (~mask).sum(dim=1).unique().tolist()
-        if len(counts) != 1 or counts[0] == 0:
-            raise ValueError(
-                f"mask rows that leave {counts} patches visible; accepted: one count above 0 in all rows"
-            )
-        return counts[0]
+    def _choose_predicted(self, hidden: Tensor, noise: Tensor | None) -> Tensor:
+        """Which patches the loss is about: int64 [N, Q], ascending."""
+        if self.config.predict_all:
+            return torch.arange(self.config.patches, device=hidden.device).expand(len(hidden), -1)
+        if self.config.predict_share == 1 or not self.training:
+            return hidden
+        if noise is None:  # the mask was given
+            noise = torch.rand(len(hidden), self.config.patches, device=hidden.device)
+        return masking.lowest(hidden, noise, self.config.predict_share)
 
     # ------------------------------------------------------------------ encode
 
@@ -144,40 +146,59 @@ class MaskedAutoencoder(nn.Module):
         patches = self.patchify(self._check_images(images))
         if mask is None:
             return self._encode(patches, visible=None)
-        return self._encode(patches, masking.split(mask, self._check_mask(mask, len(images)))[0])
+        kept = masking.count_visible(mask, (len(images), self.config.patches))
+        return self._encode(patches, masking.split(mask, kept)[0])
 
-    def _encode(self, patches: Tensor, visible: Tensor | None, hidden: Tensor | None = None) -> Tensor:
-        """Only visible patches are embedded. With `hidden`, mask tokens stand in for those."""
+    def _encode(
+        self,
+        patches: Tensor,
+        visible: Tensor | None,
+        hidden: Tensor | None = None,
+        layers: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Only visible patches are embedded. With `hidden`, mask tokens stand in for those. What goes
+        into each block, float [N, 1 + V, D], is appended to `layers`."""
         positions = self.pos_embed[:, 1:]
         if visible is not None:
             patches, positions = take(patches, visible), take(positions, visible)
-        x = self.patch_embed(patches) + positions  # [B, V, D]
+        x = self.patch_embed(patches) + positions  # [N, V, D]
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1).to(x.dtype)
         tokens = [cls, x]
         if hidden is not None:
             tokens.append((self.mask_token + take(self.pos_embed[:, 1:], hidden)).to(x.dtype))
-        x = torch.cat(tokens, dim=1)  # [B, 1 + V, D], or [B, 1 + L, D] with mask tokens
+        x = torch.cat(tokens, dim=1)  # [N, 1 + V, D], or [N, 1 + L, D] with mask tokens
         for block in self.blocks:
+            if layers is not None:
+                layers.append(x)
             x = block(x)
         return self.norm(x)
 
     # ------------------------------------------------------------------ decode
 
-    def _decode(self, tokens: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
-        """The encoder's tokens -> predictions: float [B, L - V, P], or of all patches."""
+    def _predict(self, patches: Tensor, visible: Tensor, hidden: Tensor, wanted: Tensor) -> Tensor:
+        """Predictions of the wanted patches, from the visible ones: float [N, Q, P]."""
+        if self.config.decoder == "cross":
+            layers: list[Tensor] = []
+            layers.append(self._encode(patches, visible, layers=layers))
+            x = self.decoder_blocks(self.mask_token + take(self.decoder_pos_embed, 1 + wanted), layers)
+        else:
+            tokens = self._encode(patches, visible, hidden if self.config.encoder_mask_tokens else None)
+            x = self._decode(tokens, visible, hidden, everything=wanted.shape[1] > hidden.shape[1])
+        return self.decoder_pred(self.decoder_norm(x))
+
+    def _decode(self, tokens: Tensor, visible: Tensor, hidden: Tensor, everything: bool) -> Tensor:
+        """The encoder's tokens -> the decoder's of hidden patches, float [N, L - V, E], or of everything."""
         x = self.decoder_embed(tokens)
         if not self.config.encoder_mask_tokens:
             x = torch.cat([x.float(), self.mask_token.expand(len(x), hidden.shape[1], -1)], dim=1)
         if len(self.decoder_blocks) or not self.config.encoder_mask_tokens:
-            x = x + self._decoder_positions(visible, hidden)  # [B, 1 + L, E]: cls, visible, hidden
+            x = x + self._decoder_positions(visible, hidden)  # [N, 1 + L, E]: cls, visible, hidden
         for block in self.decoder_blocks:
             x = block(x)
-        if self.config.predict_all:
+        if everything:
             order = torch.cat([visible, hidden], dim=1)
-            x = take(x[:, 1:], order.argsort(dim=1))  # [B, L, E], ascending
-        else:
-            x = x[:, 1 + visible.shape[1] :]  # [B, L - V, E]
-        return self.decoder_pred(self.decoder_norm(x))
+            return take(x[:, 1:], order.argsort(dim=1))  # [N, L, E], ascending
+        return x[:, 1 + visible.shape[1] :]
 
     def _decoder_positions(self, visible: Tensor, hidden: Tensor) -> Tensor:
         order = torch.cat([visible.new_zeros(len(visible), 1), 1 + visible, 1 + hidden], dim=1)
@@ -190,7 +211,8 @@ class MaskedAutoencoder(nn.Module):
 
         Args:
             images: float [B, C, H, W], normalised.
-            noise: float [B, L], of which the lowest ``int(L * (1 - ratio))`` a row are kept; None
+            noise: float [B, L], of which the lowest ``int(L * (1 - ratio))`` a row are kept, and the
+                next predicted where not all are; or [B, k, L], to hide each image in k ways. None
                 draws from torch's default generator.
             mask: bool [B, L], True where hidden: any pattern with equal counts in every row,
                 instead of noise.
@@ -199,16 +221,19 @@ class MaskedAutoencoder(nn.Module):
             ValueError: if the images, the noise or the mask have another shape than the model's.
         """
         patches = self.patchify(self._check_images(images))
-        mask, kept = self._choose_mask(images, noise, mask)
+        mask, kept, noise = self._choose_mask(images, noise, mask)
         visible, hidden = masking.split(mask, kept)
+        predicted = self._choose_predicted(hidden, noise)
 
-        tokens = self._encode(patches, visible, hidden if self.config.encoder_mask_tokens else None)
-        pred = self._decode(tokens, visible, hidden)
+        pred = self._predict(patches, visible, hidden, predicted)
 
         with torch.autocast(images.device.type, enabled=False):  # targets and loss in float32
-            truth = self.target(images, patches, None if self.config.predict_all else hidden)
-            loss = self.target.loss(pred, truth).mean()  # every row hides equally many
-        return MAEOutput(loss, mask, pred)
+            if len(predicted) == len(images):
+                truth = self.target(images, patches, predicted)
+            else:  # made once for all masks of an image
+                truth = take(self.target(images, patches, None), predicted)
+            loss = self.target.loss(pred, truth).mean()  # every row predicts equally many
+        return MAEOutput(loss, mask, pred, predicted)
 
     def _check_images(self, images: Tensor) -> Tensor:
         expected = (self.config.in_chans, *self.config.image_size)
@@ -235,24 +260,18 @@ class MaskedAutoencoder(nn.Module):
         Returns:
             float32 [B, C, H, W], normalised as the images are.
         """
-        out = self(images, mask=mask)
-        patches = self.patchify(images).float()
-        visible, hidden = masking.split(out.mask, int((~out.mask[0]).sum()))
-        pred = take(out.pred, hidden) if self.config.predict_all else out.pred
+        patches = self.patchify(self._check_images(images))
+        mask, kept, _ = self._choose_mask(images, None, mask)
+        visible, hidden = masking.split(mask, kept)
+        pred = self._predict(patches, visible, hidden, wanted=hidden)  # all of them, in training mode too
+        patches = patches.float()
         mean, std = patch_statistics(take(patches, visible))
-        weights = self._nearness(hidden, visible)  # [B, L - V, V]
+        weights = nearness(hidden, visible, self.grid[1])  # [B, L - V, V]
         pixels = self.target.to_pixels(pred, weights @ mean, weights @ std)
         if pixels is None:
             raise UserError("this model's target is no picture, so there is nothing to reconstruct")
         index = hidden[:, :, None].expand(-1, -1, patches.shape[2])
         return self.unpatchify(patches.scatter(1, index, pixels))
-
-    def _nearness(self, of: Tensor, to: Tensor) -> Tensor:
-        """Weights that sum to 1 over the patches `to`, falling with the fourth power of distance."""
-        columns = self.grid[1]
-        rows_and_columns = [torch.stack([i // columns, i % columns], dim=2).float() for i in (of, to)]
-        weights = torch.cdist(*rows_and_columns) ** -4.0
-        return weights / weights.sum(dim=2, keepdim=True)
 
 
 def fresh_model(config: MAEConfig, seed: int) -> MaskedAutoencoder:

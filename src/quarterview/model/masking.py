@@ -3,6 +3,7 @@
 Every kind of mask is expressed as one *noise* value per patch, of which the lowest are kept. That
 is how the official code draws its random masks; block and grid masks become orders of preference.
 So every row keeps exactly ``keep_count`` patches, whatever the kind, and batches stay rectangular.
+Among the hidden patches the order is random, whatever the kind: the first of them are a random part.
 
 The uniform numbers come from the caller, who knows what they should depend on.
 """
@@ -42,7 +43,7 @@ def keep_count(patches: int, mask_ratio: float) -> int:
 
 def uniforms_needed(kind: MaskKind, patches: int) -> int:
     """How many uniform numbers a sample's mask takes."""
-    return patches + (_BLOCK_PROPOSALS * _DRAWS_PER_PROPOSAL if kind == "block" else 0)
+    return 2 * patches + _BLOCK_PROPOSALS * _DRAWS_PER_PROPOSAL if kind == "block" else patches
 
 
 def mask_noise(kind: MaskKind, uniforms: Tensor, grid: tuple[int, int], mask_ratio: float) -> Tensor:
@@ -60,11 +61,14 @@ def mask_noise(kind: MaskKind, uniforms: Tensor, grid: tuple[int, int], mask_rat
     patches = grid[0] * grid[1]
     if kind == "random":
         return uniforms[:, :patches]
+    kept = keep_count(patches, mask_ratio)
     if kind == "grid":
-        return grid_order(grid).to(uniforms).expand(len(uniforms), -1)
-    blocks = _block_mask(uniforms[:, patches:], grid, patches - keep_count(patches, mask_ratio))
+        hidden = grid_order(grid).to(uniforms) >= kept
+        return hidden + 0.5 * uniforms
+    blocks = _block_mask(uniforms[:, patches:-patches], grid, patches - kept)
     # The blocks never exceed the count but may fall short of it: the rest is drawn at random.
-    return blocks.to(uniforms.dtype) + 0.5 * uniforms[:, :patches]
+    hidden = mask_from_noise(blocks + 0.5 * uniforms[:, :patches], kept)
+    return hidden + 0.5 * uniforms[:, -patches:]
 
 
 def mask_from_noise(noise: Tensor, kept: int) -> Tensor:
@@ -72,6 +76,46 @@ def mask_from_noise(noise: Tensor, kept: int) -> Tensor:
     order = noise.argsort(dim=1, stable=True)
     hidden = torch.ones(noise.shape, dtype=torch.bool, device=noise.device)
     return hidden.scatter(1, order[:, :kept], False)
+
+
+def count_visible(mask: Tensor, shape: tuple[int, int]) -> int:
+    """How many patches a caller's mask leaves visible in every row.
+
+    Args:
+        mask: bool, True where hidden.
+        shape: [B, L] that it must have.
+
+    Raises:
+        ValueError: if it has another shape or type, or its rows differ, or one leaves nothing.
+    """
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise ValueError(
+            f"mask of {mask.dtype} {tuple(mask.shape)}; accepted: torch.bool {shape}, True where hidden"
+        )
+    counts = (~mask).sum(dim=1).unique().tolist()
+    if len(counts) != 1 or counts[0] == 0:
+        raise ValueError(
+            f"mask rows that leave {counts} patches visible; accepted: one count above 0 in all rows"
+        )
+    return counts[0]
+
+
+def rows_of(noise: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A caller's noise as one row for each mask: float [N, L], the masks of an image one after another.
+
+    Args:
+        noise: float [B, L], or [B, k, L] for k masks of each image.
+        shape: [B, L].
+
+    Raises:
+        ValueError: if it has another shape.
+    """
+    if noise.ndim not in (2, 3) or (noise.shape[0], noise.shape[-1]) != shape or not noise.numel():
+        raise ValueError(
+            f"noise of shape {tuple(noise.shape)}; accepted: {shape}, or ({shape[0]}, k, {shape[1]}) for k "
+            "masks of each image"
+        )
+    return noise.reshape(-1, shape[1])
 
 
 def split(mask: Tensor, kept: int) -> tuple[Tensor, Tensor]:
@@ -85,6 +129,22 @@ def split(mask: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """
     order = mask.to(torch.uint8).argsort(dim=1, stable=True)
     return order[:, :kept], order[:, kept:]
+
+
+def lowest(hidden: Tensor, noise: Tensor, share: float) -> Tensor:
+    """The share of the hidden patches that has the lowest noise, at least one of them.
+
+    Args:
+        hidden: int64 [B, K], ascending patch indices.
+        noise: float [B, L].
+        share: above 0, up to 1.
+
+    Returns:
+        int64 [B, max(1, round(share * K))], ascending.
+    """
+    count = max(1, round(share * hidden.shape[1]))
+    order = noise.gather(1, hidden).argsort(dim=1, stable=True)
+    return hidden.gather(1, order[:, :count].sort(dim=1).values)
 
 
 def grid_order(grid: tuple[int, int]) -> Tensor:

@@ -70,13 +70,33 @@ class PixelTarget(nn.Module):
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` [B, K] of x [B or 1, L, D]: [B, K, D]."""
+    """Rows `index` [N, K] of x [B, L, D]: [N, K, D].
+
+    N is a multiple of B: each image in x serves N / B lists of rows, which follow one another. So an
+    image with several masks is held once.
+    """
     if len(x) == 1:
         return x[0][index]
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+    rows = index.reshape(len(x), -1, 1).expand(-1, -1, x.shape[2])  # [B, N / B * K, D]
+    return x.gather(1, rows).view(*index.shape, x.shape[2])
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each patch: float [..., 1] twice, epsilon inside the root."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
     return mean, (variance + NORM_EPS).sqrt()
+
+
+def nearness(of: Tensor, to: Tensor, columns: int) -> Tensor:
+    """Weights that sum to 1 over the patches `to`, falling with the fourth power of distance.
+
+    Args:
+        of, to: int64 [B, K] and [B, V], patch indices that have none in common.
+        columns: of patches.
+
+    Returns:
+        float32 [B, K, V].
+    """
+    rows_and_columns = [torch.stack([i // columns, i % columns], dim=2).float() for i in (of, to)]
+    weights = torch.cdist(*rows_and_columns) ** -4.0
+    return weights / weights.sum(dim=2, keepdim=True)

@@ -150,12 +150,10 @@ class Block(nn.Module):
             scale: float [B, 2], what each sample's two branches are multiplied by: drop path.
             first: the first of the tokens that are wanted; those before it are only attended to.
         """
-        if scale is None:
-            x = x[:, first:] + self.attn(self.norm1(x), first)
-            return x + self.mlp(self.norm2(x))
-        attn_scale, mlp_scale = scale[:, :, None, None].unbind(1)  # each [B, 1, 1]
-        x = x + attn_scale * self.attn(self.norm1(x))
-        return x + mlp_scale * self.mlp(self.norm2(x))
+        branch = self.attn(self.norm1(x), first)
+        x = x[:, first:] + (branch if scale is None else scale[:, :1, None] * branch)
+        branch = self.mlp(self.norm2(x))
+        return x + (branch if scale is None else scale[:, 1:, None] * branch)
 
 
 def init_weights(module: nn.Module) -> None:
