@@ -63,7 +63,7 @@ class PackConfig:
     short_side: int | None = 256
     """Pixels that the shorter side of larger pictures is reduced to; unset keeps every picture's size."""
     encoding: Literal["raw", "jpeg"] = "raw"
-    """raw pixels are read fastest; JPEG takes a seventh of the space. Pictures that JPEG cannot hold, such
+    """raw pixels are read fastest; JPEG takes a ninth of the space. Pictures that JPEG cannot hold, such
     as those of 16 bits, are stored raw in any case."""
     quality: int = 90
     """Of --encoding jpeg: 1 to 95."""
