@@ -276,6 +276,23 @@ def test_a_crop_of_a_grey_jpeg_has_any_number_of_channels(channels):
         croppable_file(saved(photograph(40, 30), "JPEG"), channels)
 
 
+def test_what_turns_a_jpeg_or_gives_it_several_frames_is_never_overlooked():
+    turned = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"/>'
+    profile = b"\xff\xda" * 40_000  # looks like a start of scan, in two segments
+    for options in ({"xmp": turned}, {"icc_profile": profile, "xmp": turned}):
+        data = saved(photograph(30, 40), "JPEG", **options)
+        whole, image = decode(data, 3), croppable_file(data, 3)
+        assert image.size == whole.pixels.shape[1:] == (40, 30)
+        crop = image.crop((0, 0, 40, 30), (40, 30))
+        assert torch.equal(crop.pixels, whole.pixels)
+        assert crop.notes == whole.notes == ("rotated by EXIF",)
+    frames = [photograph(30, 40, seed) for seed in (0, 1)]
+    data = saved(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    crop = croppable_file(data, 3).crop((0, 0, 30, 40), (30, 40))
+    assert crop.notes == decode(data, 3).notes == ("first of several frames",)
+    assert torch.equal(crop.pixels, decode(data, 3).pixels)
+
+
 def test_what_is_no_plain_jpeg_is_cropped_from_the_whole_picture():
     for form, mode in (("PNG", "RGB"), ("PNG", "RGBA"), ("JPEG", "CMYK"), ("GIF", "P"), ("WEBP", "RGB")):
         data = saved(photograph(30, 40).convert(mode), form)
