@@ -423,3 +423,43 @@ def test_yaml_read_by_the_library_too(tmp_path):
     assert read(str(tmp_path / "c.yml")) == config
     with pytest.raises(UserError, match="unknown recipe"):
         read(str(tmp_path / "c"))
+
+
+# ---------------------------------------------------------------------- packed stores
+
+
+def test_images_are_packed_checked_and_trained_on(run, tmp_path):
+    store = tmp_path / "store"
+    code, out, _ = run(
+        *("pack", "shapes:40:size=24", "--out", store, "--short-side", 20, "--shard-size", 16),
+        *("--workers", 0),
+    )
+    assert code == 0
+    assert f"40 images in {store}" in out
+    code, out, _ = run("pack", store, "--verify")
+    assert code == 0
+    assert "is sound: 40 images" in out
+    code, _, _ = run(
+        "pretrain", "--data", store, *TINY, "--steps", 2, "--cache", "none", "--out", tmp_path / "run"
+    )
+    assert code == 0
+    (store / "00001.bin").write_bytes(bytes((store / "00001.bin").stat().st_size))
+    code, _, err = run("pack", store, "--verify")
+    assert code == 1
+    assert "damaged in 16 place(s)" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("pack shapes:40", "no folder for the packed store; accepted: --out STORE"),
+        ("pack shapes:40 --out {} --encoding png", "unknown value of --encoding: 'png'"),
+        ("pack shapes:40 --out {} --part 2/2", "part '2/2'; accepted: such as 0/4"),
+        ("pack {} --verify", "is no packed store, it holds no store.json"),
+        ("pack {} --verify --out {}", "--verify checks one packed store"),
+    ],
+)
+def test_what_cannot_be_packed_is_said(run, tmp_path, words, said):
+    code, _, err = run(*words.format(*[tmp_path / "there"] * 2).split())
+    assert code == 2
+    assert said in err

@@ -18,6 +18,7 @@ from torch import OutOfMemoryError
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from quarterview import recipes
+from quarterview.data.pack import PackConfig
 from quarterview.errors import RunError, UserError, unknown
 from quarterview.evaluate.compare import CompareConfig
 from quarterview.evaluate.doctor import DoctorConfig
@@ -221,6 +222,20 @@ class Embed(EmbedConfig):
 
 
 @dataclass(frozen=True)
+class Pack(PackConfig):
+    """Make images small once, in few files that are read fast: `quarterview pack photos --out STORE`."""
+
+    data: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA...")]
+    """Images: anything that --data of pretrain takes; with --verify, the packed store."""
+
+    def execute(self, _argv: Sequence[str]) -> int:
+        from quarterview.data.pack import pack, verify
+
+        (verify if self.verify else pack)(self, Journal())
+        return 0
+
+
+@dataclass(frozen=True)
 class Inspect:
     """Say what weights are, wherever they are from; or in what two of them differ."""
 
@@ -310,6 +325,7 @@ Command = (
     | Knn
     | Linear
     | Embed
+    | Pack
     | Look
     | Reconstruct
     | Inspect

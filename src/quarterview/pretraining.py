@@ -91,8 +91,8 @@ def pretrain(config: PretrainConfig, argv: Sequence[str] = ()) -> Run:
     """
     if config.out and not config.data:
         raise UserError(
-            "no images; accepted: --data with folders, .txt lists of paths, parquet, .npy/.npz arrays, "
-            "torchvision:NAME or shapes"
+            "no images; accepted: --data with folders, packed stores, .txt lists of paths, parquet, "
+            ".npy/.npz arrays, torchvision:NAME or shapes"
         )
 
     def build_run(site: Site) -> Trainer:

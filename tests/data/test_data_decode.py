@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from quarterview.data.decode import decode
+from quarterview.data.augment import crop_resize
+from quarterview.data.decode import _coarsest, _scaled, croppable_file, decode
 from quarterview.data.source import BadSampleError
 from quarterview.errors import UserError
 
@@ -210,3 +211,127 @@ def refused_or_a_picture(data: bytes) -> None:
         return
     assert pixels.shape[0] == 3
     assert pixels.numel() > 0
+
+
+# ---------------------------------------------------------------------- crops
+
+
+def photograph(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(random_pixels(9, 7, 3, seed=seed)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_crop_of_a_jpeg_is_that_of_the_upright_picture(orientation, mode):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(photograph(60, 90).convert(mode), "JPEG", exif=exif, quality=95)
+    whole, image = decode(data, 3), croppable_file(data, 3)
+    assert image.size == whole.pixels.shape[1:] == ((60, 90) if orientation < 5 else (90, 60))
+    for box in [(0, 0, *image.size), (10, 20, 30, 40), (5, 0, 20, 20), (31, 17, 8, 9)]:
+        crop = image.crop(box, (20, 20))
+        assert crop.notes == whole.notes
+        assert crop.pixels.shape == (3, 20, 20)
+        assert crop.pixels.dtype == torch.uint8
+        off = (crop.pixels.float() - crop_resize(whole.pixels, box, (20, 20)).float()).abs()
+        assert off.mean() < (1 if min(box[2:]) < 40 else 3)  # larger boxes are decoded at half the size
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    st.tuples(st.integers(0, 299), st.integers(0, 299), st.integers(1, 300), st.integers(1, 300)),
+)
+def test_a_crop_is_never_decoded_coarser_than_it_is_wanted(size, box):
+    top, left = min(box[0], size[0] - 1), min(box[1], size[1] - 1)
+    box = (top, left, min(box[2], size[0] - top), min(box[3], size[1] - left))
+    times = _coarsest(box, (20, 30))
+    decoded = [-(-side // times) for side in size]
+    top, left, height, width = _scaled(box, size, decoded)
+    assert 0 <= top < top + height <= decoded[0]
+    assert 0 <= left < left + width <= decoded[1]
+    if times > 1:
+        assert height >= 20
+        assert width >= 30
+    else:
+        assert (top, left, height, width) == box
+
+
+def test_a_large_photograph_is_decoded_small():
+    data = saved(photograph(640, 960), "JPEG", quality=95)
+    box = (0, 0, 640, 960)
+    crop = croppable_file(data, 3).crop(box, (64, 96)).pixels
+    off = (crop.float() - crop_resize(decode(data, 3).pixels, box, (64, 96)).float()).abs()
+    assert off.mean() < 2
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_a_crop_of_a_grey_jpeg_has_any_number_of_channels(channels):
+    data = saved(photograph(40, 30).convert("L"), "JPEG")
+    crop = croppable_file(data, channels).crop((0, 0, 20, 20), (20, 20)).pixels
+    assert torch.equal(crop, decode(data, channels).pixels[:, :20, :20])
+    with pytest.raises(UserError, match=f"{channels} channels; accepted: grey"):
+        croppable_file(saved(photograph(40, 30), "JPEG"), channels)
+
+
+def test_what_turns_a_jpeg_or_gives_it_several_frames_is_never_overlooked():
+    turned = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"/>'
+    profile = b"\xff\xda" * 40_000  # looks like a start of scan, in two segments
+    for options in ({"xmp": turned}, {"icc_profile": profile, "xmp": turned}):
+        data = saved(photograph(30, 40), "JPEG", **options)
+        whole, image = decode(data, 3), croppable_file(data, 3)
+        assert image.size == whole.pixels.shape[1:] == (40, 30)
+        crop = image.crop((0, 0, 40, 30), (40, 30))
+        assert torch.equal(crop.pixels, whole.pixels)
+        assert crop.notes == whole.notes == ("rotated by EXIF",)
+    frames = [photograph(30, 40, seed) for seed in (0, 1)]
+    data = saved(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    crop = croppable_file(data, 3).crop((0, 0, 30, 40), (30, 40))
+    assert crop.notes == decode(data, 3).notes == ("first of several frames",)
+    assert torch.equal(crop.pixels, decode(data, 3).pixels)
+
+
+def test_what_is_no_plain_jpeg_is_cropped_from_the_whole_picture():
+    for form, mode in (("PNG", "RGB"), ("PNG", "RGBA"), ("JPEG", "CMYK"), ("GIF", "P"), ("WEBP", "RGB")):
+        data = saved(photograph(30, 40).convert(mode), form)
+        whole, image = decode(data, 3), croppable_file(data, 3)
+        assert image.size == (30, 40)
+        crop = image.crop((3, 5, 20, 25), (10, 10))
+        assert crop.notes == whole.notes
+        assert torch.equal(crop.pixels, crop_resize(whole.pixels, (3, 5, 20, 25), (10, 10)))
+
+
+def test_what_is_wrong_with_a_file_is_said_alike_when_it_is_cropped():
+    whole = saved(photograph(64, 64), "JPEG")
+    cases = [
+        b"",
+        b"hello, this is text",
+        whole[: len(whole) // 2],
+        whole[:-2],
+        whole[:200],
+        png_header(9000, 9000),
+    ]
+    for data in cases:
+        said = []
+        for make in (lambda d: decode(d, 3), lambda d: croppable_file(d, 3).crop((0, 0, 8, 8), (8, 8))):
+            try:
+                make(data)
+                said.append(None)
+            except BadSampleError as error:
+                said.append(str(error))
+        assert said[0] == said[1]
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_damaged_files_are_cropped_or_are_a_bad_sample(draw):
+    data = bytearray(draw.draw(st.sampled_from(sample_files()[:2])))
+    for _ in range(draw.draw(st.integers(0, 4))):
+        data[draw.draw(st.integers(0, len(data) - 1))] = draw.draw(st.integers(0, 255))
+    try:
+        image = croppable_file(bytes(data[: draw.draw(st.integers(0, len(data)))]), 3)
+        assert image.crop((0, 0, *image.size), (4, 4)).pixels.shape == (3, 4, 4)
+    except BadSampleError:
+        return

@@ -7,13 +7,17 @@ the pixels goes unsaid. Pillow's global settings are neither read nor changed he
 
 import io
 import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from simplejpeg import decode_jpeg, decode_jpeg_header
 
 from quarterview.data import sixteen_bit
-from quarterview.data.source import BadSampleError, Picture
+from quarterview.data.augment import crop_resize
+from quarterview.data.source import BadSampleError, Croppable, Picture, Whole
 from quarterview.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -28,7 +32,10 @@ SUFFIXES = (
 MAX_PIXELS = 128_000_000
 """Larger images are refused by their header, before anything is allocated for them."""
 
+_JPEG = b"\xff\xd8\xff"
+_START_OF_SCAN, _APPLICATION_MARKERS = 0xDA, (0xE1, 0xE2)
 _ORIENTATION = 0x0112
+_ROTATED = "rotated by EXIF"
 _UPRIGHT = {
     **{2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1)},
     **{6: (False, 3), 7: (True, 3), 8: (False, 1)},
@@ -65,6 +72,103 @@ def decode(data: bytes, channels: int) -> Picture:
         raise BadSampleError(_reason(error)) from error
 
 
+def croppable_file(data: bytes, channels: int) -> Croppable:
+    """One image file, of which a crop is wanted.
+
+    JPEG files are decoded when they are cropped, at half, a quarter or an eighth of their size if the crop
+    has pixels enough there. Whatever is unusual about a file goes the way of `decode`.
+
+    Args, Raises: as of `decode`.
+    """
+    return _plain_jpeg(data, channels) or Whole(decode(data, channels))
+
+
+def _plain_jpeg(data: bytes, channels: int) -> "_JpegFile | None":
+    """A JPEG file of an accepted size that can be `channels` channels; None if anything speaks against it."""
+    if not data.startswith(_JPEG):
+        return None
+    try:
+        height, width, colours, _ = decode_jpeg_header(data)
+        height, width = int(height), int(width)
+        orientation = 1 if _is_bare_jpeg(data) else _jpeg_orientation(data)
+    except Exception:  # `decode` says what is wrong
+        return None
+    colour = {"Gray": "GRAY", "YCbCr": "RGB"}.get(colours)
+    if colour is None or (colour == "RGB" and channels != 3) or height * width > MAX_PIXELS:
+        return None
+    return _JpegFile(data, height, width, colour, orientation, channels)
+
+
+def _is_bare_jpeg(data: bytes) -> bool:
+    """Whether there is surely nothing in a JPEG file that turns it, and no second frame: a quick look."""
+    place = 2
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        if marker == _START_OF_SCAN:
+            return True
+        if marker in _APPLICATION_MARKERS and data[place + 4 : place + 8] in (b"Exif", b"http", b"MPF\0"):
+            return False
+        place += 2 + length
+    return False
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    """By Pillow's reading. Raises ValueError if the file has several frames, of which `decode` speaks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = _open(data)
+        if image.format != "JPEG":
+            raise ValueError(image.format)
+        return _orientation(image)
+
+
+class _JpegFile(NamedTuple):
+    """A JPEG file of eight bits, grey or RGB, whose header looks well."""
+
+    data: bytes
+    stored_height: int
+    stored_width: int
+    colour: str
+    orientation: int
+    channels: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        turned = _UPRIGHT.get(self.orientation, (False, 0))[1] % 2
+        sides = self.stored_height, self.stored_width
+        return sides[::-1] if turned else sides
+
+    def crop(self, box: Sequence[int], image_size: Sequence[int]) -> Picture:
+        times = _coarsest(box, image_size)
+        height, width = -(-self.stored_height // times), -(-self.stored_width // times)
+        try:  # to [H, W, 1 or 3]
+            samples = decode_jpeg(self.data, self.colour, min_height=height, min_width=width)
+        except ValueError:  # of anything odd: `decode` says what, or takes it
+            return Whole(decode(self.data, self.channels)).crop(box, image_size)
+        notes = ()
+        if self.orientation in _UPRIGHT:
+            samples, notes = _upright(samples, self.orientation), (_ROTATED,)
+        pixels = torch.from_numpy(samples).permute(2, 0, 1)
+        cropped = crop_resize(pixels, _scaled(box, self.size, pixels.shape[1:]), image_size)
+        return Picture(cropped.expand(self.channels, -1, -1), notes)
+
+
+def _coarsest(box: Sequence[int], image_size: Sequence[int]) -> int:
+    """How many times smaller an image may be decoded: 1, 2, 4 or 8."""
+    _, _, height, width = box
+    enough = (by for by in (8, 4, 2) if height // by >= image_size[0] and width // by >= image_size[1])
+    return next(enough, 1)
+
+
+def _scaled(box: Sequence[int], size: Sequence[int], decoded: Sequence[int]) -> tuple[int, int, int, int]:
+    """The box on the image as it was decoded, to its nearest pixel."""
+    (top, height), (left, width) = (
+        (start * now // full, max(1, (start + length) * now // full - start * now // full))
+        for start, length, full, now in zip(box[:2], box[2:], size, decoded, strict=True)
+    )
+    return top, left, height, width
+
+
 def from_pillow(image: Image.Image, channels: int) -> Picture:
     """A picture [channels, H, W], uint8, of an image that Pillow has already decoded to eight bits.
 
@@ -94,10 +198,9 @@ def _decode(data: bytes, channels: int) -> Picture:
         samples = _eight_bit(image)
     samples = _on_white(samples, notes)  # [H, W, 1 or 3]
     if orientation in _UPRIGHT:
-        notes.append("rotated by EXIF")
+        notes.append(_ROTATED)
         if image.format != "TIFF":  # there Pillow has done it while loading
-            mirror, turns = _UPRIGHT[orientation]
-            samples = np.rot90(samples[:, ::-1] if mirror else samples, turns)
+            samples = _upright(samples, orientation)
     return Picture(_fit(samples, channels), tuple(notes))
 
 
@@ -123,6 +226,11 @@ def _orientation(image: Image.Image) -> int:
         return image.getexif().get(_ORIENTATION, 1)
     except Exception:  # a broken EXIF block is no reason to lose the picture
         return 1
+
+
+def _upright(samples: np.ndarray, orientation: int) -> np.ndarray:
+    mirror, turns = _UPRIGHT[orientation]
+    return np.ascontiguousarray(np.rot90(samples[:, ::-1] if mirror else samples, turns))
 
 
 def _eight_bit(image: Image.Image) -> np.ndarray:

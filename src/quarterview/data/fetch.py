@@ -1,18 +1,20 @@
 """One sample of a set, or what stands in for it when it is broken."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from quarterview.data.source import BadSampleError, Picture, Source
+from quarterview.data.source import BadSampleError, Croppable, Picture, Source, croppable
 from quarterview.data.stream import SampleStream
 from quarterview.errors import RunError, UserError
 
 _REPLACEMENT_ATTEMPTS = 32
 _CHUNK = 256
+
+Made = TypeVar("Made")
 
 
 @runtime_checkable
@@ -35,26 +37,47 @@ class Report(NamedTuple):
     """What was done to it."""
 
 
-def fetch(source: Source, stream: SampleStream, sample: int, epoch: int) -> tuple[int, Picture, list[Report]]:
-    """Decode a sample, or the first of its replacements that is not broken: which, and what happened."""
-    reports: list[Report] = []
+def opened(
+    source: Source, stream: SampleStream, sample: int, epoch: int, reports: list[Report]
+) -> Iterator[tuple[int, Croppable]]:
+    """A sample, then those that stand in for it should it be broken: which, and the image, opened.
+
+    Those that cannot be opened are left out, and told in `reports`.
+
+    Raises:
+        RunError: when there are no more.
+    """
     for candidate in candidates(stream, sample, epoch):
-        picture, said = read(source, candidate)
-        reports += said
-        if picture is not None:
-            return candidate, picture, reports
-    raise AssertionError("unreachable: candidates never end quietly")
+        image = attempt(source, candidate, lambda candidate=candidate: croppable(source, candidate), reports)
+        if image is not None:
+            yield candidate, image
 
 
 def read(source: Source, sample: int) -> tuple[Picture | None, list[Report]]:
     """Decode one sample and say what happened to it; None if it is broken."""
+    reports: list[Report] = []
+    return attempt_picture(source, sample, lambda: source.image(sample), reports), reports
+
+
+def attempt_picture(
+    source: Source, sample: int, make: Callable[[], Picture], reports: list[Report]
+) -> Picture | None:
+    """The picture that `make` makes of a sample, with its notes told in `reports`; None if it is broken."""
+    picture = attempt(source, sample, make, reports)
+    if picture is not None and picture.notes:
+        reports.append(Report(sample, source.name(sample), None, picture.notes))
+    return picture
+
+
+def attempt(source: Source, sample: int, make: Callable[[], Made], reports: list[Report]) -> Made | None:
+    """What `make` makes of a sample; None if it is broken, which is told in `reports`."""
     try:
-        picture = source.image(sample)
+        return make()
     except BadSampleError as error:
-        return None, [Report(sample, source.name(sample), str(error))]
+        reports.append(Report(sample, source.name(sample), str(error)))
+        return None
     except UserError as error:
         raise UserError(f"{source.name(sample)}: {error}") from None
-    return picture, [Report(sample, source.name(sample), None, picture.notes)] if picture.notes else []
 
 
 def candidates(stream: SampleStream, sample: int, epoch: int) -> Iterator[int]:

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from quarterview.data.decode import SUFFIXES, decode
-from quarterview.data.source import BadSampleError, Picture, digest
+from quarterview.data.decode import SUFFIXES, croppable_file, decode
+from quarterview.data.source import BadSampleError, Croppable, Picture, digest
 from quarterview.errors import UserError
 
 
@@ -59,6 +59,9 @@ class FolderSource:
     def image(self, index: int) -> Picture:
         return decode(_content(self.path / self._names[index]), self.channels)
 
+    def croppable(self, index: int) -> Croppable:
+        return croppable_file(_content(self.path / self._names[index]), self.channels)
+
     def label(self, index: int) -> int | None:
         return None if self._labels is None else self._labels[index]
 
@@ -107,6 +110,9 @@ class ListSource:
 
     def image(self, index: int) -> Picture:
         return decode(_content(self.path.parent / self._names[index]), self.channels)
+
+    def croppable(self, index: int) -> Croppable:
+        return croppable_file(_content(self.path.parent / self._names[index]), self.channels)
 
     def label(self, index: int) -> int | None:
         return None if self._labels is None else self._labels[index]

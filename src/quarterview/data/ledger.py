@@ -70,9 +70,8 @@ class Ledger:
         """A sentence for each thing worth saying."""
         lines = []
         if self.broken:
-            lines.append(
-                f"{len(self.broken)} broken image(s), others take their place; listed in bad_samples.jsonl:"
-            )
+            listed = "" if self.path is None else f"; listed in {self.path.name}"
+            lines.append(f"{len(self.broken)} broken image(s), others take their place{listed}:")
             lines += [f"  {why}" for why in list(self.broken.values())[:10]]
         more = " or more" if len(self._noted) >= _NOTED_MOST else ""
         for note, count in sorted(self.converted.items()):

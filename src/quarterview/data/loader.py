@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from signal import SIG_IGN, SIGINT, SIGTERM, signal
 from typing import Any, Literal, NamedTuple
 
@@ -23,11 +24,14 @@ from quarterview.data.augment import (
     to_float,
 )
 from quarterview.data.cache import CachedSet
-from quarterview.data.fetch import Report, fetch, read_many
+from quarterview.data.fetch import Report, attempt_picture, opened, read_many
 from quarterview.data.policy import PRETRAINING, AugmentConfig, erase, randaugment
 from quarterview.data.source import Source
 from quarterview.data.stream import SampleStream
 from quarterview.errors import RunError, UserError, check_types
+
+_OPEN = 32
+"""Images that a worker holds open at a time: as encoded files, or as whole pictures."""
 
 CacheKind = Literal["auto", "device", "none"]
 
@@ -62,7 +66,8 @@ class DataConfig(LoadConfig):
     """Where images come from and how they reach the model."""
 
     data: tuple[str, ...] = ()
-    """Images: folders, .txt lists of paths, parquet, .npy/.npz arrays, torchvision:NAME, or shapes."""
+    """Images: folders, packed stores, .txt lists of paths, parquet, .npy/.npz arrays, torchvision:NAME, or
+    shapes."""
     holdout: int | None = None
     """Images never trained on, for val_loss and the panel; by default 1%, at most 512."""
 
@@ -258,19 +263,37 @@ class _StreamedSamples(Dataset):
 
     def _samples(self, positions: Sequence[int]) -> "list[_Sample]":
         epochs, ids = self.stream.at(torch.tensor(positions))
-        slots = list(zip(ids.tolist(), epochs.tolist(), strict=True))
-        fetched = [fetch(self.source, self.stream, sample, epoch) for sample, epoch in slots]
-        sizes = torch.tensor([picture.pixels.shape[1:] for _, picture, _ in fetched])
-        boxes, flips = random_crops(self.stream.seed, epochs, ids, sizes, scale=(self.augment.crop_min, 1.0))
-        return [
-            _Sample(self._augmented(picture.pixels, box, flip, *slot), *slot, shown, reports)
-            for (shown, picture, reports), box, flip, slot in zip(
-                fetched, boxes.tolist(), (flips & self.augment.flip).tolist(), slots, strict=True
-            )
-        ]
+        parts = zip(epochs.split(_OPEN), ids.split(_OPEN), strict=True)
+        return [sample for part in parts for sample in self._cropped(*part)]
 
-    def _augmented(self, pixels: Tensor, box: Sequence[int], flip: bool, sample: int, epoch: int) -> Tensor:
-        pixels = crop_resize(pixels, box, self.image_size, flip)
+    def _cropped(self, epochs: Tensor, ids: Tensor) -> "list[_Sample]":
+        """The samples int64 [B]: opened together, so that all their boxes are drawn at once."""
+        slots = list(zip(ids.tolist(), epochs.tolist(), strict=True))
+        reports: list[list[Report]] = [[] for _ in slots]
+        tries = [
+            opened(self.source, self.stream, *slot, told) for slot, told in zip(slots, reports, strict=True)
+        ]
+        images = [next(candidates) for candidates in tries]
+        samples: list[_Sample | None] = [None] * len(slots)
+        while missing := [place for place, sample in enumerate(samples) if sample is None]:
+            sizes = torch.tensor([images[place][1].size for place in missing])
+            boxes, flips = random_crops(
+                *(self.stream.seed, epochs[missing], ids[missing], sizes), scale=(self.augment.crop_min, 1.0)
+            )
+            for place, box, flip in zip(missing, boxes.tolist(), flips.tolist(), strict=True):
+                shown, image = images[place]
+                picture = attempt_picture(
+                    *(self.source, shown, partial(image.crop, box, self.image_size), reports[place])
+                )
+                if picture is None:  # what had opened well could not be decoded
+                    images[place] = next(tries[place])
+                else:
+                    pixels = self._augmented(picture.pixels, flip and self.augment.flip, *slots[place])
+                    samples[place] = _Sample(pixels, *slots[place], shown, reports[place])
+        return [sample for sample in samples if sample is not None]
+
+    def _augmented(self, pixels: Tensor, flip: bool, sample: int, epoch: int) -> Tensor:
+        pixels = pixels.flip(2) if flip else pixels
         policy = self.augment.randaugment
         if policy is None:
             return pixels

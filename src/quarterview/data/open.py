@@ -7,6 +7,7 @@ from pathlib import Path
 from quarterview.data.arrays import ArraySource
 from quarterview.data.decode import SUFFIXES
 from quarterview.data.folder import FolderSource, ListSource
+from quarterview.data.packed import PackedSource, is_store
 from quarterview.data.parquet import ParquetSource
 from quarterview.data.shapes import ShapesSource
 from quarterview.data.source import Concatenated, Source
@@ -14,8 +15,8 @@ from quarterview.data.torchvision_sets import TorchvisionSource
 from quarterview.errors import UserError, unknown
 
 ACCEPTED = (
-    "a folder of images or of Parquet files, a .parquet file or a glob of them, .npy, .npz, a .txt or .lst "
-    "list of image files, torchvision:NAME[:SPLIT], shapes[:COUNT][:seed=S][:size=PIXELS]"
+    "a folder of images or of Parquet files, a packed store, a .parquet file or a glob of them, .npy, .npz, "
+    "a .txt or .lst list of image files, torchvision:NAME[:SPLIT], shapes[:COUNT][:seed=S][:size=PIXELS]"
 )
 """Everything that `open_source` understands, for messages and help."""
 
@@ -60,6 +61,8 @@ def open_source(spec: str, channels: int) -> Source:
             raise UserError(f"cannot read {spec!r}; accepted: torchvision:NAME or torchvision:NAME:SPLIT")
         return TorchvisionSource(details[0], channels, *details[1:])
     path = Path(spec).expanduser()
+    if is_store(path):
+        return PackedSource(path, channels)
     if path.is_dir():
         return ParquetSource(path, channels) if _is_parquet(path) else FolderSource(path, channels)
     suffix = path.suffix.lower()

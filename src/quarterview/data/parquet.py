@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from quarterview.data.decode import decode
-from quarterview.data.source import BadSampleError, Picture, digest
+from quarterview.data.decode import croppable_file, decode
+from quarterview.data.source import BadSampleError, Croppable, Picture, digest
 from quarterview.errors import UserError
 
 _IMAGE_NAMES = ("image", "img")
@@ -61,6 +61,12 @@ class ParquetSource:
         self.__dict__ = state | {"_reading": threading.Lock()}
 
     def image(self, index: int) -> Picture:
+        return decode(self._file(index), self.channels)
+
+    def croppable(self, index: int) -> Croppable:
+        return croppable_file(self._file(index), self.channels)
+
+    def _file(self, index: int) -> bytes:
         with self._reading:
             if self._images is None:
                 self._images = self._column(self._image_column)
@@ -68,7 +74,7 @@ class ParquetSource:
         data = value.get("bytes") if isinstance(value, dict) else value
         if data is None:
             raise BadSampleError("the row holds no image")
-        return decode(data, self.channels)
+        return data
 
     def label(self, index: int) -> int | None:
         if self._label_column is None:

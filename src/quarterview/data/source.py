@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from quarterview.data.augment import crop_resize
 from quarterview.errors import UserError
 
 
@@ -52,6 +53,52 @@ class Source(Protocol):
         ...
 
 
+class Croppable(Protocol):
+    """One image, of which a part may be had for less than the whole."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the whole picture."""
+        ...
+
+    def crop(self, box: Sequence[int], image_size: Sequence[int]) -> Picture:
+        """The part in `box` (top, left, height, width), resized to [C, *image_size].
+
+        It may be made of a smaller copy of the image, if the box has at least `image_size` pixels in
+        it; so its pixels may differ a little from those of the whole picture. Raises BadSampleError if
+        the image turns out to be unusable.
+        """
+        ...
+
+
+class CropSource(Protocol):
+    """A source that may offer this where crops are cheaper than whole pictures; nothing else differs."""
+
+    def croppable(self, index: int) -> Croppable:
+        """Open image `index`. Raises what `image` does, here or when it is cropped."""
+        ...
+
+
+class Whole(NamedTuple):
+    """A picture that is there already, to be cropped."""
+
+    picture: Picture
+
+    @property
+    def size(self) -> tuple[int, int]:
+        _, height, width = self.picture.pixels.shape
+        return height, width
+
+    def crop(self, box: Sequence[int], image_size: Sequence[int]) -> Picture:
+        return self.picture._replace(pixels=crop_resize(self.picture.pixels, box, image_size))
+
+
+def croppable(source: Source, index: int) -> Croppable:
+    """Image `index` to be cropped, in the cheapest way that its source knows."""
+    own = getattr(source, "croppable", None)  # isinstance would take longer than some crops' decoding
+    return Whole(source.image(index)) if own is None else own(index)
+
+
 class Concatenated:
     """Several sources, one after the other."""
 
@@ -79,6 +126,10 @@ class Concatenated:
     def image(self, index: int) -> Picture:
         part, inner = self._find(index)
         return part.image(inner)
+
+    def croppable(self, index: int) -> Croppable:
+        part, inner = self._find(index)
+        return croppable(part, inner)
 
     def label(self, index: int) -> int | None:
         if self._mixed:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quarterview.data.fetch import BulkSource
-from quarterview.data.source import Picture, Source, digest
+from quarterview.data.source import Croppable, Picture, Source, croppable, digest
 
 
 class Subset:
@@ -20,6 +20,9 @@ class Subset:
 
     def image(self, index: int) -> Picture:
         return self.source.image(self.ids[index])
+
+    def croppable(self, index: int) -> Croppable:
+        return croppable(self.source, self.ids[index])
 
     def label(self, index: int) -> int | None:
         return self.source.label(self.ids[index])

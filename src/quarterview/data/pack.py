@@ -1,0 +1,425 @@
+"""Write a packed store, by as many processes and machines as there are, to the same bytes.
+
+Where a shard begins and what it holds depends on the source and the settings alone. Its files are written
+under other names, synced, and renamed; the last of them says that it is whole. So writers need not know of
+one another: whoever was interrupted goes on with the shards that are missing, and whoever finds all of them
+there completes ``store.json``.
+"""
+
+import io
+import json
+import os
+import socket
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, signal
+from typing import Any, BinaryIO, Literal, Protocol
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from quarterview.data.augment import crop_resize
+from quarterview.data.fetch import Report, read
+from quarterview.data.ledger import Ledger
+from quarterview.data.loader import LoadConfig
+from quarterview.data.open import open_sources
+from quarterview.data.packed import (
+    BROKEN,
+    FLOAT32,
+    FORMAT,
+    INDEX,
+    JPEG,
+    RECORD,
+    UINT8,
+    Shard,
+    Store,
+    blake2b,
+    damage,
+    read_record,
+    read_store,
+    shard_ranges,
+)
+from quarterview.data.source import Source
+from quarterview.errors import RunError, UserError, check_types
+
+_SHOWN = 10
+_JPEG_SIDE = 65_500  # pixels that JPEG can count
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """What is packed, and how."""
+
+    data: tuple[str, ...]
+    """Images: anything that --data of pretrain takes; with --verify, the packed store."""
+    out: str = ""
+    """The folder to write; the same command goes on with one that was interrupted."""
+    short_side: int | None = 256
+    """Pixels that the shorter side of larger pictures is reduced to; unset keeps every picture's size."""
+    encoding: Literal["raw", "jpeg"] = "raw"
+    """raw pixels are read fastest; JPEG takes a ninth of the space. Pictures that JPEG cannot hold, such
+    as those of 16 bits, are stored raw in any case."""
+    quality: int = 90
+    """Of --encoding jpeg: 1 to 95."""
+    shard_size: int = 1024
+    """Images in a shard."""
+    in_chans: int = 3
+    """Channels of the pictures; a store of 1 can be read as any number."""
+    part: str = "0/1"
+    """Which share of the shards to write, such as 0/4 on the first of four machines."""
+    workers: int | None = None
+    """Processes that write shards; by default one a core, eight at most. 0 writes in the main process."""
+    max_bad_samples: float = 0.01
+    """Share of broken images above which packing stops. Broken images are recorded, and keep their place."""
+    verify: bool = False
+    """Check every checksum of a packed store, and write nothing."""
+
+    def __post_init__(self) -> None:
+        check_types(self, PackConfig)
+        for name, least in (("short_side", 1), ("shard_size", 1), ("in_chans", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name} {value}; accepted: {least} or more")
+        if not 1 <= self.quality <= 95:
+            raise UserError(f"quality {self.quality}; accepted: 1 to 95")
+        LoadConfig(workers=self.workers, max_bad_samples=self.max_bad_samples)
+        self.share(0)
+
+    def share(self, shards: int) -> range:
+        """The numbers of the shards that this part writes, of all."""
+        number, slash, parts = self.part.partition("/")
+        if not (slash and number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
+            raise UserError(f"part {self.part!r}; accepted: such as 0/4, for the first of four parts")
+        return range(int(number), shards, int(parts))
+
+
+class Journal(Protocol):
+    """Where is said what happens."""
+
+    def say(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+    def start_progress(self, steps: int, done: int) -> None: ...
+    def advance(self, step: int) -> None: ...
+    def close(self) -> None: ...
+
+
+def pack(config: PackConfig, journal: Journal) -> bool:
+    """Write a packed store, or one part of it, or what is missing of it.
+
+    Returns:
+        Whether the store is complete.
+
+    Raises:
+        UserError: if the folder holds anything else, or a store of other images or by other settings.
+        RunError: if too many of the images are broken.
+    """
+    if not config.out:
+        raise UserError("no folder for the packed store; accepted: --out STORE")
+    folder = Path(config.out)
+    source = open_sources(config.data, config.in_chans)
+    settings = settings_of(config, source)
+    begin(folder, settings)
+    ledger = Ledger(None, len(source), config.max_bad_samples)
+    mine = config.share(len(list(shard_ranges(len(source), config.shard_size))))
+    workers = LoadConfig(workers=config.workers).threads
+    journal.start_progress(len(mine), 0)
+    try:
+        for done, reports in enumerate(_ensured(_Shards(source, folder, config), mine, workers), 1):
+            for report in reports:
+                ledger(report)
+            journal.advance(done)
+    finally:
+        journal.close()
+    return finish(folder, settings, source, ledger, journal)
+
+
+def verify(config: PackConfig, journal: Journal) -> None:
+    """Compare every image and index of a packed store with its checksum.
+
+    Raises:
+        UserError: if the folder is no complete store, or an index is damaged.
+        RunError: if an image is damaged.
+    """
+    if len(config.data) != 1 or config.out:
+        raise UserError("--verify checks one packed store: quarterview pack STORE --verify")
+    folder = Path(config.data[0])
+    store = read_store(folder)
+    wrong: list[str] = []
+    journal.start_progress(len(store.shards), 0)
+    try:
+        for number, shard in enumerate(store.shards):
+            wrong += damage(folder, number, shard, store)
+            journal.advance(number + 1)
+    finally:
+        journal.close()
+    if wrong:
+        listed = "\n".join(f"  {what}" for what in wrong[:_SHOWN])
+        raise RunError(
+            f"{folder} is damaged in {len(wrong)} place(s):\n{listed}\nThe `quarterview pack` that wrote it "
+            "once more writes the damaged shards anew."
+        )
+    broken = sum(shard.broken for shard in store.shards)
+    journal.say(f"{folder} is sound: {store.images} images, {broken} of them broken when they were packed")
+
+
+# ---------------------------------------------------------------------- the folder
+
+
+def settings_of(config: PackConfig, source: Source) -> dict[str, Any]:
+    """All that the bytes of a store depend on."""
+    return {
+        "source": source.fingerprint(),
+        "images": len(source),
+        "channels": config.in_chans,
+        "shard_size": config.shard_size,
+        "short_side": config.short_side,
+        "encoding": config.encoding,
+        "quality": config.quality if config.encoding == "jpeg" else None,
+        **{name: version(name) for name in ("torch", "pillow")},
+    }
+
+
+def begin(folder: Path, settings: dict[str, Any]) -> None:
+    """Note the settings in a new folder, or compare them with those that an old one was begun with.
+
+    Raises:
+        UserError: if the folder holds other things, or a store of other images or by other settings.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--out {folder} is a file, or lies in one; accepted: a folder") from None
+    if not (folder / RECORD).exists():
+        strange = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        if strange:
+            raise UserError(
+                f"--out {folder} holds other things, such as {strange[0]}; accepted: a new or empty folder, "
+                "or a packed store of the same images to go on with"
+            )
+        with _written(folder / RECORD) as file:
+            file.write(_as_text({"format": FORMAT, "complete": False, "settings": settings}))
+        return
+    before = read_record(folder).get("settings")
+    before = before if isinstance(before, dict) else {}
+    different = [
+        f"{name} {before.get(name)} there, {value} here"
+        for name, value in settings.items()
+        if before.get(name) != value
+    ]
+    if different:
+        raise UserError(
+            f"--out {folder} holds another packed store: {'; '.join(different)}; accepted: the same images "
+            "and settings, or another folder"
+        )
+
+
+def finish(folder: Path, settings: dict[str, Any], source: Source, ledger: Ledger, journal: Journal) -> bool:
+    """Complete ``store.json`` if every shard is there, whoever wrote it; and say how things stand."""
+    ranges = list(shard_ranges(settings["images"], settings["shard_size"]))
+    shards = [sealed(folder, number) for number in range(len(ranges))]
+    there = [shard for shard in shards if shard is not None]
+    for line in ledger.summary():
+        journal.warn(line)
+    if len(there) < len(shards):
+        journal.say(f"{len(there)} of {len(shards)} shards are in {folder}; the last part completes it")
+        return False
+    broken = sum(shard.broken for shard in there)
+    if broken > ledger.limit * len(source):
+        raise RunError(
+            f"{broken} of {len(source)} images are broken, which is more than the {ledger.limit:.2%} that "
+            "--max-bad-samples allows; their names and the reasons are in the .jsonl files of the shards"
+        )
+    record = {
+        "format": FORMAT,
+        "complete": True,
+        "settings": settings,
+        "classes": None if source.classes is None else list(source.classes),
+        "broken": broken,
+        "shards": [shard._asdict() for shard in there],
+    }
+    for stale in folder.glob(".*.partial"):  # of writers that were killed
+        stale.unlink(missing_ok=True)
+    with _written(folder / RECORD) as file:
+        file.write(_as_text(record))
+    size = sum(shard.bin_bytes for shard in there) / 2**20
+    journal.say(f"{len(source)} images in {folder}, {size:.0f} MiB; --data {folder} reads them")
+    return True
+
+
+def _as_text(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, indent=1) + "\n").encode()
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[BinaryIO]:
+    """A file to fill, which is there whole or not at all, whoever else writes it too."""
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+# ---------------------------------------------------------------------- a shard
+
+
+class _Shards(Dataset):
+    """Makes sure of a shard, in a worker: what happened to its images."""
+
+    def __init__(self, source: Source, folder: Path, config: PackConfig) -> None:
+        self.source, self.folder, self.config = source, folder, config
+        classes = None if source.classes is None else list(source.classes)
+        self.store = Store(len(source), config.in_chans, config.shard_size, classes, [])
+
+    def __getitem__(self, index: int) -> list[Report] | Exception:
+        start = index * self.config.shard_size
+        ids = range(start, min(start + self.config.shard_size, len(self.source)))
+        try:
+            if not _is_whole(self.folder, index, self.store):
+                write_shard(self.folder, index, self.source, ids, self.config)
+            return _reports(self.folder, index, ids)
+        except (UserError, RunError, OSError) as error:  # raised in the main process, where it is told well
+            return error
+
+
+def _ensured(shards: _Shards, numbers: range, workers: int) -> Iterator[list[Report]]:
+    """What happened to the images of each shard, all of which are there when this ends."""
+    loader = DataLoader(
+        shards,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=min(workers, len(numbers)),
+        collate_fn=_as_it_is,
+        worker_init_fn=_ignore_interrupt,
+    )
+    found: Any = iter(loader)
+    try:
+        for reports in found:
+            if isinstance(reports, Exception):
+                raise reports
+            yield reports
+    finally:
+        if loader.num_workers:
+            found._shutdown_workers()
+
+
+def _as_it_is(reports: list[Report] | Exception) -> list[Report] | Exception:
+    return reports
+
+
+def _ignore_interrupt(_worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one ends the others."""
+    signal(SIGINT, SIG_IGN)
+    signal(SIGTERM, SIG_DFL)
+
+
+def write_shard(folder: Path, number: int, source: Source, ids: range, config: PackConfig) -> None:
+    """Read the images `ids` and write them as one shard."""
+    stem = folder / f"{number:05d}"
+    rows = np.zeros(len(ids), INDEX)
+    lines = io.BytesIO()
+    with _written(stem.with_suffix(".bin")) as images:
+        for row, sample in zip(rows, ids, strict=True):
+            data, fields, said = _packed(source, sample, config)
+            line = json.dumps(said).encode() + b"\n"
+            fields |= {"offset": images.tell(), "length": len(data), "checksum": zlib.crc32(data)}
+            fields |= {"line": lines.tell(), "line_length": len(line)}
+            for name, value in fields.items():
+                row[name] = value
+            images.write(data)
+            lines.write(line)
+        size = images.tell()
+    index = io.BytesIO()
+    np.save(index, rows, allow_pickle=False)
+    shard = Shard(
+        images=len(ids),
+        broken=int((rows["encoding"] == BROKEN).sum()),
+        bin_bytes=size,
+        jsonl_bytes=lines.tell(),
+        npy_blake2b=blake2b(index.getvalue()),
+        jsonl_blake2b=blake2b(lines.getvalue()),
+    )
+    contents = {".npy": index.getvalue(), ".jsonl": lines.getvalue(), ".json": _as_text(shard._asdict())}
+    for suffix, content in contents.items():  # the last one says that the others are there
+        with _written(stem.with_suffix(suffix)) as file:
+            file.write(content)
+
+
+def _packed(source: Source, sample: int, config: PackConfig) -> tuple[bytes, dict[str, int], dict[str, Any]]:
+    """The bytes of an image, what its row says of it, and what its line says."""
+    picture, reports = read(source, sample)
+    label = source.label(sample)
+    fields = {"label": -1 if label is None else label}
+    said: dict[str, Any] = {"name": source.name(sample)}
+    if picture is None:
+        return b"", fields, said | {"broken": reports[-1].broken}
+    pixels = reduced(picture.pixels, config.short_side)
+    encoding, data = encoded(pixels, config)
+    fields |= {"height": pixels.shape[1], "width": pixels.shape[2], "encoding": encoding}
+    if picture.notes:
+        return data, fields | {"noted": 1}, said | {"notes": picture.notes}
+    return data, fields, said
+
+
+def reduced(pixels: Tensor, short_side: int | None) -> Tensor:
+    """An image [C, H, W] whose shorter side is at most `short_side`."""
+    height, width = pixels.shape[1:]
+    if short_side is None or min(height, width) <= short_side:
+        return pixels
+    scale = short_side / min(height, width)
+    return crop_resize(pixels, (0, 0, height, width), (round(height * scale), round(width * scale)))
+
+
+def encoded(pixels: Tensor, config: PackConfig) -> tuple[int, bytes]:
+    """How an image [C, H, W] is stored, and its bytes."""
+    samples = pixels.permute(1, 2, 0).contiguous().numpy()
+    height, width, channels = samples.shape
+    if samples.dtype != np.uint8:
+        return FLOAT32, samples.astype("<f4").tobytes()
+    if config.encoding == "raw" or channels not in (1, 3) or max(height, width) > _JPEG_SIDE:
+        return UINT8, samples.tobytes()
+    file = io.BytesIO()
+    Image.fromarray(samples if channels == 3 else samples[..., 0]).save(file, "JPEG", quality=config.quality)
+    return JPEG, file.getvalue()
+
+
+def sealed(folder: Path, number: int) -> Shard | None:
+    """What a shard that was finished says of itself; None if it is not there, or was cut short."""
+    try:
+        return Shard(**json.loads((folder / f"{number:05d}.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _is_whole(folder: Path, number: int, store: Store) -> bool:
+    shard = sealed(folder, number)
+    try:
+        return shard is not None and not damage(folder, number, shard, store)
+    except (UserError, OSError):
+        return False
+
+
+def _reports(folder: Path, number: int, ids: range) -> list[Report]:
+    """What a shard says of its images that were broken or converted."""
+    lines = map(json.loads, (folder / f"{number:05d}.jsonl").read_bytes().splitlines())
+    return [
+        Report(sample, line["name"], line.get("broken"), tuple(line.get("notes", ())))
+        for sample, line in zip(ids, lines, strict=True)
+        if "broken" in line or "notes" in line
+    ]

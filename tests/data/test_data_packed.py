@@ -1,0 +1,509 @@
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from quarterview.data.augment import crop_resize
+from quarterview.data.decode import decode
+from quarterview.data.loader import Loader
+from quarterview.data.open import open_source, open_sources
+from quarterview.data.pack import PackConfig, pack, reduced, verify
+from quarterview.data.packed import INDEX, RECORD, PackedSource
+from quarterview.data.source import BadSampleError, croppable
+from quarterview.data.stream import SampleStream
+from quarterview.errors import RunError, UserError
+from quarterview.train.journal import Journal
+
+CPU = torch.device("cpu")
+
+
+def smooth(height: int, width: int, seed: int) -> np.ndarray:
+    """A picture of few colours: uint8 [height, width, 3]."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Eleven photographs of two classes: large and small, lying and standing, turned, CMYK, and broken."""
+    folder = tmp_path_factory.mktemp("photos")
+    sizes = [
+        (60, 80),
+        (80, 60),
+        (20, 30),
+        (40, 41),
+        (9, 9),
+        (33, 64),
+        (64, 33),
+        (48, 48),
+        (40, 90),
+        (100, 45),
+    ]
+    for number, (height, width) in enumerate(sizes):
+        path = folder / ("cat", "dog")[number % 2] / f"{number}.{'png' if number % 3 else 'jpg'}"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(smooth(height, width, number)).save(path, quality=95)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(smooth(50, 70, 10)).save(folder / "dog" / "turned.jpg", exif=exif, quality=95)
+    Image.fromarray(smooth(50, 70, 11)).convert("CMYK").save(folder / "dog" / "print.jpg", quality=95)
+    (folder / "dog" / "1.png").write_bytes(b"no image at all")
+    return folder
+
+
+def packed(data, out, **options) -> PackedSource:
+    options = {"short_side": 32, "shard_size": 5, "workers": 0, "max_bad_samples": 0.2} | options
+    assert pack(PackConfig(data=(str(data),), out=str(out), **options), Journal())
+    return PackedSource(out, options.get("in_chans", 3))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def readable(source) -> list[int]:
+    found = []
+    for index in range(len(source)):
+        try:
+            source.image(index)
+        except BadSampleError:
+            continue
+        found.append(index)
+    return found
+
+
+# ---------------------------------------------------------------------- what comes back
+
+
+@pytest.mark.parametrize("encoding", ["raw", "jpeg"])
+def test_what_was_packed_comes_back(photos, tmp_path, encoding):
+    source = open_source(str(photos), 3)
+    store = open_source(str(_out(photos, tmp_path, encoding=encoding)), 3)
+    assert isinstance(store, PackedSource)
+    assert len(store) == len(source) == 12
+    assert store.classes == source.classes == ["cat", "dog"]
+    assert [store.label(i) for i in range(12)] == [source.label(i) for i in range(12)]
+    assert [store.name(i) for i in range(12)] == [source.name(i) for i in range(12)]
+    assert len(readable(store)) == 11
+    for index in readable(store):
+        wanted, found = source.image(index), store.image(index)
+        pixels = reduced(wanted.pixels, 32)
+        assert min(pixels.shape[1:]) <= 32
+        assert found.notes == wanted.notes
+        assert found.pixels.is_contiguous()
+        if encoding == "jpeg":
+            file = io.BytesIO()
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=90)
+            pixels = decode(file.getvalue(), 3).pixels
+        assert torch.equal(found.pixels, pixels)
+    assert {note for i in readable(store) for note in store.image(i).notes} == {
+        "rotated by EXIF",
+        "CMYK converted to RGB",
+    }
+
+
+def _out(photos, tmp_path, **options) -> Path:
+    packed(photos, tmp_path / "store", **options)
+    return tmp_path / "store"
+
+
+def test_small_pictures_are_not_enlarged_and_large_ones_keep_their_shape():
+    assert reduced(torch.zeros(3, 20, 31), 32).shape == (3, 20, 31)
+    assert reduced(torch.zeros(3, 64, 128), 32).shape == (3, 32, 64)
+    assert reduced(torch.zeros(3, 300, 100), 32).shape == (3, 96, 32)
+    assert reduced(torch.zeros(3, 300, 100), None).shape == (3, 300, 100)
+
+
+def test_a_broken_image_says_why_and_keeps_its_place(photos, tmp_path):
+    source, store = open_source(str(photos), 3), packed(photos, tmp_path / "store")
+    (index,) = set(range(12)) - set(readable(store))
+    assert source.name(index) == store.name(index) == "dog/1.png"
+    for read in (store.image, store.croppable):
+        with pytest.raises(BadSampleError, match="not a readable image; accepted formats"):
+            read(index)
+    with pytest.raises(IndexError):
+        store.image(12)
+
+
+def test_too_many_broken_images_stop_packing(photos, tmp_path):
+    with pytest.raises(RunError, match=r"1 of 12 images are broken.*--max-bad-samples"):
+        packed(photos, tmp_path / "store", max_bad_samples=0.01)
+    with pytest.raises(UserError, match="is not complete; accepted: the `quarterview pack` that began it"):
+        open_source(str(tmp_path / "store"), 3)
+    assert len(packed(photos, tmp_path / "store")) == 12  # goes on, as more are allowed now
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("encoding", ["raw", "jpeg"])
+def test_arrays_of_any_channels_and_depth(tmp_path, channels, kind, encoding):
+    values = np.random.default_rng(0).integers(0, 256, (7, 40, 50, channels)).astype(kind)
+    np.savez(
+        tmp_path / "x.npz", images=values if kind != np.float32 else values / 255, labels=np.arange(7) % 3
+    )
+    source = open_source(str(tmp_path / "x.npz"), channels)
+    store = packed(tmp_path / "x.npz", tmp_path / "store", in_chans=channels, encoding=encoding)
+    assert [store.label(i) for i in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+    assert store.classes is None
+    for index in range(7):
+        wanted, found = reduced(source.image(index).pixels, 32), store.image(index).pixels
+        assert found.dtype == wanted.dtype
+        if encoding == "jpeg" and channels == 1 and kind == np.uint8:
+            assert found.shape == wanted.shape  # noise: nothing that JPEG keeps
+        else:
+            assert torch.equal(found, wanted)
+
+
+def test_a_grey_store_is_read_as_any_number_of_channels(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (3, 20, 30), dtype=np.uint8))
+    for encoding in ("raw", "jpeg"):
+        grey = packed(tmp_path / "x.npy", tmp_path / encoding, in_chans=1, encoding=encoding)
+        wide = PackedSource(tmp_path / encoding, 4)
+        for index in range(3):
+            assert torch.equal(wide.image(index).pixels, grey.image(index).pixels.expand(4, -1, -1))
+            crops = [croppable(s, index).crop((3, 4, 12, 20), (8, 8)).pixels for s in (grey, wide)]
+            assert torch.equal(crops[1], crops[0].expand(4, -1, -1))
+
+
+def test_other_channels_are_refused(photos, tmp_path):
+    packed(photos, tmp_path / "store")
+    with pytest.raises(UserError, match="images of 3 channels, not 5; accepted: --in-chans 3"):
+        open_source(str(tmp_path / "store"), 5)
+
+
+# ---------------------------------------------------------------------- random access
+
+
+@settings(max_examples=12)
+@given(shard_size=st.integers(1, 14), order=st.permutations(range(12)))
+def test_any_shard_size_and_any_order_give_the_same_images(photos, tmp_path_factory, shard_size, order):
+    source = open_source(str(photos), 3)
+    store = packed(photos, tmp_path_factory.mktemp("store"), shard_size=shard_size)
+    for index in order:
+        try:
+            wanted = reduced(source.image(index).pixels, 32)
+        except BadSampleError:
+            continue
+        assert torch.equal(store.image(index).pixels, wanted)
+        assert store.name(index) == source.name(index)
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_a_crop_of_raw_pixels_is_that_of_the_whole_picture(stores, draw):
+    store = pickle.loads(pickle.dumps(stores["raw"])) if draw.draw(st.booleans()) else stores["raw"]
+    index = draw.draw(st.sampled_from(readable(stores["raw"])))
+    image = croppable(store, index)
+    whole = stores["raw"].image(index)
+    height, width = image.size
+    assert (height, width) == whole.pixels.shape[1:]
+    top, left = draw.draw(st.integers(0, height - 1)), draw.draw(st.integers(0, width - 1))
+    box = (top, left, draw.draw(st.integers(1, height - top)), draw.draw(st.integers(1, width - left)))
+    size = draw.draw(st.sampled_from([(16, 16), (8, 24), (40, 40)]))
+    crop = image.crop(box, size)
+    assert torch.equal(crop.pixels, crop_resize(whole.pixels, box, size))
+    assert crop.notes == whole.notes
+
+
+@pytest.fixture(scope="module")
+def stores(photos, tmp_path_factory) -> dict[str, PackedSource]:
+    return {
+        encoding: packed(photos, tmp_path_factory.mktemp(encoding), encoding=encoding)
+        for encoding in ("raw", "jpeg")
+    }
+
+
+@pytest.mark.parametrize("encoding", ["raw", "jpeg"])
+def test_any_number_of_workers_makes_the_same_batches(stores, encoding):
+    def batches(workers: int):
+        stream = SampleStream(12, 0, 3)
+        mean, std = (0.5,) * 3, (0.2,) * 3
+        told = []
+        loader = Loader(stores[encoding], stream, (16, 16), mean, std, CPU, workers, None, told.append)
+        return list(loader.batches([range(i, i + 8) for i in range(0, 40, 8)])), set(told)
+
+    expected, told = batches(0)
+    assert {report.name for report in told if report.broken} == {"dog/1.png"}
+    for workers in (1, 2):
+        found, again = batches(workers)
+        assert again == told
+        for one, two in zip(expected, found, strict=True):
+            assert torch.equal(one.images, two.images)
+            assert torch.equal(one.ids, two.ids)
+
+
+# ---------------------------------------------------------------------- many writers, one store
+
+
+@pytest.mark.parametrize("encoding", ["raw", "jpeg"])
+def test_any_number_of_writers_makes_the_same_bytes(photos, tmp_path, encoding):
+    for workers in (0, 1, 2):
+        packed(photos, tmp_path / str(workers), workers=workers, encoding=encoding)
+    expected = contents(tmp_path / "0")
+    assert sorted(expected) == [
+        *(f"{i:05d}.{suffix}" for i in range(3) for suffix in ("bin", "json", "jsonl", "npy")),
+        RECORD,
+    ]
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == expected
+
+
+def test_parts_make_the_same_store_in_any_order(photos, tmp_path):
+    packed(photos, tmp_path / "whole")
+    config = {"data": (str(photos),), "out": str(tmp_path / "parts"), "short_side": 32, "shard_size": 5}
+    config |= {"workers": 0, "max_bad_samples": 0.2}
+    assert not pack(PackConfig(**config, part="1/2"), Journal())
+    with pytest.raises(UserError, match="not complete"):
+        PackedSource(tmp_path / "parts", 3)
+    assert not pack(PackConfig(**config, part="1/2"), Journal())  # once more changes nothing
+    assert pack(PackConfig(**config, part="0/2"), Journal())
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert pack(PackConfig(**config, part="7/9"), Journal())  # nothing to do
+
+
+def test_a_killed_writer_is_gone_on_with(tmp_path):
+    """A real process, really killed, and more than once."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (120, 90, 90, 3), dtype=np.uint8))
+    packed(tmp_path / "x.npy", tmp_path / "whole", shard_size=8, short_side=64)
+    store = tmp_path / "killed"
+    command = [sys.executable, "-m", "quarterview", "pack", str(tmp_path / "x.npy"), "--out", str(store)]
+    command += ["--shard-size", "8", "--short-side", "64", "--workers", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for already in (1, 6):
+        writer = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+        while len(list(store.glob("*.json"))) < 1 + already and writer.poll() is None:
+            time.sleep(0.001)
+        os.killpg(writer.pid, signal.SIGKILL)
+        writer.wait()
+        assert not json.loads((store / RECORD).read_text())["complete"]
+    (store / ".00003.bin.elsewhere-1.partial").write_bytes(b"cut short")
+    untouched = {path: path.stat().st_mtime_ns for path in store.glob("*.bin")}
+    subprocess.run(command, env=environment, check=True, timeout=600)
+    assert contents(store) == contents(tmp_path / "whole")
+    assert all(path.stat().st_mtime_ns == written for path, written in untouched.items() if _sealed(path))
+    assert len(untouched) >= 6
+
+
+def _sealed(path: Path) -> bool:
+    return path.with_suffix(".json").stat().st_mtime_ns - path.stat().st_mtime_ns < 1_000_000_000
+
+
+def test_another_source_or_setting_is_refused_by_name(photos, tmp_path):
+    packed(photos, tmp_path / "store")
+    for options, said in (
+        ({"short_side": 48}, "short_side 32 there, 48 here"),
+        ({"encoding": "jpeg"}, "encoding raw there, jpeg here; quality None there, 90 here"),
+        ({"shard_size": 6}, "shard_size 5 there, 6 here"),
+    ):
+        with pytest.raises(UserError, match=f"another packed store: {said}; accepted: the same images"):
+            packed(photos, tmp_path / "store", **options)
+    np.save(tmp_path / "x.npy", np.zeros((12, 40, 40, 3), np.uint8))
+    with pytest.raises(UserError, match=r"source .* there, .* here"):
+        packed(tmp_path / "x.npy", tmp_path / "store")
+    with pytest.raises(UserError, match=r"holds other things, such as cat; accepted: a new or empty folder"):
+        packed(photos, photos)
+    with pytest.raises(UserError, match="is a file, or lies in one"):
+        packed(photos, tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"part": "4/4"}, "part '4/4'; accepted: such as 0/4"),
+        ({"part": "one"}, "part 'one'; accepted"),
+        ({"short_side": 0}, "short_side 0; accepted: 1 or more"),
+        ({"quality": 100}, "quality 100; accepted: 1 to 95"),
+        ({"encoding": "png"}, "unknown encoding 'png'; accepted: raw, jpeg"),
+        ({"workers": -1}, "-1 workers"),
+    ],
+)
+def test_wrong_settings_are_refused(options, said):
+    with pytest.raises(UserError, match=said):
+        PackConfig(data=("x",), out="y", **options)
+
+
+# ---------------------------------------------------------------------- damage and hostility
+
+
+@pytest.fixture
+def store(photos, tmp_path) -> Path:
+    packed(photos, tmp_path / "store")
+    return tmp_path / "store"
+
+
+def test_a_damaged_image_is_a_bad_sample_and_is_found_by_verify(photos, store):
+    verify(PackConfig(data=(str(store),), verify=True), Journal())
+    source, before = PackedSource(store, 3), contents(store)
+    index = readable(source)[3]
+    row = source._rows[index]
+    path = store / f"{index // 5:05d}.bin"
+    data = bytearray(path.read_bytes())
+    data[int(row["offset"] + row["length"]) - 1] ^= 1
+    path.write_bytes(data)
+    damaged = PackedSource(store, 3)
+    for read in (damaged.image, lambda i: damaged.croppable(i).crop((0, 0, 4, 4), (4, 4))) * 2:
+        with pytest.raises(BadSampleError, match="is damaged: its checksum"):
+            read(index)
+    assert set(readable(damaged)) == set(readable(source)) - {index}
+    with pytest.raises(RunError, match=rf"(?s)damaged in 1 place\(s\):\n  image {index} in .*once more"):
+        verify(PackConfig(data=(str(store),), verify=True), Journal())
+    packed(photos, store)  # mends it
+    assert contents(store) == before
+
+
+def test_a_shard_that_shrinks_under_a_reader_gives_bad_samples(store):
+    source = PackedSource(store, 3)
+    assert readable(source)
+    for suffix in ("bin", "jsonl"):
+        os.truncate(store / f"00001.{suffix}", 10)
+    assert all(index < 5 or index > 9 for index in readable(source))
+    with pytest.raises(BadSampleError, match=r"00001\.bin ends before it"):
+        source.image(6)
+    assert source.name(6) == f"{store} image 6"
+    with pytest.raises(UserError, match=r"00001.bin has 10 bytes instead of \d+; accepted: the"):
+        PackedSource(store, 3)
+    shutil.rmtree(store)
+    with pytest.raises(BadSampleError, match="cannot be read"):
+        source.image(0)
+
+
+def test_a_damaged_index_is_the_users_error(photos, store):
+    before = contents(store)
+    for place in (3, 60, -1):
+        data = bytearray(before["00001.npy"])
+        data[place] ^= 0xFF
+        (store / "00001.npy").write_bytes(data)
+        with pytest.raises(UserError, match=r"00001.npy is damaged: its checksum"):
+            PackedSource(store, 3)
+    (store / "00001.npy").unlink()
+    with pytest.raises(UserError, match=r"cannot read a shard .*00001.npy"):
+        PackedSource(store, 3)
+    packed(photos, store)
+    assert contents(store) == before
+    (store / RECORD).write_bytes(before[RECORD][:-30])
+    with pytest.raises(UserError, match="cannot read"):
+        open_source(str(store), 3)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_a_hostile_index_with_the_right_checksum_is_refused_or_harmless(photos, tmp_path_factory, draw):
+    """Whatever its numbers are: a UserError, or images and bad samples, and no more memory than the files."""
+    store = tmp_path_factory.mktemp("store")
+    packed(photos, store)
+    rows = np.load(store / "00001.npy")
+    edges = [0, 1, 2, 255, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1]
+    for _ in range(draw.draw(st.integers(1, 3))):
+        name = draw.draw(st.sampled_from(INDEX.names))
+        value = draw.draw(st.sampled_from(edges) | st.integers(0, 3000))
+        rows[draw.draw(st.integers(0, 4))][name] = np.array([value], np.uint64).astype(INDEX[name])[0]
+    _with_index(store, rows)
+    try:
+        source = open_source(str(store), 3)
+    except UserError:
+        return
+    for index in range(len(source)):
+        source.name(index)
+        source.label(index)
+        for read in (source.image, lambda i: croppable(source, i).crop((0, 0, 1, 1), (4, 4))):
+            try:
+                assert read(index).pixels.numel() < 100_000
+            except BadSampleError:
+                continue
+
+
+def _with_index(store: Path, rows: np.ndarray) -> None:
+    from quarterview.data.packed import blake2b
+
+    file = io.BytesIO()
+    np.save(file, rows, allow_pickle=rows.dtype.hasobject)
+    (store / "00001.npy").write_bytes(file.getvalue())
+    record = json.loads((store / RECORD).read_text())
+    record["shards"][1]["npy_blake2b"] = blake2b(file.getvalue())
+    (store / RECORD).write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.zeros(4, INDEX),
+        np.zeros((5, 1), INDEX),
+        np.zeros(5, np.int64),
+        np.array([{"a": 1}] * 5, object),
+        np.asfortranarray(np.zeros((1, 5), INDEX)),
+    ],
+)
+def test_an_index_of_another_kind_is_refused(store, rows):
+    _with_index(store, rows)
+    with pytest.raises(UserError, match=r"00001.npy is no index of its shard"):
+        PackedSource(store, 3)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("settings", "images"), 10**30),
+        (("settings", "images"), -1),
+        (("settings", "shard_size"), 0),
+        (("settings", "channels"), 2**40),
+        (("settings", "channels"), "3"),
+        (("settings",), None),
+        (("classes",), "catdog"),
+        (("classes",), ["cat"]),
+        (("shards",), []),
+        (("shards", 0), {"images": 5}),
+        (("shards", 0, "bin_bytes"), 2**80),
+        (("shards", 0, "bin_bytes"), True),
+        (("shards", 0, "npy_blake2b"), None),
+        (("format",), "quarterview packed store 2"),
+    ],
+)
+def test_a_hostile_record_is_the_users_error(store, path, value):
+    record = json.loads((store / RECORD).read_text())
+    inner = record
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    (store / RECORD).write_text(json.dumps(record))
+    with pytest.raises(UserError):
+        open_source(str(store), 3)
+
+
+def test_a_folder_of_pictures_with_a_record_of_something_else_is_a_folder(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / RECORD).write_text('{"format": "something else"}')
+    assert len(open_source(str(tmp_path), 3)) == 1
+
+
+def test_the_fingerprint_covers_pixels_and_labels(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    found = set()
+    for number, (change, labels) in enumerate([(0, [0, 1, 0, 1]), (1, [0, 1, 0, 1]), (0, [0, 1, 1, 1])]):
+        changed = images.copy()
+        changed[2, 3, 3, 0] += change
+        np.savez(tmp_path / f"{number}.npz", images=changed, labels=np.array(labels))
+        found.add(packed(tmp_path / f"{number}.npz", tmp_path / str(number)).fingerprint())
+    assert len(found) == 3
+    shutil.copytree(tmp_path / "1", tmp_path / "moved")
+    assert PackedSource(tmp_path / "moved", 3).fingerprint() in found
+
+
+def test_stores_are_joined_like_any_source(stores, photos, tmp_path):
+    joined = open_sources([str(stores["raw"].path), str(stores["jpeg"].path), str(photos)], 3)
+    assert len(joined) == 36
+    assert joined.classes == ["cat", "dog"]
+    index = readable(stores["jpeg"])[2]
+    assert torch.equal(joined.image(12 + index).pixels, stores["jpeg"].image(index).pixels)
+    assert croppable(joined, index).size == stores["raw"].image(index).pixels.shape[1:]
