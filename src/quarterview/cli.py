@@ -27,6 +27,7 @@ from quarterview.evaluate.features import ProbeConfig
 from quarterview.evaluate.finetune import FinetuneConfig
 from quarterview.exchange.export import ExportConfig
 from quarterview.pretraining import PretrainConfig, pretrain, start_values
+from quarterview.speed.bench import BenchConfig
 from quarterview.train.journal import Journal
 
 _DESCRIPTION = """Learn to see from a quarter of the picture: masked autoencoders for anyone's images.
@@ -52,6 +53,25 @@ class Pretrain(PretrainConfig):
             dry_run.show(config, Journal())
             return 0
         return _EXIT_CODES[pretrain(config, ["quarterview", *argv]).status]
+
+
+@dataclass(frozen=True)
+class Bench(BenchConfig):
+    """How fast would a pre-training run here, where does its time go, and how long would it take?"""
+
+    recipe: str | None = None
+    """Start from a named configuration (see `quarterview recipes`) or a YAML file; flags go first."""
+    out: Annotated[str, tyro.conf.Suppress] = ""
+    resume: Annotated[str, tyro.conf.Suppress] = "auto"
+    init_from: Annotated[str | None, tyro.conf.Suppress] = None
+    allow_partial: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+
+    def execute(self, argv: Sequence[str]) -> int:
+        from quarterview.speed.bench import bench
+
+        config = BenchConfig(**{f.name: getattr(self, f.name) for f in fields(BenchConfig)})
+        bench(config, Journal(), ["quarterview", *argv])
+        return 0
 
 
 @dataclass(frozen=True)
@@ -321,6 +341,7 @@ Command = (
     Pretrain
     | Doctor
     | Compare
+    | Bench
     | Finetune
     | Knn
     | Linear
@@ -337,6 +358,7 @@ Command = (
 _COMMANDS: dict[str, Any] = {kind.__name__.lower(): kind for kind in get_args(Command)}
 _WITH_RECIPES: dict[str, tuple[Any, Callable[[str], Any]]] = {
     "pretrain": (Pretrain, recipes.read),
+    "bench": (Bench, recipes.read),
     "finetune": (Finetune, recipes.read_finetune),
     "compare": (Compare, recipes.read_finetune),
 }

@@ -20,6 +20,8 @@ TINY = {"model": "mae_vit_64x2x4_patch4", "image_size": 32, "decoder_width": 32,
         {"decoder_depth": 2, "encoder_mask_tokens": True},
         {"decoder_depth": 2, "predict_all": True},
         {"decoder_depth": 0, "encoder_mask_tokens": True},
+        {"decoder_depth": 2, "decoder": "cross"},
+        {"decoder_depth": 3, "decoder": "cross", "predict_share": 0.3},
     ],
     ids=str,
 )

@@ -31,16 +31,13 @@ class Counts(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
         self.bytes = 0
-        self._seen: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         self.names.append(function._schema.name.removeprefix("aten::"))
-        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and not function.is_view and not _is_of(tensor, args):
+            if isinstance(tensor, torch.Tensor) and not _is_of(tensor, args):
                 self.bytes += tensor.untyped_storage().nbytes()
-        del given
         return out
 
     @property
@@ -92,7 +89,7 @@ def test_the_count_of_waits_can_fail():
     assert counts.waits == ["_local_scalar_dense", "nonzero"]
 
 
-@pytest.mark.parametrize(("precision", "operators", "mebibytes"), [("fp32", 0, 0.0), ("bf16", 0, 0.0)])
+@pytest.mark.parametrize(("precision", "operators", "mebibytes"), [("fp32", 945, 15.5), ("bf16", 1085, 11.7)])
 def test_a_step_computes_and_allocates_no_more_than_it_did(precision, operators, mebibytes):
     counts = count(*step_and_batch(precision))
     assert len(counts.names) <= operators

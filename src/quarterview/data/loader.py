@@ -5,7 +5,7 @@ What a batch contains depends on its positions in the stream alone, never on how
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from signal import SIG_IGN, SIGINT, SIGTERM, signal
@@ -141,7 +141,7 @@ class Loader:
         self.device = device
         self.workers, self.cached, self.report = workers, cached, report
 
-    def batches(self, parts: Iterable[range]) -> Iterator[Batch]:
+    def batches(self, parts: Iterable[range]) -> Generator[Batch, None, None]:
         """One batch for each range of positions of the stream, in order.
 
         Raises:

@@ -41,9 +41,13 @@ def flops(config: MAEConfig) -> Flops:
     predicted = patches if config.predict_all else patches - kept
     encoded = 1 + (patches if config.encoder_mask_tokens else kept)
     width, depth = config.decoder_width, config.decoder_depth
-    if depth:
+    if config.decoder == "cross":
+        predicted = max(1, round(config.predict_share * predicted))
+        decoder = depth * cross_block_flops(predicted, encoded, width, shape.width)
+        decoder += 2 * depth * (1 + shape.depth) * encoded * shape.width  # the mixtures of layers
+    elif depth:
         decoder = _linear(encoded, shape.width, width) + (depth - 1) * block_flops(1 + patches, width)
-        decoder += block_flops(1 + patches, width, predicted)
+        decoder += block_flops(1 + patches, width, 1 + patches if config.predict_all else predicted)
     else:
         decoder, width = 0, shape.width
     return Flops(
@@ -60,6 +64,13 @@ def block_flops(tokens: int, width: int, wanted: int | None = None) -> int:
     attention = 2 * 2 * wanted * tokens * width  # scores, and the mixture of values
     keys_and_values = _linear(tokens, width, 2 * width)
     return keys_and_values + attention + _linear(wanted, width, (2 + 2 * MLP_RATIO) * width)
+
+
+def cross_block_flops(queries: int, tokens: int, width: int, source_width: int) -> int:
+    """Of one block in which queries look at tokens of another width, and not at one another."""
+    attention = 2 * 2 * queries * tokens * width
+    keys_and_values = _linear(tokens, source_width, 2 * width)
+    return keys_and_values + attention + _linear(queries, width, (2 + 2 * MLP_RATIO) * width)
 
 
 def _linear(rows: int, inputs: int, outputs: int) -> int:

@@ -193,12 +193,13 @@ class MaskedAutoencoder(nn.Module):
             x = torch.cat([x.float(), self.mask_token.expand(len(x), hidden.shape[1], -1)], dim=1)
         if len(self.decoder_blocks) or not self.config.encoder_mask_tokens:
             x = x + self._decoder_positions(visible, hidden)  # [N, 1 + L, E]: cls, visible, hidden
-        for block in self.decoder_blocks:
-            x = block(x)
+        first = 0 if everything else 1 + visible.shape[1]  # in the last block others are only attended to
+        for i, block in enumerate(self.decoder_blocks, 1):
+            x = block(x, first=first if i == len(self.decoder_blocks) else 0)
         if everything:
             order = torch.cat([visible, hidden], dim=1)
             return take(x[:, 1:], order.argsort(dim=1))  # [N, L, E], ascending
-        return x[:, 1 + visible.shape[1] :]
+        return x[:, -hidden.shape[1] :]
 
     def _decoder_positions(self, visible: Tensor, hidden: Tensor) -> Tensor:
         order = torch.cat([visible.new_zeros(len(visible), 1), 1 + visible, 1 + hidden], dim=1)

@@ -4,7 +4,8 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -215,13 +216,11 @@ def _data_time(loader: Loader, config: PretrainConfig, seconds: float) -> float:
     """Seconds a batch, when nothing else is done; the first, for which workers start, is not counted."""
     size = config.batch_size
     count = max(2, loader.stream.trained // size)
-    batches = loader.batches(range(i * size, (i + 1) * size) for i in range(count))
-    waiting: Callable[[], object] = lambda: next(batches)  # noqa: E731
-    timed(waiting, loader.device)
     times: list[float] = []
-    while len(times) < count - 1 and (sum(times) < seconds or len(times) < 3):
-        times.append(timed(waiting, loader.device))
-    del batches  # its workers end
+    with closing(loader.batches(range(i * size, (i + 1) * size) for i in range(count))) as batches:
+        timed(lambda: next(batches), loader.device)
+        while len(times) < count - 1 and (sum(times) < seconds or len(times) < 3):
+            times.append(timed(lambda: next(batches), loader.device))
     return sum(times) / len(times)  # not the median: workers deliver in bursts
 
 
