@@ -240,8 +240,12 @@ def _largest_batch(config: PretrainConfig, precision: str, device: torch.device)
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    trained, frozen, bytes_each = measure(replace(config, batch_size=1, accum_iter=1), precision, device)
-    return max(0, int((0.9 * memory - trained * ADAM_BYTES - frozen * 4) / bytes_each))
+    (trained, frozen, one), (_, _, two) = (
+        measure(replace(config, batch_size=size, accum_iter=1), precision, device) for size in (1, 2)
+    )
+    each = two - one  # the rest of what is kept, such as weights in bf16, is there once
+    left = 0.9 * memory - trained * ADAM_BYTES - frozen * 4 - (one - each)
+    return max(0, int(left / each))
 
 
 # ---------------------------------------------------------------------- telling
