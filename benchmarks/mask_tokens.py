@@ -11,7 +11,6 @@ paper's decoder. Wall-clock ratio beside the ratio of operations. The paper (ViT
 import json
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -19,17 +18,13 @@ from typing import Literal
 import torch
 import tyro
 
-from quarterview.data.loader import Batch
 from quarterview.model.config import MAEConfig
 from quarterview.model.flops import flops
 from quarterview.model.mae import fresh_model
-from quarterview.objectives.mae import MaskedAutoencoding
 from quarterview.speed.rate import timed
-from quarterview.train.distributed import World
-from quarterview.train.loop import precision_context
-from quarterview.train.optim import adamw
+from quarterview.speed.update import update_of
+from quarterview.train.allocator import keep_freed_memory
 from quarterview.train.record import provenance
-from quarterview.train.step import Step
 
 LARGE = MAEConfig(model="mae_vit_large_patch16")
 TINY = MAEConfig(
@@ -48,16 +43,6 @@ PAIRS = {
 """What is compared: an arm, what it is compared with once that has mask tokens, and the paper's ratio."""
 
 
-def updates(config: MAEConfig, batch: int, precision: str, device: torch.device) -> Callable[[], object]:
-    """One update of a model on a batch that is at hand."""
-    objective = MaskedAutoencoding(fresh_model(config, seed=0).to(device), seed=0)
-    step = Step(objective, adamw(objective, 0.05), World(device), precision_context(precision, device))
-    images = torch.randn(batch, config.in_chans, *config.image_size, device=device)
-    ids = torch.arange(batch, device=device)
-    data = Batch(images, ids, torch.zeros_like(ids))
-    return lambda: step.apply(step.gradients(data)[0])
-
-
 def main(
     batch: int = 4,
     tiny_batch: int = 256,
@@ -74,12 +59,13 @@ def main(
         rounds: how often the two take turns; medians over rounds are reported.
         out: JSON file to write.
     """
+    keep_freed_memory()
     where = torch.device(device)
     rows = {}
     for name, (config, base, paper) in PAIRS.items():
         reference = replace(base, encoder_mask_tokens=True)
         size = tiny_batch if config is TINY else batch
-        arms = [updates(each, size, precision, where) for each in (config, reference)]
+        arms = [update_of(fresh_model(each, seed=0), size, precision, where) for each in (config, reference)]
         times: list[list[float]] = [[], []]
         for turn in range(-1, rounds):  # the first is not counted
             for arm, kept in zip(arms, times, strict=True):

@@ -198,6 +198,8 @@ def test_the_memory_estimate_grows_as_the_batch_and_without_accumulation():
     assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.05)
     parts = measure(PretrainConfig(**{**vars(config), "batch_size": 128, "accum_iter": 2}), "bf16", device)[2]
     assert parts == sizes[0]
+    again = PretrainConfig(**{**vars(config), "batch_size": 64, "grad_checkpointing": True})
+    assert measure(again, "bf16", device)[2] < 0.6 * sizes[0]
 
 
 def test_the_memory_estimate_grows_with_masks_and_shrinks_with_what_is_predicted():

@@ -10,6 +10,7 @@ from quarterview.data.stream import SampleStream, default_holdout
 from quarterview.errors import UserError
 from quarterview.model.config import MAEConfig
 from quarterview.model.mae import MaskedAutoencoder
+from quarterview.model.vit import Block, recompute_blocks
 from quarterview.pretraining import PretrainConfig
 from quarterview.running import to_plain
 from quarterview.train.distributed import choose_device
@@ -74,6 +75,11 @@ def measure(config: PretrainConfig, precision: str, device: torch.device) -> tup
                 kept[tensor.untyped_storage()._cdata] = tensor
             return tensor
 
+        if config.grad_checkpointing:
+            recompute_blocks(model)
+            for block in model.modules():
+                if isinstance(block, Block):
+                    block.register_forward_pre_hook(lambda _, given: (keep(given[0]), None)[1])
         saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with saved, precision_context(precision, torch.device("cpu"))():
             model(images, noise=noise)

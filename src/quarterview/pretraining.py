@@ -18,6 +18,7 @@ from quarterview.exchange.facts import facts_of
 from quarterview.exchange.weights import check_start, load_into, metadata, read
 from quarterview.model.config import MAEConfig
 from quarterview.model.mae import fresh_model
+from quarterview.model.vit import recompute_blocks
 from quarterview.objectives.mae import MaskedAutoencoding, MaskingConfig
 from quarterview.running import Run, RunningConfig, Site, carry_out, hold, settle, to_plain
 from quarterview.train import checkpoint
@@ -172,6 +173,8 @@ def build(config: PretrainConfig, prepared: Prepared, site: Site) -> Trainer:
         journal.warn(
             "a decoder without blocks sees nothing of the picture unless --encoder-mask-tokens is given"
         )
+    if config.grad_checkpointing:
+        recompute_blocks(model)
     if config.compile:
         model.compile()
 

@@ -29,7 +29,8 @@ from quarterview.train.lock import lock
 from quarterview.train.loop import LoopConfig, Trainer, usable_precision
 
 MAY_CHANGE = {
-    *("out", "resume", "workers", "max_bad_samples", "device", "compile", "deterministic"),
+    *("out", "resume", "workers", "max_bad_samples", "device", "deterministic"),
+    *("compile", "grad_checkpointing"),
     *("log_every", "eval_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints"),
 }
 """What a resumed run may do differently, whatever it trains."""

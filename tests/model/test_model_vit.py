@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from quarterview.errors import UserError
 from quarterview.model import vit
 from quarterview.model.mae import create_model
+from quarterview.model.vit import Block, recompute_blocks
 
 
 @pytest.mark.parametrize(
@@ -131,3 +133,27 @@ def test_other_names_are_an_error_that_names_the_nearest(name, hint):
 def test_widths_must_divide(width, heads):
     with pytest.raises(UserError, match=rf"{width} wide with {heads} heads; accepted: widths that divide"):
         vit.parse_model_name(f"mae_vit_{width}x2x{heads}_patch4")
+
+
+@pytest.mark.parametrize("first", [0, 1, 5])
+def test_the_tokens_before_the_first_are_attended_to_but_not_computed(first):
+    torch.manual_seed(0)
+    block, x = Block(32, 4), torch.randn(3, 9, 32)
+    torch.testing.assert_close(block(x, first=first), block(x)[:, first:], atol=1e-5, rtol=0)
+
+
+def test_recomputed_blocks_keep_their_input_alone_and_give_the_same_gradients():
+    torch.manual_seed(0)
+    blocks, x = nn.Sequential(Block(32, 4), Block(32, 4)), torch.randn(3, 9, 32, requires_grad=True)
+
+    def gradients() -> tuple[tuple[torch.Tensor, ...], int]:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.nbytes), t)[1], lambda t: t):
+            out = blocks(x)
+        return torch.autograd.grad(out.sum(), [x, *blocks.parameters()]), sum(sizes)
+
+    plain, kept = gradients()
+    recompute_blocks(blocks)
+    again, kept_again = gradients()
+    assert all(torch.equal(one, two) for one, two in zip(plain, again, strict=True))
+    assert kept_again < 0.1 * kept

@@ -76,6 +76,13 @@ def test_twins_are_identical_and_other_seeds_are_not(tmp_path, changes):
     assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, precision):
+    for again in (False, True):
+        qv.pretrain(tiny(tmp_path / str(again), grad_checkpointing=again, precision=precision))
+    assert digest(tmp_path / "False") == digest(tmp_path / "True")
+
+
 def test_a_run_learns_and_leaves_its_record(tmp_path):
     config = tiny(tmp_path, steps=None, epochs=14, holdout=8, log_every=20, eval_every=80, lr=3e-3)
     run = qv.pretrain(config)

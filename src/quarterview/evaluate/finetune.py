@@ -40,6 +40,7 @@ from quarterview.exchange.weights import (
     read_header,
 )
 from quarterview.model.classifier import Classifier, ClassifierConfig, Pool, freeze_all_but
+from quarterview.model.vit import recompute_blocks
 from quarterview.objectives.supervised import Supervised, SupervisedConfig
 from quarterview.running import Run, RunningConfig, Site, carry_out, hold, settle, to_plain
 from quarterview.train import checkpoint
@@ -323,6 +324,8 @@ class _Plan:
             for line in load_encoder(model, self.config.run, self.config.from_ema):
                 site.journal.say(line)
         freeze_all_but(model, count_blocks(self.config.blocks[0]))
+        if self.config.grad_checkpointing:
+            recompute_blocks(model)
         if self.config.compile:
             model.compile()
         return model

@@ -20,6 +20,7 @@ from quarterview.errors import UserError, check_types
 from quarterview.model.config import MAEConfig
 from quarterview.model.flops import flops
 from quarterview.model.mae import fresh_model
+from quarterview.model.vit import recompute_blocks
 from quarterview.objectives.mae import MaskedAutoencoding
 from quarterview.pretraining import PretrainConfig
 from quarterview.speed.rate import median, product_rates, products_of, repeat, timed
@@ -172,6 +173,8 @@ def _batch(config: PretrainConfig, device: torch.device, loader: Loader | None) 
 
 def _step(config: PretrainConfig, device: torch.device, precision: str) -> Step:
     model = fresh_model(config.part(MAEConfig), config.seed).to(device)
+    if config.grad_checkpointing:
+        recompute_blocks(model)
     if config.compile:
         model.compile()
     objective = MaskedAutoencoding(model, config.seed)

@@ -46,6 +46,9 @@ class LoopConfig:
     """bf16 autocast, or float32 throughout."""
     compile: bool = False
     """Compile the model: slow to start, faster after; needs a C++ compiler on CPU."""
+    grad_checkpointing: bool = False
+    """Keep the input of each block alone for the backward pass and compute the rest again: less memory for
+    about a third more work. Nothing else changes."""
     deterministic: bool = False
     """Use deterministic kernels only; bit-identical reruns on one GPU, too. CPU runs always are."""
     seed: int = 0

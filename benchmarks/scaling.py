@@ -1,0 +1,220 @@
+"""How do time and memory grow with the work?
+
+A training step of ViT-tiny/16 with the decoder 128×2 against image size, mask ratio, batch and model
+size; embedding and k-NN against the number of images. Each curve is fitted by a power law over its
+upper half, and all are drawn on log-log axes. Memory is what the backward pass keeps, by tracing.
+
+    uv run python benchmarks/scaling.py --out docs/results/scaling.json --png docs/images/scaling.png
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import matplotlib as mpl
+import numpy as np
+import torch
+import tyro
+
+from quarterview.data.shapes import ShapesSource
+from quarterview.dry_run import measure
+from quarterview.evaluate.features import encoder_features, extract
+from quarterview.evaluate.knn import knn_predict
+from quarterview.model.config import MAEConfig
+from quarterview.model.flops import flops
+from quarterview.model.mae import fresh_model
+from quarterview.pretraining import PretrainConfig
+from quarterview.speed.rate import median, repeat
+from quarterview.speed.update import update_of
+from quarterview.train.allocator import keep_freed_memory
+from quarterview.train.record import provenance
+
+BASE = MAEConfig(
+    model="mae_vit_tiny_patch16", image_size=(224, 224), decoder_width=128, decoder_depth=2, decoder_heads=4
+)
+SIZES = (64, 96, 128, 192, 256, 320, 384, 448)
+RATIOS = (0.9, 0.8, 0.75, 0.6, 0.5, 0.25)
+BATCHES = (2, 4, 8, 16, 32, 64)
+MODELS = ("96x12x3", "tiny", "288x12x6", "small", "576x12x9", "base")
+IMAGES = (256, 512, 1024, 2048, 4096)
+FEATURES = (2_000, 4_000, 8_000, 16_000, 32_000)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Cost against work."""
+
+    title: str
+    work: str
+    x: list[float]
+    seconds: list[float]
+    mebibytes: list[float] | None = None
+    operations: list[float] | None = None
+
+    def exponent(self, y: Sequence[float]) -> float:
+        """Of a power law through the upper half of the points, where fixed costs matter least."""
+        half = len(self.x) // 2
+        return float(np.polyfit(np.log(self.x[half:]), np.log(y[half:]), 1)[0])
+
+
+def step_cost(
+    config: MAEConfig, batch: int, precision: str, device: torch.device
+) -> tuple[float, float, float]:
+    """Seconds, mebibytes and operations of a step."""
+    seconds = median(repeat(update_of(fresh_model(config, 0), batch, precision, device), device, 2.0))
+    names = ("model", "image_size", "decoder_width", "decoder_depth", "decoder_heads", "mask_ratio")
+    run = PretrainConfig(batch_size=batch, **{name: getattr(config, name) for name in names})
+    return seconds, measure(run, precision, device)[2] / 2**20, flops(config).step * batch
+
+
+def step_curve(
+    title: str,
+    work: str,
+    x: list[float],
+    cases: list[tuple[MAEConfig, int]],
+    precision: str,
+    device: torch.device,
+) -> Curve:
+    seconds, memory, operations = zip(
+        *(step_cost(config, batch, precision, device) for config, batch in cases), strict=True
+    )
+    return Curve(title, work, x, list(seconds), list(memory), list(operations))
+
+
+def curves(batch: int, precision: Literal["bf16", "fp32"], device: torch.device) -> list[Curve]:
+    """All that is measured."""
+
+    def steps(title: str, work: str, x: list[float], cases: list[tuple[MAEConfig, int]]) -> Curve:
+        curve = step_curve(title, work, x, cases, precision, device)
+        print(
+            f"{title}: time grows with the {work} to the power of {curve.exponent(curve.seconds):.2f}",
+            flush=True,
+        )
+        return curve
+
+    sizes = [replace(BASE, image_size=(side, side)) for side in SIZES]
+    ratios = [replace(BASE, mask_ratio=ratio) for ratio in RATIOS]
+    models = [replace(BASE, model=f"mae_vit_{name}_patch16") for name in MODELS]
+    found = [
+        steps("image size", "number of patches", [c.patches for c in sizes], [(c, batch) for c in sizes]),
+        steps(
+            "mask ratio",
+            "visible patches",
+            [c.patches * (1 - c.mask_ratio) for c in ratios],
+            [(c, batch) for c in ratios],
+        ),
+        steps("batch", "number of images", list(BATCHES), [(BASE, size) for size in BATCHES]),
+        steps(
+            "model", "operations of the step", [flops(c).step for c in models], [(c, batch) for c in models]
+        ),
+    ]
+    return [*found, embedding_curve(precision, device), knn_curve(device)]
+
+
+def embedding_curve(precision: Literal["bf16", "fp32"], device: torch.device) -> Curve:
+    config = replace(BASE, image_size=(64, 64))
+    model = fresh_model(config, 0).to(device).eval()
+    source = ShapesSource(count=max(IMAGES), seed=0, size=64, channels=3)
+    encoders = {"mean": encoder_features(model, "mean")}
+
+    def embed(count: int) -> Callable[[], object]:
+        return lambda: extract(encoders, source, range(count), config, device, precision=precision)
+
+    return timed_curve("embedding", "number of images", IMAGES, embed, device)
+
+
+def knn_curve(device: torch.device) -> Curve:
+    train, test = torch.randn(max(FEATURES), 192, device=device), torch.randn(4000, 192, device=device)
+    labels = torch.randint(10, (len(train),), device=device)
+
+    def classify(count: int) -> Callable[[], object]:
+        return lambda: knn_predict(train[:count], labels[:count], test, 20)
+
+    return timed_curve("k-NN, 4,000 queries", "number of labelled images", FEATURES, classify, device)
+
+
+def timed_curve(
+    title: str, work: str, x: Sequence[int], case: Callable[[int], Callable[[], object]], device: torch.device
+) -> Curve:
+    curve = Curve(title, work, list(x), [median(repeat(case(count), device, 1.0)) for count in x])
+    print(
+        f"{title}: time grows with the {work} to the power of {curve.exponent(curve.seconds):.2f}", flush=True
+    )
+    return curve
+
+
+def draw(found: list[Curve], path: Path) -> None:
+    """One plot a curve."""
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
+    for axis, curve in zip(axes.flat, found, strict=True):
+        axis.loglog(
+            curve.x,
+            curve.seconds,
+            "o-",
+            color="C0",
+            label=f"seconds, power {curve.exponent(curve.seconds):.2f}",
+        )
+        if curve.mebibytes is not None:
+            label = f"GiB, power {curve.exponent(curve.mebibytes):.2f}"
+            axis.loglog(curve.x, [each / 1024 for each in curve.mebibytes], "s--", color="C1", label=label)
+        if curve.operations is not None:
+            label = f"operations, power {curve.exponent(curve.operations):.2f}, scaled"
+            scale = curve.seconds[-1] / curve.operations[-1]
+            axis.loglog(curve.x, [each * scale for each in curve.operations], ":", color="0.6", label=label)
+        axis.set(title=curve.title, xlabel=curve.work)
+        axis.legend(frameon=False, fontsize=8)
+        axis.grid(alpha=0.3, which="both", linewidth=0.4)
+    figure.savefig(path, dpi=110)
+
+
+def main(
+    batch: int = 16,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    device: Literal["cpu", "cuda"] = "cpu",
+    out: Path | None = None,
+    png: Path | None = None,
+) -> None:
+    """Measure, fit and draw.
+
+    Args:
+        batch: images of a step where it is not what varies.
+        out: JSON file to write.
+        png: picture to write.
+    """
+    keep_freed_memory()
+    found = curves(batch, precision, torch.device(device))
+    if png is not None:
+        draw(found, png)
+    if out is not None:
+        rows = [
+            {
+                **vars(curve),
+                "exponents": {
+                    name: curve.exponent(values)
+                    for name, values in (
+                        ("seconds", curve.seconds),
+                        ("mebibytes", curve.mebibytes),
+                        ("operations", curve.operations),
+                    )
+                    if values is not None and all(map(math.isfinite, values))
+                },
+            }
+            for curve in found
+        ]
+        record = {
+            "settings": {"batch": batch, "precision": precision, "device": device},
+            "curves": rows,
+            **provenance(sys.argv),
+        }
+        out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
