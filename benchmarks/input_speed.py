@@ -105,6 +105,8 @@ def main(photos: Path, rounds: int = 9, out: Path | None = None) -> None:
     """
     torch.set_num_threads(1)
     paths = sorted(photos.glob("*.jpg"))
+    if len(paths) != len(open_source(str(photos), 3)):
+        raise SystemExit(f"{photos} holds other pictures than *.jpg; accepted: a flat folder of JPEG files")
     with tempfile.TemporaryDirectory() as folder:
         sizes = {}
         for encoding in ("jpeg", "raw"):

@@ -1,8 +1,11 @@
 """What a run would be: its configuration, size, length and memory, without training anything."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quarterview.data.open import open_sources
@@ -10,7 +13,7 @@ from quarterview.data.stream import SampleStream, default_holdout
 from quarterview.errors import UserError
 from quarterview.model.config import MAEConfig
 from quarterview.model.mae import MaskedAutoencoder
-from quarterview.model.vit import Block, recompute_blocks
+from quarterview.model.vit import Block, Recomputable, recompute_blocks
 from quarterview.pretraining import PretrainConfig
 from quarterview.running import to_plain
 from quarterview.train.distributed import choose_device
@@ -61,28 +64,53 @@ def show(config: PretrainConfig, journal: Journal) -> None:
 def measure(config: PretrainConfig, precision: str, device: torch.device) -> tuple[int, int, int]:
     """Trained and frozen parameters, and the bytes that one forward pass keeps for the backward one.
 
-    The pass is traced with tensors that have shapes and no memory.
+    The pass is traced with tensors that have shapes and no memory, as a CPU would compute it.
     """
-    kept: dict[int, Tensor] = {}
-    with FakeTensorMode():
+    inputs: dict[nn.Module, tuple[Any, ...]] = {}
+
+    def note(block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        inputs[block] = (*given, *named.values())
+
+    with FakeTensorMode(), precision_context(precision, torch.device("cpu"))():
         model = MaskedAutoencoder(config.part(MAEConfig))
-        own = {id(p.untyped_storage()) for p in model.parameters()}
         images = torch.empty(config.batch_size // config.accum_iter, config.in_chans, *config.image_size)
         noise = torch.empty(len(images), config.masks_per_image, config.patches)
-
-        def keep(tensor: Tensor) -> Tensor:
-            if id(tensor.untyped_storage()) not in own:
-                kept[tensor.untyped_storage()._cdata] = tensor
-            return tensor
-
         if config.grad_checkpointing:
             recompute_blocks(model)
             for block in model.modules():
-                if isinstance(block, Block):
-                    block.register_forward_pre_hook(lambda _, given: (keep(given[0]), None)[1])
-        saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with saved, precision_context(precision, torch.device("cpu"))():
-            model(images, noise=noise)
-    activations = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+                if isinstance(block, Recomputable):
+                    block.register_forward_pre_hook(note, with_kwargs=True)
+        kept = _kept_bytes(model, lambda: model(images, noise=noise))
+        if inputs:  # those, and the inside of one block at a time when it is computed again
+            kept += sum(given[0].untyped_storage().nbytes() for given in inputs.values())
+            kept += max(
+                _kept_bytes(model, lambda block=block, given=given: _inside(block, *given))
+                for block, given in inputs.items()
+            )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trained, sum(p.numel() for p in model.parameters()) - trained, activations
+    return trained, sum(p.numel() for p in model.parameters()) - trained, kept
+
+
+def _inside(block: Any, *inputs: Any) -> Tensor:
+    """What a block computes again."""
+    if isinstance(block, Block):
+        return block._forward(inputs[0], None, inputs[1] if len(inputs) > 1 else 0)
+    return block._forward(*inputs)
+
+
+def _kept_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
+    """The bytes that a forward pass keeps for the backward one, besides the parameters."""
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no storage is another's successor
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(kept.values())

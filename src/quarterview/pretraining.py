@@ -45,6 +45,11 @@ class PretrainConfig(OnlineProbeConfig, OptimConfig, MaskingConfig, MAEConfig, D
         names = self.allow_partial
         object.__setattr__(self, "allow_partial", (names,) if isinstance(names, str) else tuple(names))
         check_types(self, PretrainConfig)
+        if self.mask == "grid" and self.masks_per_image > 1 and self.predict_share == 1:
+            raise UserError(
+                f"{self.masks_per_image} masks per image with --mask grid, which hides every image alike; "
+                "accepted: 1, or a --predict-share below 1"
+            )
 
     def part(self, kind: type[Part]) -> Part:
         """The fields of one of the configurations that this one is made of."""

@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import os
@@ -288,16 +289,58 @@ def test_a_killed_writer_is_gone_on_with(tmp_path):
         os.killpg(writer.pid, signal.SIGKILL)
         writer.wait()
         assert not json.loads((store / RECORD).read_text())["complete"]
-    (store / ".00003.bin.elsewhere-1.partial").write_bytes(b"cut short")
-    untouched = {path: path.stat().st_mtime_ns for path in store.glob("*.bin")}
+    for partial in (store / ".00003.bin.elsewhere-1.partial", *store.glob(".*.partial")):
+        partial.write_bytes(b"cut short")
+        os.utime(partial, (0, 0))  # long ago, as no writer is at it
+    sealed = [path for path in store.glob("*.bin") if path.with_suffix(".json").exists()]
+    untouched = {path: path.stat().st_mtime_ns for path in sealed}
     subprocess.run(command, env=environment, check=True, timeout=600)
     assert contents(store) == contents(tmp_path / "whole")
-    assert all(path.stat().st_mtime_ns == written for path, written in untouched.items() if _sealed(path))
+    assert all(path.stat().st_mtime_ns == written for path, written in untouched.items())
     assert len(untouched) >= 6
 
 
-def _sealed(path: Path) -> bool:
-    return path.with_suffix(".json").stat().st_mtime_ns - path.stat().st_mtime_ns < 1_000_000_000
+def test_what_another_writer_is_at_is_left_alone(photos, tmp_path):
+    (tmp_path / "store").mkdir()
+    young = tmp_path / "store" / ".00001.bin.elsewhere-1.partial"
+    young.write_bytes(b"not yet")
+    packed(photos, tmp_path / "store")
+    assert young.read_bytes() == b"not yet"
+
+
+@pytest.mark.parametrize("label", [-1, -2, 1 << 40])
+def test_labels_that_a_store_cannot_hold_are_refused_before_it_is_made(photos, tmp_path, label):
+    paths = sorted(photos.rglob("*.jpg"))
+    lines = [f"{path}\t{label if i else 1}" for i, path in enumerate(paths)]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=f"label {label}; accepted: 0 to"):
+        packed(tmp_path / "list.txt", tmp_path / "store")
+
+
+def test_a_sparse_file_does_not_make_a_picture_of_any_size(photos, tmp_path):
+    """The files may look larger than they are; an image is never larger than those that are decoded."""
+    packed(photos, tmp_path / "store", shard_size=1000)
+    store = tmp_path / "store"
+    rows = np.load(store / "00000.npy")
+    rows[0]["height"] = rows[0]["width"] = side = 20_000
+    rows[0]["length"], rows[0]["offset"] = side * side * 3, 0
+    np.save(store / "00000.npy", rows)
+    os.truncate(store / "00000.bin", side * side * 3)
+    record = json.loads((store / RECORD).read_text())
+    record["shards"][0] |= {
+        "bin_bytes": side * side * 3,
+        "npy_blake2b": hashlib.blake2b((store / "00000.npy").read_bytes(), digest_size=16).hexdigest(),
+    }
+    (store / RECORD).write_text(json.dumps(record))
+    with pytest.raises(UserError, match="is no index of its shard"):
+        PackedSource(store, 3)
+
+
+def test_a_record_that_cannot_be_read_says_what_does_help(photos, tmp_path):
+    packed(photos, tmp_path / "store")
+    (tmp_path / "store" / RECORD).write_text("{")
+    with pytest.raises(UserError, match="into a new folder"):
+        PackedSource(tmp_path / "store", 3)
 
 
 def test_another_source_or_setting_is_refused_by_name(photos, tmp_path):

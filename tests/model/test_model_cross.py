@@ -14,7 +14,7 @@ from quarterview.errors import UserError
 from quarterview.model import masking
 from quarterview.model.cross import CrossAttention, CrossDecoder
 from quarterview.model.mae import MAEConfig, MaskedAutoencoder, create_model
-from quarterview.model.vit import parse_model_name
+from quarterview.model.vit import parse_model_name, recompute_blocks
 
 SMALL = {
     "model": "mae_vit_32x3x4_patch4",
@@ -364,3 +364,15 @@ def test_what_makes_no_sense_is_an_error(changes, message):
 def test_the_papers_decoder_is_the_default():
     assert MAEConfig().decoder == "standard"
     assert MAEConfig().predict_share == 1
+
+
+def test_recomputed_blocks_change_nothing(disturbed):
+    model = disturbed(make())
+    images, noise = some_images(model), some_noise(model)
+    found = []
+    for again in (False, True):
+        if again:
+            recompute_blocks(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        found.append(torch.autograd.grad(model(images, noise=noise).loss, trained))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))

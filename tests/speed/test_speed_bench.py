@@ -27,24 +27,26 @@ TINY = {
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "images"),
     [
-        {},
-        {"data": ("shapes:64",), "workers": 0, "epochs": 3},
-        {"accum_iter": 2, "precision": "fp32", "images": 80},
+        ({}, 1_281_167),
+        ({"data": ("shapes:200",), "epochs": 3}, 198),
+        ({"data": ("shapes:64",), "workers": 2, "cache": "none"}, 64),
+        ({"accum_iter": 2, "precision": "fp32", "images": 80}, 80),
+        ({"masks_per_image": 2, "grad_checkpointing": True, "images": 80}, 80),
     ],
     ids=str,
 )
-def test_the_figures_belong_together(tmp_path, changes, capsys):
+def test_the_figures_belong_together(tmp_path, changes, images, capsys):
     config = BenchConfig(**{**TINY, **changes}, json=str(tmp_path / "bench.json"))
     found = bench(config, Journal(), ["quarterview", "bench"])
     assert found.images_per_s == pytest.approx(8 / found.step_s)
-    assert found.flops_per_image == flops(config).step
+    assert found.flops_per_image == config.masks_per_image * flops(config).step
     assert found.flops_per_s == pytest.approx(found.flops_per_image * 8 / found.step_s)
     assert found.utilisation == pytest.approx(found.flops_per_s / max(found.products.values()))
     assert 0 < found.utilisation < 1
     assert 0 < found.forward_s + found.backward_s + found.optimizer_s < 5 * found.step_s
-    assert found.images == {"data": 64, "images": 80}.get(next(iter(changes), ""), found.images)
+    assert found.images == images
     each = found.step_s + (found.data_s or 0)
     steps = math.ceil(config.epochs * found.images / 8)
     assert found.hours == pytest.approx(steps * each / 3600)

@@ -10,9 +10,10 @@ import io
 import json
 import os
 import socket
+import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from quarterview.data.augment import crop_resize
+from quarterview.data.decode import MAX_PIXELS
 from quarterview.data.fetch import Report, read
 from quarterview.data.ledger import Ledger
 from quarterview.data.loader import LoadConfig
@@ -35,6 +37,7 @@ from quarterview.data.packed import (
     FORMAT,
     INDEX,
     JPEG,
+    MOST_LABELS,
     RECORD,
     UINT8,
     Shard,
@@ -50,6 +53,7 @@ from quarterview.errors import RunError, UserError, check_types
 
 _SHOWN = 10
 _JPEG_SIDE = 65_500  # pixels that JPEG can count
+_STALE_SECONDS = 3600  # a file that is being written is touched more often
 
 
 @dataclass(frozen=True)
@@ -195,11 +199,11 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"--out {folder} is a file, or lies in one; accepted: a folder") from None
-    if not (folder / RECORD).exists():
-        strange = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-        if strange:
+    there = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if RECORD not in there:
+        if there:
             raise UserError(
-                f"--out {folder} holds other things, such as {strange[0]}; accepted: a new or empty folder, "
+                f"--out {folder} holds other things, such as {there[0]}; accepted: a new or empty folder, "
                 "or a packed store of the same images to go on with"
             )
         with _written(folder / RECORD) as file:
@@ -243,13 +247,20 @@ def finish(folder: Path, settings: dict[str, Any], source: Source, ledger: Ledge
         "broken": broken,
         "shards": [shard._asdict() for shard in there],
     }
-    for stale in folder.glob(".*.partial"):  # of writers that were killed
-        stale.unlink(missing_ok=True)
+    remove_stale(folder)
     with _written(folder / RECORD) as file:
         file.write(_as_text(record))
     size = sum(shard.bin_bytes for shard in there) / 2**20
     journal.say(f"{len(source)} images in {folder}, {size:.0f} MiB; --data {folder} reads them")
     return True
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what writers that were killed left half written. Others may be at work: theirs is young."""
+    for partial in folder.glob(".*.partial"):
+        with suppress(FileNotFoundError):
+            if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
+                partial.unlink()
 
 
 def _as_text(record: dict[str, Any]) -> bytes:
@@ -365,11 +376,20 @@ def _packed(source: Source, sample: int, config: PackConfig) -> tuple[bytes, dic
     """The bytes of an image, what its row says of it, and what its line says."""
     picture, reports = read(source, sample)
     label = source.label(sample)
+    if label is not None and not 0 <= label < MOST_LABELS:
+        raise UserError(
+            f"{source.name(sample)}: label {label}; accepted: 0 to {MOST_LABELS - 1}, or none at all"
+        )
     fields = {"label": -1 if label is None else label}
     said: dict[str, Any] = {"name": source.name(sample)}
     if picture is None:
         return b"", fields, said | {"broken": reports[-1].broken}
     pixels = reduced(picture.pixels, config.short_side)
+    if pixels.shape[1] * pixels.shape[2] > MAX_PIXELS:
+        raise UserError(
+            f"{source.name(sample)}: {pixels.shape[1]} × {pixels.shape[2]} pixels; accepted: {MAX_PIXELS} in "
+            "all, which a smaller --short-side gives"
+        )
     encoding, data = encoded(pixels, config)
     fields |= {"height": pixels.shape[1], "width": pixels.shape[2], "encoding": encoding}
     if picture.notes:

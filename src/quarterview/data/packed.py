@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from quarterview.data.augment import crop_resize
-from quarterview.data.decode import croppable_file, decode
+from quarterview.data.decode import MAX_PIXELS, croppable_file, decode
 from quarterview.data.source import BadSampleError, Croppable, Picture, digest
 from quarterview.errors import UserError
 
@@ -49,7 +49,10 @@ INDEX = np.dtype(
 )
 """The index of a shard: 56 bytes an image."""
 
-_MOST_PIXELS = 1 << 40  # so that sizes in bytes fit 64 bits
+MOST_LABELS = 1 << 40
+"""A store's labels are below this."""
+_MOST_LINE = 1 << 20  # bytes said of an image
+_HEADER_BYTES = 4096  # at most, of a .npy file
 _TYPES = {UINT8: np.dtype("u1"), FLOAT32: np.dtype("<f4")}
 _MEND = "accepted: the `quarterview pack` that wrote it once more, which writes damaged shards anew"
 
@@ -283,7 +286,9 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{folder} is no packed store, it holds no {RECORD}; accepted: what `quarterview pack` wrote"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}; {_MEND}") from error
+        raise UserError(
+            f"cannot read {path}: {error}; accepted: to pack the images once more, into a new folder"
+        ) from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else record
         raise UserError(f"{path} describes {found!r}; accepted: {FORMAT!r}")
@@ -351,6 +356,8 @@ def read_index(folder: Path, number: int, shard: Shard, store: Store) -> np.ndar
             if (found := path.stat().st_size) != expected:
                 raise UserError(f"{path} has {found} bytes instead of {expected}; {_MEND}")
         path = stem.with_suffix(".npy")
+        if path.stat().st_size > INDEX.itemsize * shard.images + _HEADER_BYTES:
+            raise UserError(f"{path} is larger than an index of {shard.images} images; {_MEND}")
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read a shard of the packed store {folder}: {error}; {_MEND}") from error
@@ -379,14 +386,15 @@ def _is_sound(rows: np.ndarray, shard: Shard, store: Store) -> bool:
     """Whether all that the rows say can be true of the shard's files."""
     encoding, there = rows["encoding"], rows["encoding"] != BROKEN
     pixels = rows["height"].astype(np.uint64) * rows["width"]  # fits: 2**32 squared at most
-    samples = pixels.clip(0, _MOST_PIXELS) * np.uint64(store.channels)
+    samples = pixels.clip(0, MAX_PIXELS + 1) * np.uint64(store.channels)
     raw = [encoding == UINT8, encoding == FLOAT32]
     size = np.select(raw, [samples, samples * np.uint64(4)], rows["length"])
-    known = _MOST_PIXELS if store.classes is None else len(store.classes)
+    known = MOST_LABELS if store.classes is None else len(store.classes)
     good = (encoding <= FLOAT32) & (rows["label"] >= -1) & (rows["label"] < known) & (rows["length"] == size)
     good &= _is_inside(rows["line"], rows["line_length"], shard.jsonl_bytes)
+    good &= rows["line_length"] <= _MOST_LINE
     good &= _is_inside(rows["offset"], rows["length"], shard.bin_bytes)
-    good &= ~there | ((pixels > 0) & (pixels <= _MOST_PIXELS) & (rows["length"] > 0))
+    good &= ~there | ((pixels > 0) & (pixels <= MAX_PIXELS) & (rows["length"] > 0))
     return bool(good.all())
 
 

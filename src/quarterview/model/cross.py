@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from quarterview.model.vit import LAYER_NORM_EPS, Mlp, ViTShape, attention
+from quarterview.model.vit import LAYER_NORM_EPS, Mlp, Recomputable, ViTShape, attention, recomputed
 
 
 class CrossAttention(nn.Module):
@@ -33,7 +33,7 @@ class CrossAttention(nn.Module):
         return self.proj(attention(query, key, value).transpose(1, 2).flatten(2))
 
 
-class CrossBlock(nn.Module):
+class CrossBlock(Recomputable):
     """Cross-attention, then an MLP, each behind a LayerNorm and added to its input.
 
     There is no self-attention, and no position is added to what is looked at: the encoder's tokens
@@ -50,6 +50,11 @@ class CrossBlock(nn.Module):
 
     def forward(self, x: Tensor, source: Tensor) -> Tensor:
         """float [N, Q, E] and what it looks at, float [N, T, D] -> float [N, Q, E]."""
+        if self.recompute and self.training:
+            return recomputed(self._forward, x, source)
+        return self._forward(x, source)
+
+    def _forward(self, x: Tensor, source: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x), self.norm_source(source))
         return x + self.mlp(self.norm2(x))
 

@@ -4,6 +4,7 @@ Nothing is renamed on the way to or from timm: `patch_embed.proj`, `blocks.0.att
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -134,11 +135,14 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
-    """Attention, then an MLP, each behind a LayerNorm and added to its input."""
+class Recomputable(nn.Module):
+    """A block that can keep its inputs alone for the backward pass, and compute the rest again there."""
 
     recompute = False
-    """Keep the input alone for the backward pass, and compute the rest again there."""
+
+
+class Block(Recomputable):
+    """Attention, then an MLP, each behind a LayerNorm and added to its input."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -155,8 +159,7 @@ class Block(nn.Module):
             first: the first of the tokens that are wanted; those before it are only attended to.
         """
         if self.recompute and self.training:
-            again = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
-            return checkpoint(self._forward, x, scale, first, **again)
+            return recomputed(self._forward, x, scale, first)
         return self._forward(x, scale, first)
 
     def _forward(self, x: Tensor, scale: Tensor | None, first: int) -> Tensor:
@@ -169,8 +172,13 @@ class Block(nn.Module):
 def recompute_blocks(model: nn.Module) -> None:
     """Train with less memory and about a third more work: each block keeps its input alone."""
     for module in model.modules():
-        if isinstance(module, Block):
+        if isinstance(module, Recomputable):
             module.recompute = True
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
+    """What `function` makes of its inputs, of which nothing else is kept; nothing in it may be random."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -7,14 +7,16 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quarterview.data.cache import CACHE_BYTES, CachedSet, load_all
 from quarterview.data.loader import Batch, Loader
 from quarterview.data.open import open_sources
-from quarterview.data.stream import SampleStream
+from quarterview.data.stream import SampleStream, default_holdout
 from quarterview.dry_run import ADAM_BYTES, measure
 from quarterview.errors import UserError, check_types
 from quarterview.model.config import MAEConfig
@@ -32,6 +34,7 @@ from quarterview.train.optim import adamw
 from quarterview.train.record import provenance
 from quarterview.train.step import Step
 
+_UNCOUNTED = 4  # batches
 IMAGENET = 1_281_167
 """Images of ImageNet-1K's training set, for which hours are told where no set is named."""
 
@@ -73,7 +76,7 @@ class Figures:
     data_s: float | None
     """Seconds to read, decode and augment a batch, if there is --data, with nothing else running."""
     flops_per_image: int
-    """Of forward and backward pass, by closed form."""
+    """Of forward and backward pass, by closed form; of all of an image's masks."""
     products: dict[str, float]
     """The machine's rate of matrix products in this precision, in operations a second."""
     peak_memory: int
@@ -118,7 +121,9 @@ def bench(config: BenchConfig, journal: Journal, argv: Sequence[str] = ()) -> Fi
     whole, parts = _times(step, batch, device, config.seconds)
     peak = _peak_memory(device)
     rates = product_rates(
-        products_of(config.part(MAEConfig), config.batch_size // config.accum_iter), _dtype(precision), device
+        products_of(config.part(MAEConfig), config.masks_per_image * config.batch_size // config.accum_iter),
+        _dtype(precision),
+        device,
     )
     data_s = _data_time(loader, pretraining, config.seconds) if loader is not None else None
     images = config.images or (loader.stream.trained if loader is not None else IMAGENET)
@@ -133,7 +138,7 @@ def bench(config: BenchConfig, journal: Journal, argv: Sequence[str] = ()) -> Fi
         backward_s=parts[1],
         optimizer_s=parts[2],
         data_s=data_s,
-        flops_per_image=flops(config.part(MAEConfig)).step,
+        flops_per_image=config.masks_per_image * flops(config.part(MAEConfig)).step,
         products={"×".join(map(str, product)): rate for product, rate in rates.items()},
         peak_memory=peak,
         largest_batch=_largest_batch(pretraining, precision, device),
@@ -154,11 +159,18 @@ def _loader(config: PretrainConfig, device: torch.device) -> Loader | None:
     if not config.data:
         return None
     source = open_sources(config.data, config.in_chans)
-    stream = SampleStream(len(source), config.holdout or 0, config.seed)
+    holdout = default_holdout(len(source)) if config.holdout is None else config.holdout
+    stream = SampleStream(len(source), holdout, config.seed)
+    cached = "as asked" if config.cache == "none" else load_all(
+        source, device, CACHE_BYTES if config.cache == "auto" else sys.maxsize, config.threads, _quiet
+    )  # fmt: skip
+    held = cached if isinstance(cached, CachedSet) else None
     grey = (0.5,) * config.in_chans
-    return Loader(
-        source, stream, config.image_size, grey, grey, device, config.threads, None, lambda report: None
-    )
+    return Loader(source, stream, config.image_size, grey, grey, device, config.threads, held, _quiet)
+
+
+def _quiet(_report: object) -> None:
+    """The run itself will say what is wrong with an image."""
 
 
 def _batch(config: PretrainConfig, device: torch.device, loader: Loader | None) -> Batch:
@@ -177,7 +189,7 @@ def _step(config: PretrainConfig, device: torch.device, precision: str) -> Step:
         recompute_blocks(model)
     if config.compile:
         model.compile()
-    objective = MaskedAutoencoding(model, config.seed)
+    objective = MaskedAutoencoding(model, config.seed, config.masks_per_image)
     return Step(
         objective,
         adamw(objective, config.weight_decay),
@@ -216,13 +228,13 @@ def _parts(step: Step, batch: Batch, device: torch.device) -> tuple[float, float
 
 
 def _data_time(loader: Loader, config: PretrainConfig, seconds: float) -> float:
-    """Seconds a batch, when nothing else is done; the first, for which workers start, is not counted."""
+    """Seconds a batch, when nothing else is done, once what workers made while they started is used up."""
     size = config.batch_size
-    count = max(2, loader.stream.trained // size)
     times: list[float] = []
-    with closing(loader.batches(range(i * size, (i + 1) * size) for i in range(count))) as batches:
-        timed(lambda: next(batches), loader.device)
-        while len(times) < count - 1 and (sum(times) < seconds or len(times) < 3):
+    with closing(loader.batches(range(i * size, (i + 1) * size) for i in count())) as batches:
+        for _ in range(_UNCOUNTED):
+            timed(lambda: next(batches), loader.device)
+        while sum(times) < seconds or len(times) < 2 * _UNCOUNTED:
             times.append(timed(lambda: next(batches), loader.device))
     return sum(times) / len(times)  # not the median: workers deliver in bursts
 

@@ -1,0 +1,80 @@
+"""Are features made as fast as timm makes them? The encoder of ViT-B/16 at 224 pixels on whole images.
+
+Inference mode, bf16, with the same weights; first shown to be the same features in float32, then timed
+in turns.
+
+    uv run python benchmarks/features_speed.py --out docs/results/features_speed.json
+"""
+
+import json
+import statistics
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from timm.models.vision_transformer import VisionTransformer
+
+from quarterview.evaluate.features import encoder_features
+from quarterview.model.config import MAEConfig
+from quarterview.model.mae import fresh_model
+from quarterview.speed.rate import timed
+from quarterview.train.allocator import keep_freed_memory
+from quarterview.train.loop import precision_context
+from quarterview.train.record import provenance
+
+
+@torch.inference_mode()
+def main(
+    batch: int = 32,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    device: Literal["cpu", "cuda"] = "cpu",
+    rounds: int = 10,
+    out: Path | None = None,
+) -> None:
+    """Time both.
+
+    Args:
+        batch: images at a time.
+        rounds: how often the two take turns; medians over rounds are reported.
+        out: JSON file to write.
+    """
+    keep_freed_memory()
+    where = torch.device(device)
+    ours = fresh_model(MAEConfig(), seed=0).to(where).eval()
+    theirs = VisionTransformer(num_classes=0).to(where).eval()
+    weights = {name: value for name, value in ours.state_dict().items() if name in theirs.state_dict()}
+    theirs.load_state_dict(weights)
+    images = torch.rand(batch, 3, 224, 224, device=where)
+    features = encoder_features(ours, "cls")
+    torch.testing.assert_close(
+        features(images[:2]), theirs.forward_features(images[:2])[:, 0], atol=1e-4, rtol=0
+    )
+    arms = {"quarterview": lambda: features(images), "timm": lambda: theirs.forward_features(images)[:, 0]}
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(-1, rounds):  # the first is not counted
+        for name, arm in arms.items():
+            with precision_context(precision, where)():
+                seconds = timed(arm, where)
+            if turn >= 0:
+                times[name].append(seconds)
+    rates = {name: batch / statistics.median(each) for name, each in times.items()}
+    for name, rate in rates.items():
+        print(
+            f"{name:12} {rate:8.2f} images/s; quarterview is {rates['quarterview'] / rate:.2f} times as fast"
+        )
+    if out is not None:
+        record = {
+            "settings": {"batch": batch, "precision": precision, "device": device},
+            "images_per_s": rates,
+            "seconds": times,
+            "timm": version("timm"),
+            **provenance(sys.argv),
+        }
+        out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
