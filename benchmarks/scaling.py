@@ -151,6 +151,7 @@ def draw(found: list[Curve], path: Path) -> None:
     """One plot a curve."""
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
     for axis, curve in zip(axes.flat, found, strict=True):
@@ -170,6 +171,8 @@ def draw(found: list[Curve], path: Path) -> None:
             axis.loglog(curve.x, [each * scale for each in curve.operations], ":", color="0.6", label=label)
         axis.set(title=curve.title, xlabel=curve.work)
         axis.legend(frameon=False, fontsize=8)
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3, which="both", linewidth=0.4)
     figure.savefig(path, dpi=110)
 
