@@ -279,8 +279,11 @@ def test_a_crop_of_a_grey_jpeg_has_any_number_of_channels(channels):
 def test_what_turns_a_jpeg_or_gives_it_several_frames_is_never_overlooked():
     turned = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"/>'
     profile = b"\xff\xda" * 40_000  # looks like a start of scan, in two segments
-    for options in ({"xmp": turned}, {"icc_profile": profile, "xmp": turned}):
-        data = saved(photograph(30, 40), "JPEG", **options)
+    content = b"http://ns.adobe.com/xap/1.0/\x00" + turned
+    xmp = b"\xff\xe1" + (2 + len(content)).to_bytes(2, "big") + content
+    for options in ({}, {"icc_profile": profile}):
+        plain = saved(photograph(30, 40), "JPEG", **options)
+        data = plain[:2] + xmp + plain[2:]
         whole, image = decode(data, 3), croppable_file(data, 3)
         assert image.size == whole.pixels.shape[1:] == (40, 30)
         crop = image.crop((0, 0, 40, 30), (40, 30))
