@@ -103,7 +103,7 @@ def test_the_loop_never_names_mae():
     ("door", "words"),
     [
         ("cli.py", [r"sys\.argv"]),
-        ("train/distributed.py", [r"torch\.distributed", "DistributedDataParallel"]),
+        ("train/distributed.py", [r"torch\.distributed as", "process_group", "DistributedDataParallel"]),
         ("train/checkpoint.py", ["save_file"]),
         ("train/journal.py", [r"(?<!\w)print\(", r"Console\(", "import logging"]),
     ],

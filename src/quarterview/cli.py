@@ -19,7 +19,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from quarterview import recipes
 from quarterview.data.pack import PackConfig
-from quarterview.errors import RunError, UserError, unknown
+from quarterview.errors import RunError, ToldElsewhereError, UserError, unknown
 from quarterview.evaluate.compare import CompareConfig
 from quarterview.evaluate.doctor import DoctorConfig
 from quarterview.evaluate.embed import EmbedConfig
@@ -391,7 +391,7 @@ def run(argv: Sequence[str]) -> int:
         )
         return 1
     except (RunError, OSError) as error:  # of a full disk, no permission: the message names the path
-        Journal().fail(str(error))
+        Journal(quiet=isinstance(error, ToldElsewhereError)).fail(str(error))
         return 1
     except KeyboardInterrupt:
         return 130

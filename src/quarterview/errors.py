@@ -31,6 +31,10 @@ class RunError(RuntimeError):
     """
 
 
+class ToldElsewhereError(RunError):
+    """A run cannot go on, and another of its ranks has said why."""
+
+
 def check_types(config: object, kind: type) -> None:
     """Check the fields that a dataclass `kind` declares against its annotations, in an instance.
 

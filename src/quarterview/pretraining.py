@@ -18,9 +18,8 @@ from quarterview.exchange.facts import facts_of
 from quarterview.exchange.weights import check_start, load_into, metadata, read
 from quarterview.model.config import MAEConfig
 from quarterview.model.mae import fresh_model
-from quarterview.model.vit import recompute_blocks
 from quarterview.objectives.mae import MaskedAutoencoding, MaskingConfig
-from quarterview.running import Run, RunningConfig, Site, carry_out, hold, settle, to_plain
+from quarterview.running import Run, RunningConfig, Site, carry_out, hold, settle, spread, to_plain
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal
 from quarterview.train.loop import Hook, LoopConfig, Trainer
@@ -178,17 +177,13 @@ def build(config: PretrainConfig, prepared: Prepared, site: Site) -> Trainer:
         journal.warn(
             "a decoder without blocks sees nothing of the picture unless --encoder-mask-tokens is given"
         )
-    if config.grad_checkpointing:
-        recompute_blocks(model)
-    if config.compile:
-        model.compile()
-
     trained = prepared.stream.trained
     total = config.total_steps(trained)
     warmup, warning = warmup_steps(config.warmup_epochs, trained / config.batch_size, total)
     if warning:
         journal.warn(warning)
     objective = MaskedAutoencoding(model, config.seed, config.masks_per_image)
+    watched = spread(objective, config, precision, site)
     loader = Loader(
         site.source,
         prepared.stream,
@@ -209,7 +204,8 @@ def build(config: PretrainConfig, prepared: Prepared, site: Site) -> Trainer:
         world,
         journal,
         folder,
-        hooks=watchers(config, objective, loader, total, journal) if world.is_main else (),
+        hooks=watchers(config, watched, loader, total, journal) if world.is_main else (),
+        watched=watched,
         ema=config.ema,
         clip_grad=config.clip_grad,
         state={

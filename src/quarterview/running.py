@@ -4,22 +4,26 @@ The folder is locked, an older checkpoint found and checked, the record written,
 its end told. What is trained, and how it is built, the caller says.
 """
 
+import copy
 import json
 import os
 import sys
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+from torch import nn
 
 from quarterview import runs
 from quarterview.data.cache import CACHE_BYTES, CachedSet, load_all
 from quarterview.data.ledger import Ledger
-from quarterview.data.loader import LoadConfig
+from quarterview.data.loader import LoadConfig, shares
 from quarterview.data.source import Source
-from quarterview.errors import UserError, check_types
+from quarterview.errors import RunError, UserError, check_types
+from quarterview.model.vit import Recomputable, recompute_blocks
 from quarterview.train import checkpoint, distributed
 from quarterview.train.allocator import keep_freed_memory
 from quarterview.train.checkpoint import Checkpoint
@@ -27,13 +31,19 @@ from quarterview.train.distributed import World
 from quarterview.train.journal import Journal, metrics
 from quarterview.train.lock import lock
 from quarterview.train.loop import LoopConfig, Trainer, usable_precision
+from quarterview.train.sharding import is_sharded_by_default, shard
+
+Trained = TypeVar("Trained", bound=nn.Module)
 
 MAY_CHANGE = {
     *("out", "resume", "workers", "max_bad_samples", "device", "deterministic"),
-    *("compile", "grad_checkpointing"),
-    *("log_every", "eval_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints"),
+    *("compile", "grad_checkpointing", "accum_iter", "parallel", "ranks_per_copy"),
+    *("log_every", "eval_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_every"),
 }
 """What a resumed run may do differently, whatever it trains."""
+
+_PATIENCE = 60.0
+"""Seconds that a restarted run waits for the folder of those it replaces, which may be on other machines."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +135,27 @@ def carry_out(
     folder = Path(config.out)
     runs.check_folder(folder, inputs)
     world = distributed.join(config.device)
+    journal = Journal(folder, quiet=not world.is_main)
+
+    def begin() -> str:
+        """Take the folder and find where to go on, which the main rank does for all."""
+        held.enter_context(lock(folder, _PATIENCE if distributed.was_restarted() else 0.0))
+        return str(runs.find_checkpoint(config.resume, folder, journal.warn) or "")
+
     try:
-        if not world.is_main:
-            return _carry_out(config, folder, world, open_source, build, ending, may_change, argv)
-        with lock(folder):
-            return _carry_out(config, folder, world, open_source, build, ending, may_change, argv)
+        with ExitStack() as held:
+            path = world.from_main(begin)
+            resumed = checkpoint.load(Path(path)) if path else None
+            return _carry_out(
+                config, folder, world, journal, resumed, open_source, build, ending, may_change, argv
+            )
+    except RuntimeError as error:
+        if world.size > 1 and distributed.is_lost_rank(error):
+            raise RunError(
+                f"another rank is gone or does not answer, so this one stops ({first_line(error)}); "
+                "the same command goes on from the newest checkpoint"
+            ) from error
+        raise
     finally:
         distributed.leave(world)
 
@@ -138,16 +164,20 @@ def _carry_out(
     config: RunningConfig,
     folder: Path,
     world: World,
+    journal: Journal,
+    resumed: Checkpoint | None,
     open_source: Callable[[], Source],
     build: Callable[[Site], Trainer],
     ending: Callable[[Run], str],
     may_change: Collection[str],
     argv: Sequence[str],
 ) -> Run:
-    journal = Journal(folder, quiet=not world.is_main)
-    resumed = runs.find_checkpoint(config.resume, folder)
     source = open_source()
     fingerprint = source.fingerprint()
+    if not world.all_same(fingerprint):
+        raise UserError(
+            f"rank {world.rank} sees other images than another rank does; accepted: the same set on each"
+        )
     adopted = resumed is not None and resumed.path.parent != folder / "checkpoints"
     if resumed is not None:
         accepted = {*MAY_CHANGE, *may_change}
@@ -160,8 +190,9 @@ def _carry_out(
     if world.is_main and (resumed is None or adopted):
         runs.start_clean(folder)
     bad = folder / "bad_samples.jsonl" if world.is_main else None
-    ledger = Ledger(bad, len(source), config.max_bad_samples)
+    ledger = Ledger(bad, len(source), config.max_bad_samples, world.collect if world.size > 1 else None)
     trainer = build(Site(folder, world, journal, source, fingerprint, ledger, resumed))
+    trainer.together = ledger.exchange
     if resumed is not None:
         trainer.restore(resumed)
         if world.is_main:
@@ -218,13 +249,13 @@ def settle(config: LoopConfig, site: Site) -> Literal["bf16", "fp32"]:
     """Check the batch against the ranks, and say which precision is used.
 
     Raises:
-        UserError: if the batch cannot be shared equally.
+        UserError: if the batch is too small to be shared.
     """
     world = site.world
-    if config.batch_size % (world.size * config.accum_iter):
+    if not all(shares(part, config.accum_iter)[0] for part in shares(range(config.batch_size), world.size)):
         raise UserError(
-            f"a batch of {config.batch_size} cannot be shared equally by {world.size} ranks in "
-            f"{config.accum_iter} parts; accepted: multiples of {world.size * config.accum_iter}"
+            f"a batch of {config.batch_size} is too small for {world.size} ranks with {config.accum_iter} "
+            f"parts each; accepted: {2 * world.size * config.accum_iter} or more"
         )
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -234,6 +265,36 @@ def settle(config: LoopConfig, site: Site) -> Literal["bf16", "fp32"]:
     if precision != asked:
         site.journal.warn(f"{world.device} has no {asked} arithmetic; training in {precision}")
     return precision
+
+
+def spread(objective: Trained, config: LoopConfig, precision: Literal["bf16", "fp32"], site: Site) -> Trained:
+    """Let a model recompute its blocks, compile it, cut it among the ranks: what is asked for, in this order.
+
+    Its optimiser is made after that.
+
+    Returns:
+        What to look at the model through: the objective, or the main rank's whole copy of a sharded one.
+    """
+    world, model = site.world, objective.get_submodule("model")
+    if config.grad_checkpointing:
+        recompute_blocks(model)
+    blocks = [module for module in objective.modules() if isinstance(module, Recomputable)]
+    sharded = world.size > 1 and (
+        config.parallel == "fsdp" or (config.parallel == "auto" and is_sharded_by_default(model, world))
+    )
+    watched = copy.deepcopy(objective).eval() if sharded and world.is_main else objective
+    if config.compile:
+        for module in blocks if sharded else [model]:  # what gathers a block's weights cannot be compiled
+            module.compile()
+    if sharded:
+        shard(objective, blocks, world, config.ranks_per_copy, precision)
+        site.journal.say(f"weights and optimiser are cut among the ranks (fsdp, {len(blocks)} blocks)")
+    return watched
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its kind if it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def to_plain(config: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The folder of a run: whose it is, how a new run starts in it, where an old one goes on, and its record."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,8 @@ def start_clean(folder: Path) -> None:
             path.unlink()
 
 
-def find_checkpoint(resume: str, folder: Path) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from, or None for a new run.
+def find_checkpoint(resume: str, folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from, undamaged, or None for a new run.
 
     A run that once went on from a named checkpoint goes on from its own newest one when the same
     command is given again.
@@ -69,13 +69,15 @@ def find_checkpoint(resume: str, folder: Path) -> checkpoint.Checkpoint | None:
     Args:
         resume: ``auto``, ``never``, or the path of a run or of a checkpoint.
         folder: the run's folder.
+        warn: told of the run's own checkpoints that are damaged, which are set aside.
 
     Raises:
-        UserError: if there is none where one was named, or a run where there should be none.
+        UserError: if there is none where one was named, or a run where there should be none, or what was
+            named is damaged, or all that there is.
     """
     newest = checkpoint.newest(folder / "checkpoints")
     if resume == "auto":
-        return checkpoint.load(newest) if newest else None
+        return _newest_whole(folder, warn)
     if resume == "never":
         if newest is not None:
             raise UserError(
@@ -83,7 +85,7 @@ def find_checkpoint(resume: str, folder: Path) -> checkpoint.Checkpoint | None:
             )
         return None
     if newest is not None and checkpoint.read_state(newest).get("origin") == str(Path(resume).resolve()):
-        return checkpoint.load(newest)
+        return _newest_whole(folder, warn)
     named = Path(resume)
     if not (named / "state.json").is_file():
         found = checkpoint.newest(named / "checkpoints")
@@ -94,10 +96,20 @@ def find_checkpoint(resume: str, folder: Path) -> checkpoint.Checkpoint | None:
             )
         named = found
     if named.parent.resolve() == (folder / "checkpoints").resolve():
-        return checkpoint.load(folder / "checkpoints" / named.resolve().name)
+        named = folder / "checkpoints" / named.resolve().name
+        checkpoint.check(named)
+        return named
     if newest is not None:
         raise UserError(f"{folder} already holds a run, and --resume names another; accepted: a new --out")
-    return checkpoint.load(named)
+    checkpoint.check(named)
+    return named
+
+
+def _newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    found, said = checkpoint.newest_whole(folder / "checkpoints")
+    for line in said:
+        warn(line)
+    return found
 
 
 def origin(resume: str, resumed: checkpoint.Checkpoint | None) -> str | None:

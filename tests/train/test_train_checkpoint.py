@@ -90,7 +90,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
 def test_there_is_no_pickle_in_it(tmp_path):
     path = put(tmp_path, 7)
     assert {file.name for file in path.iterdir()} == {
-        *("model.safetensors", "optimizer.safetensors", "state.json")
+        *("model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS")
     }
     json.loads((path / "state.json").read_text())
     for file in path.glob("*.safetensors"):
@@ -122,9 +122,9 @@ def test_everything_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     path = put(folder, 12)
     partial, final = ".partial-step-00000012", "step-00000012"
     files = {("sync", file.name, file.stat().st_size) for file in path.iterdir()}
-    assert len(files) == 3
-    assert set(acts[:3]) == files
-    assert acts[3:] == [
+    assert len(files) == 4
+    assert set(acts[:4]) == files
+    assert acts[4:] == [
         ("sync", partial, None),
         ("rename", partial, final),
         ("sync", "checkpoints", None),

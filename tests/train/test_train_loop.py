@@ -171,7 +171,13 @@ def test_checkpoints_by_the_clock(tmp_path, changes, saved):
     [
         *(("batch_size", 0), ("steps", 0), ("log_every", 0), ("eval_every", -1), ("checkpoint_every", 0)),
         *(("epochs", 0), ("epochs", float("nan")), ("epochs", float("inf")), ("keep_checkpoints", 0)),
-        *(("accum_iter", 3), ("precision", "fp16"), ("checkpoint_minutes", -1.0)),
+        *(
+            ("accum_iter", 0),
+            ("keep_every", 0),
+            ("parallel", "ddpp"),
+            ("precision", "fp16"),
+            ("checkpoint_minutes", -1.0),
+        ),
     ],
 )
 def test_wrong_settings_are_refused(field, value):

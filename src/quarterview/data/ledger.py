@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from quarterview.data.fetch import Report
@@ -20,10 +21,18 @@ class Ledger:
         path: of ``bad_samples.jsonl``; None keeps the ledger in memory.
         size: images in the set.
         limit: share of them that may be broken.
+        collect: brings together what every rank says, where there are several; None for one alone.
     """
 
-    def __init__(self, path: Path | None, size: int, limit: float) -> None:
-        self.path, self.size, self.limit = path, size, limit
+    def __init__(
+        self,
+        path: Path | None,
+        size: int,
+        limit: float,
+        collect: Callable[[str], list[str]] | None = None,
+    ) -> None:
+        self.path, self.size, self.limit, self.collect = path, size, limit, collect
+        self._untold: list[tuple[int, str, str]] = []  # what the other ranks do not know yet
         self.broken: dict[int, str] = {}
         self.converted: Counter[str] = Counter()
         self._examples: dict[str, list[str]] = defaultdict(list)
@@ -38,7 +47,10 @@ class Ledger:
                 self.broken[row["id"]] = f"{row['name']}: {row['reason']}"
 
     def __call__(self, report: Report) -> None:
-        """Take down one report. Raises RunError if the broken images are now too many."""
+        """Take down one report. Raises RunError if the broken images are now too many.
+
+        Where there are several ranks, `exchange` finds that out, for all of them at once.
+        """
         if report.broken is None:
             if report.sample not in self._noted and len(self._noted) < _NOTED_MOST:
                 self._noted.add(report.sample)
@@ -48,11 +60,31 @@ class Ledger:
                         self._examples[note].append(report.name)
             return
         if report.sample not in self.broken:
-            self.broken[report.sample] = f"{report.name}: {report.broken}"
-            if self.path is not None:
-                row = {"id": report.sample, "name": report.name, "reason": report.broken}
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+            self._take_down(report.sample, report.name, report.broken)
+            self._untold.append((report.sample, report.name, report.broken))
+        if self.collect is None:
+            self.check()
+
+    def _take_down(self, sample: int, name: str, reason: str) -> None:
+        self.broken[sample] = f"{name}: {reason}"
+        if self.path is not None:
+            row = {"id": sample, "name": name, "reason": reason}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def exchange(self) -> None:
+        """Tell the other ranks of the images found broken here since, and learn of theirs; all call this.
+
+        Raises:
+            RunError: on every rank, if the broken images are now too many.
+        """
+        if self.collect is None:
+            return
+        mine, self._untold = self._untold, []
+        for text in self.collect(json.dumps(mine)):
+            for sample, name, reason in json.loads(text):
+                if sample not in self.broken:
+                    self._take_down(sample, name, reason)
         self.check()
 
     def check(self) -> None:

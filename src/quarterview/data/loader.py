@@ -3,6 +3,7 @@
 What a batch contains depends on its positions in the stream alone, never on how it was fetched.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -100,8 +101,21 @@ class Batch(NamedTuple):
         return (Batch(*part) for part in zip(*parts, strict=True))
 
     def chunks(self, count: int) -> Iterator["Batch"]:
-        """Cut into `count` equal parts."""
-        return self.split(len(self.ids) // count)
+        """Cut into `count` parts, as equal as can be (see `shares`)."""
+        sizes = [len(part) for part in shares(range(len(self.ids)), count)]
+        parts = (count * [None] if x is None else x.split(sizes) for x in self)
+        return (Batch(*part) for part in zip(*parts, strict=True))
+
+
+def shares(positions: range, count: int) -> list[range]:
+    """A batch's positions in `count` parts, one after the other and as equal as can be.
+
+    An even batch is cut between its pairs of neighbours, which augmentations may mix with one another.
+    """
+    unit = 2 if len(positions) % 2 == 0 else 1
+    units = len(positions) // unit
+    edges = [positions.start + units * part // count * unit for part in range(count + 1)]
+    return [range(*ends) for ends in itertools.pairwise(edges)]
 
 
 class Loader:

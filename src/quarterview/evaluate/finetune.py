@@ -40,9 +40,8 @@ from quarterview.exchange.weights import (
     read_header,
 )
 from quarterview.model.classifier import Classifier, ClassifierConfig, Pool, freeze_all_but
-from quarterview.model.vit import recompute_blocks
 from quarterview.objectives.supervised import Supervised, SupervisedConfig
-from quarterview.running import Run, RunningConfig, Site, carry_out, hold, settle, to_plain
+from quarterview.running import Run, RunningConfig, Site, carry_out, hold, settle, spread, to_plain
 from quarterview.train import checkpoint
 from quarterview.train.distributed import ranks
 from quarterview.train.loop import LoopConfig, Trainer
@@ -261,10 +260,9 @@ class _Plan:
         """Model, objective, optimiser and loop of a run at its beginning."""
         config, journal = self.config, site.journal
         precision = settle(config, site)
-        if (config.mixup or config.cutmix) and config.batch_size // (site.world.size * config.accum_iter) % 2:
+        if (config.mixup or config.cutmix) and config.batch_size % 2:
             raise UserError(
-                f"a batch of {config.batch_size} gives {site.world.size} ranks an odd number of images, "
-                "which cannot be mixed in pairs; accepted: an even one"
+                f"a batch of {config.batch_size} images cannot be mixed in pairs; accepted: an even one"
             )
         if config.randaugment is not None and config.cache == "device":
             raise UserError("--cache device cannot serve RandAugment; accepted: --cache auto or none")
@@ -281,6 +279,7 @@ class _Plan:
             journal.warn(warning)
         journal.say(self._summary(model, *held))
         objective = Supervised(model, config.part(SupervisedConfig), config.seed)
+        watched = spread(objective, config, precision, site)
         depth = len(model.blocks)
         groups = layer_decay_groups(objective, config.weight_decay, config.layer_decay, depth, "model.")
         resolved = {
@@ -312,9 +311,10 @@ class _Plan:
                 "origin": runs.origin(config.resume, site.resumed),
             },
             metadata=metadata(self.model_config),
+            watched=watched,
         )
         if site.world.is_main:
-            trainer.hooks = [Judge(trainer, model, self.test, self.test_labels, config.crop_pct)]
+            trainer.hooks = [Judge(trainer, watched.model, self.test, self.test_labels, config.crop_pct)]
         return trainer
 
     def _model(self, site: Site) -> Classifier:
@@ -324,10 +324,6 @@ class _Plan:
             for line in load_encoder(model, self.config.run, self.config.from_ema):
                 site.journal.say(line)
         freeze_all_but(model, count_blocks(self.config.blocks[0]))
-        if self.config.grad_checkpointing:
-            recompute_blocks(model)
-        if self.config.compile:
-            model.compile()
         return model
 
     def _summary(self, model: Classifier, cached: CachedSet | None, reason: str) -> str:
@@ -425,7 +421,7 @@ class Judge:
 
     def __call__(self, step: int) -> dict[str, float]:
         trainer = self.trainer
-        judged = {"test_accuracy": class_scores(self.model, trainer.ema or None)}
+        judged = {"test_accuracy": class_scores(self.model, trainer.watched_ema or None)}
         if trainer.ema:
             judged["test_accuracy_last"] = class_scores(self.model)
         scores, seen = extract(

@@ -1,11 +1,12 @@
 """Checkpoints: written whole or not at all, without pickle.
 
-A checkpoint is a folder ``step-00001000`` of safetensors files and one ``state.json``. It is
-written under a temporary name, every file and the folder are synced to disk, and only then it gets
-its name; so a folder with such a name is complete, whatever was killed and when. ``last`` is a
-relative link to the newest.
+A checkpoint is a folder ``step-00001000`` of safetensors files, one ``state.json`` and their checksums
+in ``SHA256SUMS``, which ``sha256sum --check`` reads too. It is written under a temporary name, every
+file and the folder are synced to disk, and only then it gets its name; so a folder with such a name is
+complete, whatever was killed and when. ``last`` is a relative link to the newest.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from quarterview.errors import RunError, UserError
 
 SELF_DESCRIBING = ("model", "ema")
 """Files whose header says what model they are of, so that each can be used alone."""
+SUMS = "SHA256SUMS"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -49,14 +51,15 @@ def save(
         RunError: if it cannot be written; nothing of it is left then.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    size = sum(value.nbytes for named in tensors.values() for value in named.values())
     final, partial = folder / f"step-{step:08d}", folder / f".partial-step-{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     try:
+        _check_space(folder, size)
+        partial.mkdir()
         _write(partial, tensors, state, metadata)
     except (SafetensorError, OSError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        size = sum(value.nbytes for named in tensors.values() for value in named.values())
         raise RunError(
             f"the checkpoint of step {step} could not be written to {folder}: it takes {size:,} bytes "
             f"({' '.join(str(error).split())}); make room and give the same command again"
@@ -69,6 +72,12 @@ def save(
     return final
 
 
+def _check_space(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(f"{free:,} bytes are free")
+
+
 def _write(
     folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict, metadata: dict[str, str]
 ) -> None:
@@ -77,9 +86,16 @@ def _write(
         header = metadata if name in SELF_DESCRIBING else None
         save_file(contiguous, folder / f"{name}.safetensors", header)
     (folder / "state.json").write_text(json.dumps(state, indent=1), "utf-8")
+    sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    (folder / SUMS).write_text("".join(sums), "utf-8")
     for path in folder.iterdir():
         sync(path)
     sync(folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_weights(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -138,10 +154,15 @@ def newest(folder: Path) -> Path | None:
     return folder / f"step-{found[-1]:08d}" if found else None
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what a killed save left behind."""
+def prune(folder: Path, keep: int, keep_every: int | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints, and what a killed save left behind.
+
+    Args:
+        keep_every: steps that divide by this keep theirs for good.
+    """
     for step in steps(folder)[:-keep]:
-        _remove(folder / f"step-{step:08d}")
+        if keep_every is None or step % keep_every:
+            _remove(folder / f"step-{step:08d}")
     for pattern in (".partial-*", ".removed-*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path)
@@ -154,6 +175,56 @@ def remove_after(folder: Path, step: int) -> None:
     for later in reversed(steps(folder)):
         if later > step:
             _remove(folder / f"step-{later:08d}")
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is undamaged, and what to say of those that are not.
+
+    A damaged one is set aside as ``damaged-step-…``, where nothing looks for it, and is never removed.
+
+    Raises:
+        UserError: if all that there are are damaged.
+    """
+    said = [
+        f"a save of {path.name.removeprefix('.partial-')} was interrupted; it is left out"
+        for path in sorted(folder.glob(".partial-step-*"))
+    ]
+    damaged: dict[Path, UserError] = {}
+    for step in reversed(steps(folder)):
+        path = folder / f"step-{step:08d}"
+        try:
+            check(path)
+        except UserError as error:
+            damaged[path] = error
+            continue
+        for newer, error in damaged.items():
+            aside = newer.with_name(f"damaged-{newer.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            newer.rename(aside)
+            said.append(f"{error}; it is set aside as {aside.name}, and the run goes on from {path.name}")
+        if damaged:
+            _point(folder / "last", path.name)
+        return path, said
+    for error in damaged.values():
+        raise error
+    return None, said
+
+
+def check(path: Path) -> None:
+    """Raises UserError unless each file of a checkpoint is as it was written.
+
+    The first checkpoints had no checksums; of those it is only asked whether they can be read.
+    """
+    try:
+        if not (path / SUMS).is_file():
+            load(path)
+            return
+        lines = [line.partition("  ") for line in (path / SUMS).read_text("utf-8").splitlines()]
+        changed = [name for expected, _, name in lines if _sha256(path / name) != expected]
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+    if changed or not lines:
+        raise _damaged(path, ValueError(f"{', '.join(changed) or SUMS} is not as it was written"))
 
 
 def load(path: Path) -> Checkpoint:
@@ -185,6 +256,4 @@ def read_state(path: Path) -> dict:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    older = [f"step-{step:08d}" for step in steps(path.parent) if f"step-{step:08d}" < path.name]
-    way = f"remove it to go on from {older[-1]}" if older else "there is no older one to go on from"
-    return UserError(f"the checkpoint {path} is damaged ({' '.join(str(error).split())}); {way}")
+    return UserError(f"the checkpoint {path} is damaged ({' '.join(str(error).split())})")

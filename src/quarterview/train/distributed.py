@@ -2,16 +2,21 @@
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from quarterview.errors import UserError
+from quarterview.data.loader import shares
+from quarterview.errors import RunError, ToldElsewhereError, UserError
 
 _TIMEOUT = datetime.timedelta(minutes=10)
+"""So long a rank waits for the others before it gives up. One that is gone is noticed at once."""
+_DONE, _FAILED = "+", "-"
 
 
 @dataclass(frozen=True)
@@ -29,16 +34,33 @@ class World:
 
     def share(self, positions: range) -> range:
         """This rank's part of a batch of the sample stream."""
-        each = len(positions) // self.size
-        return range(positions.start + self.rank * each, positions.start + (self.rank + 1) * each)
+        return shares(positions, self.size)[self.rank]
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """Average gradients over ranks in the backward pass."""
+        """Average gradients over ranks in the backward pass, each having the whole module."""
         if self.size == 1:
             return module
-        return DistributedDataParallel(
-            module, device_ids=[self.device] if self.device.type == "cuda" else None
-        )
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
+
+    def mesh(self, ranks_per_copy: int | None) -> DeviceMesh:
+        """The ranks in a grid: each row holds one copy of the model between its ranks.
+
+        Args:
+            ranks_per_copy: by default the ranks of one machine.
+
+        Raises:
+            UserError: if so many do not divide the ranks.
+        """
+        asked = ranks_per_copy or int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        if self.size % asked:
+            raise UserError(f"{asked} ranks a copy do not divide {self.size} ranks; accepted: a divisor")
+        shape, names = (self.size // asked, asked), ("copy", "part")
+        if shape[0] == 1:
+            shape, names = shape[1:], names[1:]
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+
+    # ------------------------------------------------------------------ agreeing
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over ranks; no copy to the host."""
@@ -48,18 +70,79 @@ class World:
             value /= self.size
         return value
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank says so: the one decision all take."""
-        if self.size == 1:
-            return flag
-        vote = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(vote, dist.ReduceOp.MAX)
-        return bool(vote.item())
-
     def wait(self) -> None:
         """Until every rank has come here."""
         if self.size > 1:
             dist.barrier()
+
+    def collect(self, text: str) -> list[str]:
+        """What every rank says here, by rank."""
+        if self.size == 1:
+            return [text]
+        mine = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(text.encode())]))
+        room = torch.zeros(max(1, *(int(size) for size in sizes)), dtype=torch.uint8)
+        room[: len(mine)] = mine
+        rooms = [torch.zeros_like(room) for _ in range(self.size)]
+        dist.all_gather(rooms, room)
+        return [bytes(r[: int(s)].tolist()).decode() for r, s in zip(rooms, sizes, strict=True)]
+
+    def from_main(self, act: Callable[[], str]) -> str:
+        """What the main rank's `act` returns, on every rank.
+
+        Raises:
+            UserError, RunError, OSError: what `act` raises on the main rank.
+            ToldElsewhereError: on the others, then.
+        """
+        if self.size == 1:
+            return act()
+        if not self.is_main:
+            said = self.collect("")[0]
+            if said == _FAILED:
+                raise ToldElsewhereError("the main rank says why")
+            return said.removeprefix(_DONE)
+        try:
+            done = act()
+        except (UserError, RunError, OSError):
+            self.collect(_FAILED)
+            raise
+        return self.collect(_DONE + done)[0].removeprefix(_DONE)
+
+    def all_same(self, text: str) -> bool:
+        """Whether every rank says the same here."""
+        return len(set(self.collect(text))) == 1
+
+
+class Vote:
+    """What the ranks decide together at every step: yes if any of them says so.
+
+    Nobody waits: a step's question is answered at the next step. A single rank has its answer at once.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._asked: tuple[dist.Work, Tensor] | None = None
+
+    def __call__(self, *flags: bool) -> list[bool]:
+        """Ask these, and answer those of the step before."""
+        if self.world.size == 1:
+            return list(flags)
+        answer = self.finish() or [False] * len(flags)
+        asked = torch.tensor(flags, dtype=torch.uint8)
+        work = dist.all_reduce(asked, dist.ReduceOp.MAX, async_op=True)
+        assert work is not None
+        self._asked = work, asked
+        return answer
+
+    def finish(self) -> list[bool]:
+        """The answer to what was asked last; nothing if there was nothing."""
+        if self._asked is None:
+            return []
+        work, flags = self._asked
+        self._asked = None
+        work.wait()
+        return [bool(flag) for flag in flags.tolist()]
 
 
 def join(device: str) -> World:
@@ -74,13 +157,25 @@ def join(device: str) -> World:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        # What the hosts decide between them goes over gloo, without asking the device.
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=_TIMEOUT)
     return World(chosen, rank, size)
 
 
 def ranks() -> int:
     """How many ranks torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def was_restarted() -> bool:
+    """Whether torchrun started these ranks in place of others that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def is_lost_rank(error: Exception) -> bool:
+    """Whether an error says that another rank is gone or does not answer."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
 def leave(world: World) -> None:

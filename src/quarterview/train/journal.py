@@ -69,7 +69,9 @@ class Journal:
 
     def fail(self, text: str) -> None:
         """A line on standard error: why this ended."""
-        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(text)}", soft_wrap=True)
+        Console(stderr=True, highlight=False, quiet=self.quiet).print(
+            f"[red]error:[/red] {escape(text)}", soft_wrap=True
+        )
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table, the first column to the left and the rest to the right."""

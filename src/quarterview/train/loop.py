@@ -21,10 +21,12 @@ from quarterview.data.loader import Batch, Loader
 from quarterview.errors import RunError, UserError, check_types
 from quarterview.objectives.objective import Objective
 from quarterview.train import checkpoint
-from quarterview.train.distributed import World
+from quarterview.train.distributed import Vote, World
 from quarterview.train.journal import Journal, Meter
 from quarterview.train.optim import Schedule, load_optimizer_tensors, optimizer_tensors
+from quarterview.train.sharding import copy_whole, cut_like, is_sharded, put_into, whole
 from quarterview.train.step import Step
+from quarterview.train.writer import Writer
 
 MOST_SKIPS = 3
 """So many bad steps in a row stop a run."""
@@ -63,22 +65,24 @@ class LoopConfig:
     """Minutes between checkpoints where `checkpoint_every` is not given."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept."""
+    keep_every: int | None = None
+    """Also write a checkpoint after every so many updates, and keep those for good."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """What each of several ranks holds: the whole model (ddp), a part of its weights and of the optimiser's
+    state (fsdp), or a part where the whole would take more than a quarter of a GPU (auto)."""
+    ranks_per_copy: int | None = None
+    """With fsdp, ranks that hold one copy of the model between them; by default those of one machine."""
 
     def __post_init__(self) -> None:
         check_types(self, LoopConfig)
         whole = ("batch_size", "accum_iter", "log_every", "keep_checkpoints")
-        for name in (*whole, "steps", "eval_every", "checkpoint_every"):
+        for name in (*whole, "steps", "eval_every", "checkpoint_every", "keep_every", "ranks_per_copy"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} {value}; accepted: 1 or more")
         for name in ("epochs", "checkpoint_minutes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} {getattr(self, name)}; accepted: a number above 0")
-        if self.batch_size % self.accum_iter:
-            raise UserError(
-                f"a batch of {self.batch_size} cannot be cut into {self.accum_iter} equal parts; "
-                f"accepted: parts that divide it"
-            )
 
     def total_steps(self, images: int) -> int:
         """Updates of the whole run over a training set of so many images."""
@@ -95,12 +99,14 @@ class Trainer:
     """One run of the loop.
 
     Args:
-        objective: what is trained; wrapped for several ranks here.
+        objective: what is trained; sharded already, or else wrapped for several ranks here.
         optimizer: over the objective's parameters, with `names` in its groups.
         schedule: the learning rate of every update.
         loader: the batches.
         folder: the run's folder.
-        hooks: called at every validation, and at the end.
+        hooks: called by the main rank at every validation, and at the end.
+        watched: through which the hooks look: the objective, or if it is sharded the main rank's whole copy.
+        together: called by every rank where rows of metrics are written: what else the ranks exchange.
         ema: decay of the moving average of the weights, or None.
         clip_grad: largest norm of the gradient, or None.
         state: what else every checkpoint's ``state.json`` is to hold.
@@ -122,21 +128,27 @@ class Trainer:
         clip_grad: float | None = None,
         state: dict[str, Any] | None = None,
         metadata: dict[str, str] | None = None,
+        watched: nn.Module | None = None,
+        together: Callable[[], None] = lambda: None,
     ) -> None:
         assert isinstance(objective, nn.Module)
         self.objective, self.module = objective, objective.train()
         self.optimizer, self.schedule, self.loader = optimizer, schedule, loader
         self.config, self.world, self.journal, self.folder = config, world, journal, folder
-        self.hooks, self.extra_state, self.metadata = hooks, state or {}, metadata or {}
+        self.hooks, self.watched, self.together = hooks, watched, together
+        self.extra_state = state or {}
         self.ema_decay = ema
+        self.watched_ema: dict[str, Tensor] = {}  # the whole of it, for hooks
         self.ema = {n: p.detach().clone() for n, p in objective.model.named_parameters()} if ema else {}
+        keep = (config.keep_checkpoints, config.keep_every)
+        self.writer = Writer(folder / "checkpoints", *keep, metadata or {})
         self.autocast = precision_context(config.precision, world.device)
         self.update = Step(objective, optimizer, world, self.autocast, config.accum_iter, clip_grad)
 
         self.step = 0  # updates done, skipped ones included
         self.skips, self.skips_in_a_row = 0, 0
         self._sums: dict[str, Tensor] = {}  # of loss, norm, other metrics and good steps since the last row
-        self._pending: list[tuple[int, Tensor, Tensor]] = []  # step, bad flag, ids: not yet read
+        self._pending: list[tuple[int, Tensor]] = []  # step, bad flag: not yet read
         self._saved_at, self._saved_time = -1, time.monotonic()
 
     # ------------------------------------------------------------------ the run
@@ -149,9 +161,9 @@ class Trainer:
         """
         total, batch = self.schedule.total_steps, self.config.batch_size
         eval_every = self.config.eval_every or max(self.config.log_every, total // 20)
-        parts = (self.world.share(range(s * batch, (s + 1) * batch)) for s in range(self.step, total))
+        parts = (self.world.share(self._positions(step)) for step in range(self.step, total))
         self.journal.start_progress(total, self.step)
-        meter = Meter()
+        meter, vote = Meter(), Vote(self.world)
         with stop_signals() as asked:
             for data in timed(self.loader.batches(parts), meter):
                 self._update(data)
@@ -160,19 +172,27 @@ class Trainer:
                 last, evaluate = self.step == total, self.step % eval_every == 0
                 if last or evaluate or self.step % self.config.log_every == 0:
                     self._write_row(meter, evaluate or last)
-                stop = self.world.any(bool(asked))
-                if last or stop or self._checkpoint_is_due():
+                stop, late, failed = vote(bool(asked), self._is_late(), self.writer.has_failed)
+                if failed:
+                    self._finish_writing()
+                if last or stop or late or self._checkpoint_is_due():
                     began = meter.clock()
-                    self.save()
+                    self.save(wait=last or stop)
                     meter.paused += meter.clock() - began
                 if stop and not last:
+                    vote.finish()
                     return asked[0] if asked else "SIGTERM"
+        vote.finish()
         return "complete"
+
+    def _positions(self, step: int) -> range:
+        """Of the batch after so many updates, in the stream."""
+        return range(step * self.config.batch_size, (step + 1) * self.config.batch_size)
 
     def _update(self, batch: Batch) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr(self.step) * group.get("lr_scale", 1.0)
-        loss, metrics = self.update.gradients(batch)
+        loss, metrics = self.update.gradients(batch, self.config.batch_size)
         norm, bad = self.update.apply(loss)
         if self.ema_decay is not None:
             average = get_ema_multi_avg_fn(self.ema_decay)
@@ -185,7 +205,7 @@ class Trainer:
             "good": torch.ones_like(loss),
         }.items():
             self._sums[name] = self._sums.get(name, 0) + torch.where(bad, 0.0, value)
-        self._pending.append((self.step, bad, batch.ids))
+        self._pending.append((self.step, bad))
 
     # ------------------------------------------------------------------ reading and writing
 
@@ -193,12 +213,14 @@ class Trainer:
         """Bring the flags of the steps since the last reading to the host, and act on them."""
         if not self._pending:
             return
-        flags = torch.stack([bad for _, bad, _ in self._pending]).tolist()
+        flags = torch.stack([bad for _, bad in self._pending]).tolist()
         pending, self._pending = self._pending, []
-        for (step, _, ids), bad in zip(pending, flags, strict=True):
+        for (step, _), bad in zip(pending, flags, strict=True):
             self.skips_in_a_row = self.skips_in_a_row + 1 if bad else 0
             self.skips += bad
             if bad:
+                positions = self._positions(step - 1)  # of every rank
+                _, ids = self.loader.stream.at(torch.arange(positions.start, positions.stop))
                 self.journal.skipped(step, ids.tolist())
             if self.skips_in_a_row >= MOST_SKIPS:
                 raise RunError(
@@ -210,6 +232,7 @@ class Trainer:
 
     def _write_row(self, meter: Meter, evaluate: bool) -> None:
         self._read_flags()
+        self.together()
         sums = {name: float(value) for name, value in self._sums.items()}
         good = sums.pop("good", 0.0)
         means = {name: value / good if good else math.nan for name, value in sums.items()}
@@ -237,7 +260,11 @@ class Trainer:
     def _evaluate(self, meter: Meter) -> dict[str, float]:
         began = meter.clock()
         columns: dict[str, float] = {}
+        self._finish_writing()  # hooks may fork, which a process with threads had better not
         self.module.eval()  # looking at a run must not change it
+        if is_sharded(self.module):
+            copy_whole(self.module, self.watched if self.world.is_main else None)
+        self.watched_ema = {name: whole(value) for name, value in self.ema.items()}
         with torch.no_grad(), self.autocast():
             for hook in self.hooks if self.world.is_main else ():
                 columns |= hook(self.step)
@@ -246,23 +273,38 @@ class Trainer:
         return columns
 
     def _checkpoint_is_due(self) -> bool:
-        if self.config.checkpoint_every is not None:
-            return self.step % self.config.checkpoint_every == 0
-        return self.world.any(time.monotonic() - self._saved_time > 60 * self.config.checkpoint_minutes)
+        every = (self.config.checkpoint_every, self.config.keep_every)
+        return any(number is not None and self.step % number == 0 for number in every)
 
-    def save(self) -> None:
-        """Write a checkpoint of the present step, unless that is done."""
-        if self._saved_at == self.step:
-            return
-        self._read_flags()
-        if self.world.is_main:
-            folder = self.folder / "checkpoints"
-            checkpoint.save(folder, self.step, self._tensors(), self._state(), self.metadata)
-            checkpoint.prune(folder, self.config.keep_checkpoints)
-        self.world.wait()
-        self._saved_at, self._saved_time = self.step, time.monotonic()
+    def _is_late(self) -> bool:
+        """Whether the clock asks for a checkpoint."""
+        if self.config.checkpoint_every is not None:
+            return False
+        return time.monotonic() - self._saved_time > 60 * self.config.checkpoint_minutes
+
+    def save(self, wait: bool = True) -> None:
+        """Write a checkpoint of the present step, unless that is done.
+
+        Args:
+            wait: until it is on the disk, and not only until it is copied.
+
+        Raises:
+            RunError: if it could not be written, or the one before.
+        """
+        if self._saved_at != self.step:
+            self._read_flags()
+            tensors = self._tensors()
+            self.world.from_main(lambda: self.writer.save(self.step, tensors, self._state()) or "")
+            self._saved_at, self._saved_time = self.step, time.monotonic()
+        if wait:
+            self._finish_writing()
+
+    def _finish_writing(self) -> None:
+        """Wait for the main rank's disk; all ranks stop if it fails."""
+        self.world.from_main(lambda: self.writer.finish() or "")
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything to keep, whole, on the main rank; nothing on the others, which call it all the same."""
         others = {k: v for k, v in self.module.state_dict().items() if not k.startswith("model.")}
         tensors = {
             "model": self.objective.model.state_dict(),
@@ -270,7 +312,13 @@ class Trainer:
             "optimizer": optimizer_tensors(self.optimizer),
             "ema": self.ema,
         }
-        return {name: named for name, named in tensors.items() if named}
+        gathered: dict[str, dict[str, Tensor]] = {}
+        for name, named in tensors.items():
+            for key, value in named.items():
+                entire = whole(value)
+                if self.world.is_main:
+                    gathered.setdefault(name, {})[key] = entire
+        return gathered
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -284,11 +332,11 @@ class Trainer:
 
     def restore(self, loaded: checkpoint.Checkpoint) -> None:
         """Continue where a checkpoint was taken."""
-        self.objective.model.load_state_dict(loaded.tensors["model"])
-        self.module.load_state_dict(loaded.tensors.get("objective", {}), strict=False)
+        put_into(self.objective.model, loaded.tensors["model"])
+        put_into(self.module, loaded.tensors.get("objective", {}), strict=False)
         load_optimizer_tensors(self.optimizer, loaded.tensors.get("optimizer", {}))
         for name, tensor in self.ema.items():
-            tensor.copy_(loaded.tensors["ema"][name])
+            tensor.copy_(cut_like(loaded.tensors["ema"][name], tensor))
         state = loaded.state
         self.step, self.skips, self.skips_in_a_row = state["step"], state["skips"], state["skips_in_a_row"]
         self._sums = {name: torch.tensor(s, device=self.world.device) for name, s in state["sums"].items()}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quarterview.errors import UserError, check_types
+from quarterview.train.sharding import cut_like
 
 WARMUP_SHARE = 40 / 800
 """The paper warms up for 40 of 800 epochs; shorter runs do in proportion."""
@@ -174,5 +175,12 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
         for name, parameter in zip(group["names"], group["params"], strict=True):
             mine = [key for key in tensors if key.partition("/")[2] == name]
             optimizer.state[parameter] = {
-                key.partition("/")[0]: tensors[key].to(parameter.device, copy=True) for key in mine
+                key.partition("/")[0]: _placed(tensors[key], parameter) for key in mine
             }
+
+
+def _placed(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor of the state where its parameter is: cut likewise if it has the parameter's shape."""
+    if tensor.shape == parameter.shape:
+        tensor = cut_like(tensor, parameter)
+    return tensor.to(parameter.device, copy=True)

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from quarterview.data.loader import Batch
 from quarterview.objectives.objective import Loss, Objective
 from quarterview.train.distributed import World
+from quarterview.train.sharding import adding_gradients, is_sharded, whole
 
 
 class Step:
     """Forward, backward, optimiser.
 
     Args:
-        objective: what is trained; wrapped for several ranks here.
+        objective: what is trained; sharded already (see `sharding.shard`), or else wrapped for several ranks
+            here.
         optimizer: fused, over the objective's parameters.
         autocast: what to run the forward pass in.
         accum_iter: parts that a batch is cut into.
@@ -38,7 +40,7 @@ class Step:
         assert isinstance(objective, nn.Module)
         self.optimizer, self.world, self.autocast = optimizer, world, autocast
         self.accum_iter, self.clip_grad = accum_iter, clip_grad
-        self.wrapped = world.wrap(objective)
+        self.wrapped = objective if is_sharded(objective) else world.wrap(objective)
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
 
     def forward(self, part: Batch) -> Loss:
@@ -46,18 +48,33 @@ class Step:
         with self.autocast():
             return self.wrapped(part)
 
-    def gradients(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Leave a batch's gradients in the parameters; its loss and metrics, over all ranks and parts."""
+    def gradients(self, batch: Batch, images: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Leave the gradients of the whole batch in the parameters.
+
+        Args:
+            batch: this rank's part of the batch.
+            images: in the whole batch, each of which counts alike; by default `batch` is the whole.
+
+        Returns:
+            The loss and the metrics of the whole batch, float32 scalars on the device.
+        """
         loss = torch.zeros((), device=self.world.device)
         metrics: dict[str, Tensor] = {}
-        for part in batch.chunks(self.accum_iter):
-            out = self.forward(part)
-            share = out.loss / self.accum_iter
-            share.backward()
+        images = images or len(batch.ids)
+        parts = list(batch.chunks(self.accum_iter))
+        for number, part in enumerate(parts, 1):
+            weight = len(part.ids) / images * self.world.size  # the ranks' gradients are averaged
+            with adding_gradients(self.wrapped, last=number == len(parts)):
+                out = self.forward(part)
+                share = out.loss * weight
+                share.backward()
             loss += share.detach()
             for name, value in out.metrics.items():
-                metrics[name] = metrics.get(name, 0) + value.detach() / self.accum_iter
-        return self.world.mean(loss), metrics
+                metrics[name] = metrics.get(name, 0) + value.detach() * weight
+        if not metrics:
+            return self.world.mean(loss), metrics
+        means = self.world.mean(torch.stack([loss, *metrics.values()])).unbind()
+        return means[0], dict(zip(metrics, means[1:], strict=True))
 
     def apply(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Move the weights, if loss and gradient are finite, and drop the gradients.
@@ -65,7 +82,7 @@ class Step:
         Returns:
             The norm of the gradient, float32, and whether the step was dropped, bool; scalars on the device.
         """
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = whole(nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
         bad = ~(loss.isfinite() & norm.isfinite())

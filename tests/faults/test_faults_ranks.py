@@ -1,0 +1,339 @@
+"""Several ranks, and what befalls one of them: rows 2, 3, 6, 7, 8 and 9 of docs/reliability.md."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from ranks import BATCH, CONTEXT, STEPS, begin, config, different, end, killing, said, tensors, train
+
+from quarterview.data.loader import shares
+from quarterview.errors import RunError
+from quarterview.train import checkpoint
+from quarterview.train.journal import metrics
+from quarterview.train.lock import lock
+from quarterview.train.loop import Trainer
+from quarterview.train.step import Step
+
+
+def note_ids(rank: int, log: Path) -> None:
+    """Write down the samples of every step of this rank."""
+    real = Trainer._update
+
+    def update(self, batch):
+        with (log / f"ids{rank}.jsonl").open("a") as file:
+            file.write(json.dumps([self.step, batch.epochs.tolist(), batch.ids.tolist()]) + "\n")
+        real(self, batch)
+
+    Trainer._update = update
+
+
+def order(log: Path, size: int) -> list[tuple[int, list[int], list[int]]]:
+    """Per step, the epochs and samples of all ranks, in the order of the ranks."""
+    ranks = [
+        [json.loads(line) for line in (log / f"ids{rank}.jsonl").read_text().splitlines()]
+        for rank in range(size)
+    ]
+    return [
+        (rows[0][0], [e for row in rows for e in row[1]], [i for row in rows for i in row[2]])
+        for rows in zip(*ranks, strict=True)
+    ]
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The run on one rank, and its log beside it."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert train(config(folder / "run", ema=0.9, clip_grad=1.0), 1, folder, note_ids) == [0]
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [(2, {"parallel": "ddp", "accum_iter": 2}), (2, {"parallel": "fsdp"}), (3, {"parallel": "ddp"})],
+)
+def test_ranks_see_the_same_samples_and_losses_as_one_alone(tmp_path, alone, size, changes):
+    run = config(tmp_path / "run", ema=0.9, clip_grad=1.0, **changes)
+    assert train(run, size, tmp_path, note_ids) == [0] * size, said(tmp_path)
+    assert order(tmp_path, size) == order(alone, 1)
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(alone / "run"), rtol=1e-5, atol=0)
+    one, many = tensors(alone / "run"), tensors(tmp_path / "run")
+    assert one.keys() == many.keys()
+    for name, value in one.items():
+        # Keys have a bias whose gradient is 0 but for rounding, and AdamW magnifies what is left.
+        torch.testing.assert_close(many[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_goes_on_under_any_layout(tmp_path, alone):
+    layouts = [(2, "ddp", 0), (2, "fsdp", 2), (1, "auto", 1), (2, "fsdp", 0)]
+    for part, (size, parallel, workers) in enumerate(layouts, 1):
+        changes = {"parallel": parallel, "workers": workers, "ema": 0.9, "clip_grad": 1.0}
+        log = tmp_path / str(part)
+        stop = {1: stop_at_7, 2: stop_at_12, 3: stop_at_15}.get(part)
+        codes = train(config(tmp_path / "run", **changes), size, log, stop)
+        assert codes == [75 if stop else 0] * size, said(log)
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(alone / "run"), rtol=1e-5, atol=0)
+    assert metrics(tmp_path / "run")[-1]["step"] == STEPS
+
+
+def stop(at: int) -> None:
+    """Send this process SIGTERM in a step."""
+    real = Trainer._update
+
+    def update(self, batch):
+        real(self, batch)
+        if self.step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Trainer._update = update
+
+
+def stop_at_7(rank: int, log: Path) -> None:
+    if rank == 0:
+        stop(7)
+
+
+def stop_at_12(rank: int, log: Path) -> None:
+    if rank == 1:
+        stop(12)
+
+
+def stop_at_15(rank: int, log: Path) -> None:
+    stop(15)
+
+
+def test_a_checkpoint_is_the_same_whatever_layout_read_it(tmp_path, alone):
+    """Read by shards, written again at once: gathered weights are what they were."""
+    source = checkpoint.newest(alone / "run" / "checkpoints").parent / "step-00000015"
+    run = config(tmp_path / "run", parallel="fsdp", ema=0.9, clip_grad=1.0, resume=str(source))
+    assert train(run, 2, tmp_path, stop_before_a_step) == [1, 1]
+    again = checkpoint.load(tmp_path / "run" / "checkpoints" / "step-00000015")
+    for kind, named in checkpoint.load(source).tensors.items():
+        assert named.keys() == again.tensors[kind].keys()
+        assert all(torch.equal(again.tensors[kind][name], value) for name, value in named.items())
+
+
+def stop_before_a_step(rank: int, log: Path) -> None:
+    def run(self):
+        raise RunError("nothing is trained here")
+
+    Trainer.run = run
+
+
+def test_two_runs_alike_have_the_same_weights(tmp_path, alone):
+    assert train(config(tmp_path / "run", ema=0.9, clip_grad=1.0), 1, tmp_path) == [0]
+    assert different(tmp_path / "run", alone / "run") == []
+
+
+@given(st.integers(1, 400), st.integers(1, 9), st.integers(0, 10**12))
+def test_shares_are_the_whole_batch_as_equal_as_can_be(batch, count, start):
+    positions = range(start, start + batch)
+    parts = shares(positions, count)
+    assert [p for part in parts for p in part] == list(positions)
+    lengths = [len(part) for part in parts]
+    assert max(lengths) - min(lengths) <= 2 - batch % 2
+    if batch % 2 == 0:  # pairs of neighbours stay together
+        assert all((part.start - start) % 2 == 0 for part in parts)
+
+
+# ---------------------------------------------------------------------- one of two is asked to stop
+
+
+def stop_the_second_at_7(rank: int, log: Path) -> None:
+    if rank == 1:
+        stop(7)
+
+
+def test_one_of_two_ranks_is_asked_to_stop_and_both_save_the_same_step(tmp_path, alone):
+    began = time.monotonic()
+    run = config(tmp_path / "run", ema=0.9, clip_grad=1.0)
+    assert train(run, 2, tmp_path, stop_the_second_at_7) == [75, 75]
+    assert time.monotonic() - began < 15 + 45  # the ranks have to start first
+    assert "stopped by SIGTERM after step 8" in said(tmp_path)  # asked at 7, decided together at 8
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [5, 8]
+
+
+# ---------------------------------------------------------------------- one of two dies
+
+
+def die_at_8(rank: int, log: Path) -> None:
+    if rank == 1:
+        real = Trainer._update
+
+        def update(self, batch):
+            if self.step == 8:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(self, batch)
+
+        Trainer._update = update
+
+
+def test_when_a_rank_dies_the_other_stops_at_once_and_says_so(tmp_path):
+    processes = begin(config(tmp_path / "run"), 2, tmp_path, die_at_8)
+    with killing(processes):
+        processes[1].join(120)
+        began = time.monotonic()
+        assert end(processes, 60) == [1, -signal.SIGKILL]
+    assert time.monotonic() - began < 30
+    assert "another rank is gone or does not answer" in said(tmp_path)
+    assert "the same command goes on from the newest checkpoint" in said(tmp_path)
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [5]
+
+
+def flags(folder: Path) -> list[str]:
+    """The command line of `config`."""
+    given = config(folder, checkpoint_every=2)
+    names = ["model", "precision", "out", "decoder_width", "decoder_depth", "decoder_heads", "lr"]
+    names += ["batch_size", "workers", "holdout", "steps", "log_every", "eval_every", "checkpoint_every"]
+    words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(given, name)))]
+    return [*words, "--device", "cpu", "--image-size", "16", "--data", *given.data]
+
+
+@pytest.mark.slow
+def test_a_rank_killed_under_torchrun_is_replaced_and_the_run_ends_as_it_would_have(tmp_path):
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    ranks += ["--master-port", "0", "-m", "quarterview", "pretrain"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*ranks, *flags(tmp_path / "whole")], env=environment, capture_output=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    log = (tmp_path / "log").open("w")
+    folder = tmp_path / "run"
+    with log, subprocess.Popen([*ranks, *flags(folder)], env=environment, stdout=log, stderr=log) as agent:
+        until = time.monotonic() + 200
+        while not checkpoint.steps(folder / "checkpoints") and time.monotonic() < until:
+            time.sleep(0.005)
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        ours = [int(pid) for pid in children if b"quarterview" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(ours) == 2
+        os.kill(ours[1], signal.SIGKILL)
+        assert agent.wait(300) == 0, (tmp_path / "log").read_text()[-3000:]
+    text = (tmp_path / "log").read_text()
+    assert "going on from" in text
+    assert different(folder, tmp_path / "whole") == []
+
+
+# ---------------------------------------------------------------------- not finite on one rank
+
+
+def spoil(rank: int, steps: set[int]) -> None:
+    """Make this rank's loss NaN in these steps, counted from 1."""
+    real, done = Step.forward, [0]
+
+    def forward(self, part):
+        done[0] += 1
+        out = real(self, part)
+        return out._replace(loss=out.loss * float("nan")) if done[0] in steps else out
+
+    if rank == 1:
+        Step.forward = forward
+
+
+def spoilt_at_6(rank: int, log: Path) -> None:
+    spoil(rank, {6})
+
+
+def spoilt_from_6(rank: int, log: Path) -> None:
+    spoil(rank, {6, 7, 8})
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_loss_that_is_not_finite_on_one_rank_changes_no_weight_on_any(tmp_path, parallel):
+    run = config(tmp_path / "run", steps=6, checkpoint_every=1, keep_checkpoints=9, parallel=parallel)
+    assert train(run, 2, tmp_path, spoilt_at_6) == [0, 0], said(tmp_path)
+    before, after = (
+        checkpoint.load(tmp_path / "run" / "checkpoints" / f"step-0000000{step}").tensors for step in (5, 6)
+    )
+    for kind, named in before.items():
+        assert all(torch.equal(after[kind][name], value) for name, value in named.items()), kind
+    (row,) = map(json.loads, (tmp_path / "run" / "skipped_steps.jsonl").read_text().splitlines())
+    assert row["step"] == 6
+    assert len(set(row["ids"])) == BATCH  # of both ranks
+
+
+def test_three_in_a_row_stop_all_ranks(tmp_path):
+    assert train(config(tmp_path / "run"), 2, tmp_path, spoilt_from_6) == [1, 1]
+    for rank in (0, 1):
+        assert "steps 6 to 8 all gave gradients that are not finite" in " ".join(said(tmp_path, rank).split())
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert checkpoint.steps(checkpoints) == [5]
+    loaded = checkpoint.load(checkpoints / "last")
+    assert all(bool(t.isfinite().all()) for named in loaded.tensors.values() for t in named.values())
+
+
+# ---------------------------------------------------------------------- broken images on any rank
+
+
+def test_broken_images_of_every_rank_are_recorded_once(tmp_path):
+    folder, noise = tmp_path / "images", np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(64):
+        Image.fromarray(noise.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{i:02}.png")
+    for i in range(0, 64, 16):
+        (folder / f"{i:02}.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    changes = {"data": (str(folder),), "holdout": 0, "cache": "none", "mean": (0.5,) * 3, "std": (0.3,) * 3}
+    rows = {}
+    for size in (1, 2):
+        log = tmp_path / str(size)
+        run = config(log / "run", steps=9, max_bad_samples=0.5, **changes)
+        assert train(run, size, log, note_ids) == [0] * size, said(log)
+        lines = (log / "run" / "bad_samples.jsonl").read_text().splitlines()
+        rows[size] = sorted(lines)
+    assert len(rows[1]) == 4
+    assert rows[2] == rows[1]
+    assert order(tmp_path / "2", 2) == order(tmp_path / "1", 1)
+    run = config(tmp_path / "few", steps=9, max_bad_samples=0.01, **changes)
+    assert train(run, 2, tmp_path / "few log") == [1, 1]
+    for rank in (0, 1):
+        assert "more than the 1.00% that --max-bad-samples allows" in said(tmp_path / "few log", rank)
+
+
+def test_ranks_with_different_images_are_refused(tmp_path):
+    assert train(config(tmp_path / "run"), 2, tmp_path, other_images) == [2, 2]
+    for rank in (0, 1):
+        text = " ".join(said(tmp_path, rank).split())
+        assert f"rank {rank} sees other images than another rank does" in text
+
+
+def other_images(rank: int, log: Path) -> None:
+    from quarterview.data.shapes import ShapesSource
+
+    ShapesSource.fingerprint = lambda self: f"{rank:016x}"
+
+
+# ---------------------------------------------------------------------- whose folder it is
+
+
+def hold_for_a_while(folder: Path) -> None:
+    with lock(folder):
+        (folder / "held").touch()
+        time.sleep(2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_who_is_patient_gets_the_folder_of_one_that_dies(tmp_path):
+    process = CONTEXT.Process(target=hold_for_a_while, args=(tmp_path,))
+    process.start()
+    with killing([process]):
+        until = time.monotonic() + 60
+        while not (tmp_path / "held").exists():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        with lock(tmp_path, patience=30):
+            pass
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
