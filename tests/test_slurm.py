@@ -56,7 +56,7 @@ def test_a_request_is_read():
         (["hours=inf"], "a number above 0"),
         (["cluster=slumr"], "Did you mean 'slurm'"),
         (["cluster=local", "nodes=2"], "one node"),
-        (["hours=0.01"], "less than the limit"),
+        (["hours=0.2"], "accepted: 0.28 hours or more"),
     ],
 )
 def test_a_wrong_request_is_refused(words, said):

@@ -20,6 +20,7 @@ from quarterview.train.lock import lock
 
 STOPPED = 75
 """The exit code of a command that was asked to stop and saved."""
+_LEAST_LIFE = 900  # seconds; Slurm's warning may come a minute early, and kills a process that still starts
 MOST_LIVES = 1000
 """So often a job that reaches its time limit is queued again."""
 TEXTS = (
@@ -93,10 +94,10 @@ def parse(words: Sequence[str]) -> Request:
         raise unknown("value of --slurm cluster:", request.cluster, ("slurm", "local"))
     if request.cluster == "local" and request.nodes > 1:
         raise UserError(f"--slurm cluster=local nodes={request.nodes}; accepted: one node, this machine")
-    if request.notice >= 3600 * request.hours:
+    if 3600 * request.hours < request.notice + _LEAST_LIFE:
         raise UserError(
-            f"--slurm notice={request.notice} seconds before a limit of {request.hours:g} hours; "
-            "accepted: less than the limit"
+            f"--slurm hours={request.hours:g} with notice={request.notice} seconds leaves no time to train; "
+            f"accepted: {(request.notice + _LEAST_LIFE) / 3600:.2g} hours or more"
         )
     return request
 
