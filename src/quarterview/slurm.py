@@ -5,12 +5,11 @@ and reads it again on the node: its own mechanism, for its own files. Nothing el
 """
 
 import math
-import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ def parse(words: Sequence[str]) -> Request:
             texts[name] = value
         else:
             given[name] = _read(name, value, kinds[name])
-    request = replace(Request(), texts=texts, **given)
+    request = Request(texts=texts, **given)
     if request.cluster not in ("slurm", "local"):
         raise unknown("value of --slurm cluster:", request.cluster, ("slurm", "local"))
     if request.cluster == "local" and request.nodes > 1:
@@ -170,9 +169,8 @@ def submit(
         job = executor.submit(Task(run), list(argv))
     except submitit.core.utils.FailedJobError as error:
         raise RunError(f"Slurm refuses the job: {str(error).strip()}") from None
-    unit = f"{request.gpus} GPUs" if request.gpus else "no GPU"
     journal.say(
-        f"submitted job {job.job_id}: {request.nodes} nodes with {unit} each, {request.world_size} ranks, "
+        f"submitted job {job.job_id}: {request.world_size} ranks, {request.ranks_per_node} a node, "
         f"{request.hours:g} hours at a time; queued again until the run is complete"
     )
     local = request.cluster == "local"
@@ -285,5 +283,5 @@ def _is_running(job: Any) -> bool:
     if job.name() != "slurm":
         return False
     asked = ["squeue", "--noheader", "--jobs", job.job_id, "--format", "%T"]
-    answer = subprocess.run(asked, capture_output=True, text=True, check=False, env=dict(os.environ))
+    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
     return answer.stdout.strip() == "RUNNING"
