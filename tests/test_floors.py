@@ -14,6 +14,7 @@ FLOORS = {
     "cli": 6,
     "__main__": 6,
     "demo": 5,
+    "slurm": 5,
     "pretraining": 4,
     "recipes": 4,
     "dry_run": 4,

@@ -27,6 +27,7 @@ from quarterview.evaluate.features import ProbeConfig
 from quarterview.evaluate.finetune import FinetuneConfig
 from quarterview.exchange.export import ExportConfig
 from quarterview.pretraining import PretrainConfig, pretrain, start_values
+from quarterview.running import RunningConfig
 from quarterview.speed.bench import BenchConfig
 from quarterview.train.journal import Journal
 
@@ -44,14 +45,18 @@ class Pretrain(PretrainConfig):
     """Start from a named configuration (see `quarterview recipes`) or a YAML file; flags go first."""
     dry_run: bool = False
     """Show the resolved configuration, parameters, steps and memory, and train nothing."""
+    slurm: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME=VALUE...")] = None
+    """Train as a Slurm job: nodes=2 gpus=8 hours=24 partition=main, … (docs/scale.md lists the names)."""
 
     def execute(self, argv: Sequence[str]) -> int:
+        from quarterview import dry_run
+
         config = PretrainConfig(**{f.name: getattr(self, f.name) for f in fields(PretrainConfig)})
         if self.dry_run:
-            from quarterview import dry_run
-
             dry_run.show(config, Journal())
             return 0
+        if self.slurm is not None:
+            return _submit(self.slurm, config, config.data, lambda ranks: dry_run.check(config, ranks), argv)
         return _EXIT_CODES[pretrain(config, ["quarterview", *argv]).status]
 
 
@@ -84,9 +89,12 @@ class Finetune(FinetuneConfig):
     """Start from a named configuration (see `quarterview recipes`) or a YAML file; flags go first."""
     table: bool = False
     """Show every parameter's learning rate and weight decay, and train nothing."""
+    slurm: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME=VALUE...")] = None
+    """Train as a Slurm job: gpus=8 hours=4 partition=main, … (docs/scale.md lists the names)."""
 
     def execute(self, argv: Sequence[str]) -> int:
-        from quarterview.evaluate.finetune import finetune
+        from quarterview.dry_run import check_shares
+        from quarterview.evaluate.finetune import check, finetune
         from quarterview.evaluate.partial import partial
         from quarterview.evaluate.rates import show_parameters
 
@@ -95,6 +103,13 @@ class Finetune(FinetuneConfig):
         if self.table:
             show_parameters(config, Journal())
             return 0
+        if self.slurm is not None:
+
+            def look(ranks: int) -> None:
+                check_shares(config, ranks)
+                check(config)
+
+            return _submit(self.slurm, config, (*config.train, *config.test), look, argv)
         if len(config.blocks) == 1:
             return _EXIT_CODES[finetune(config, command).run.status]
         found = partial(config, Journal(), command)
@@ -362,6 +377,33 @@ _WITH_RECIPES: dict[str, tuple[Any, Callable[[str], Any]]] = {
     "finetune": (Finetune, recipes.read_finetune),
     "compare": (Compare, recipes.read_finetune),
 }
+
+
+def _submit(
+    words: Sequence[str],
+    config: RunningConfig,
+    inputs: Sequence[str],
+    check: Callable[[int], object],
+    argv: Sequence[str],
+) -> int:
+    """Hand the same command line, without --slurm, to Slurm.
+
+    Args:
+        words: what followed --slurm.
+        inputs: the sets of images.
+        check: refuses what so many ranks could not train.
+    """
+    from quarterview import slurm
+
+    request = slurm.parse(words)
+    if not config.out:
+        raise UserError("no folder for the run; accepted: --out RUN")
+    check(request.world_size)
+    arguments = gather(argv)
+    at = arguments.index("--slurm")
+    rest = [*arguments[:at], *arguments[at + 1 + len(_after("--slurm", arguments)) :]]
+    slurm.submit(request, config.out, inputs, run, rest, Journal())
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quarterview.data.open import open_sources
+from quarterview.data.source import Source
 from quarterview.data.stream import SampleStream, default_holdout
 from quarterview.errors import UserError
 from quarterview.model.config import MAEConfig
@@ -18,7 +19,7 @@ from quarterview.pretraining import PretrainConfig
 from quarterview.running import to_plain
 from quarterview.train.distributed import choose_device
 from quarterview.train.journal import Journal
-from quarterview.train.loop import precision_context, usable_precision
+from quarterview.train.loop import LoopConfig, precision_context, usable_precision
 from quarterview.train.optim import warmup_steps
 
 ADAM_BYTES = 4 + 4 + 4 + 4
@@ -31,11 +32,9 @@ def show(config: PretrainConfig, journal: Journal) -> None:
     Raises:
         UserError: if the request cannot be met.
     """
-    if not config.data:
-        raise UserError("no images; accepted: --data with at least one source")
+    source = check(config)
     device = choose_device(config.device)
     precision = usable_precision(config.precision, device)
-    source = open_sources(config.data, config.in_chans)
     holdout = default_holdout(len(source)) if config.holdout is None else config.holdout
     trained = SampleStream(len(source), holdout, config.seed).trained
     steps = config.total_steps(trained)
@@ -59,6 +58,30 @@ def show(config: PretrainConfig, journal: Journal) -> None:
                    "cached images and libraries not counted"),
     ]  # fmt: skip
     journal.facts("dry run", rows)
+
+
+def check(config: PretrainConfig, ranks: int = 1) -> Source:
+    """Refuse what could not be trained by so many ranks, as far as can be seen where none of them is.
+
+    Returns:
+        The images.
+
+    Raises:
+        UserError: if the request cannot be met.
+    """
+    if not config.data:
+        raise UserError("no images; accepted: --data with at least one source")
+    check_shares(config, ranks)
+    return open_sources(config.data, config.in_chans)
+
+
+def check_shares(config: LoopConfig, ranks: int) -> None:
+    """Raises UserError if a batch cannot be shared equally by so many ranks."""
+    if config.batch_size % (ranks * config.accum_iter):
+        raise UserError(
+            f"a batch of {config.batch_size} cannot be shared equally by {ranks} ranks in "
+            f"{config.accum_iter} parts; accepted: multiples of {ranks * config.accum_iter}"
+        )
 
 
 def measure(config: PretrainConfig, precision: str, device: torch.device) -> tuple[int, int, int]:

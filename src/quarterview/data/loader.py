@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from signal import SIG_IGN, SIGINT, SIGTERM, signal
+from signal import SIG_IGN, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, signal
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -335,5 +335,6 @@ def _collate(
 
 def _ignore_signals(_worker: int) -> None:
     """The main process decides when to stop; its workers end with it."""
-    signal(SIGINT, SIG_IGN)
-    signal(SIGTERM, SIG_IGN)
+    # Slurm sends its warning, one of the last two, to every process of a job.
+    for number in (SIGINT, SIGTERM, SIGUSR1, SIGUSR2):
+        signal(number, SIG_IGN)

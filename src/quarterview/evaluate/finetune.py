@@ -164,14 +164,7 @@ def finetune(config: FinetuneConfig, argv: Sequence[str] = ()) -> Finetuned:
         UserError: if the request cannot be met: no labels, another architecture, …
         RunError: if the run cannot go on.
     """
-    for name, given in (("RUN", config.run), ("--train", config.train), ("--test", config.test)):
-        if not given:
-            raise UserError(f"{name} is missing; accepted: finetune RUN --train … --test … --out …")
-    if len(config.blocks) > 1:
-        raise UserError(
-            f"blocks {' '.join(config.blocks)} are several runs; accepted: one value, or partial()"
-        )
-    plan = _Plan(config)
+    plan = _plan(config)
 
     def ending(run: Run) -> str:
         return _record(config, plan, run, argv)
@@ -184,6 +177,22 @@ def finetune(config: FinetuneConfig, argv: Sequence[str] = ()) -> Finetuned:
         ending(run)  # a kill came between the last checkpoint and the result
     judged = run.metrics.get("test_images", 0)
     return Finetuned(run, run.metrics.get("test_accuracy"), judged, plan.described)
+
+
+def check(config: FinetuneConfig) -> Source:
+    """The labelled training images. Raises UserError if fine-tuning could not begin with them."""
+    return _plan(config).open()
+
+
+def _plan(config: FinetuneConfig) -> "_Plan":
+    for name, given in (("RUN", config.run), ("--train", config.train), ("--test", config.test)):
+        if not given:
+            raise UserError(f"{name} is missing; accepted: finetune RUN --train … --test … --out …")
+    if len(config.blocks) > 1:
+        raise UserError(
+            f"blocks {' '.join(config.blocks)} are several runs; accepted: one value, or partial()"
+        )
+    return _Plan(config)
 
 
 def _record(config: FinetuneConfig, plan: "_Plan", run: Run, argv: Sequence[str]) -> str:
