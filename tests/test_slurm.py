@@ -126,7 +126,7 @@ def test_the_payload_is_the_command_line_alone(tmp_path, sbatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--slurm", "gpus=3"], "cannot be shared equally by 3 ranks"),
+        (["--slurm", "gpus=33"], "is too small for 33 ranks"),
         (["--slurm", "gpu=8"], "Did you mean 'gpus'"),
         (["--data", "nowhere", "--slurm"], "nowhere"),
     ],

@@ -27,7 +27,7 @@ from quarterview.evaluate.features import ProbeConfig
 from quarterview.evaluate.finetune import FinetuneConfig
 from quarterview.exchange.export import ExportConfig
 from quarterview.pretraining import PretrainConfig, pretrain, start_values
-from quarterview.running import RunningConfig
+from quarterview.running import RunningConfig, check_shares
 from quarterview.speed.bench import BenchConfig
 from quarterview.train.journal import Journal
 
@@ -93,7 +93,6 @@ class Finetune(FinetuneConfig):
     """Train as a Slurm job: gpus=8 hours=4 partition=main, … (docs/scale.md lists the names)."""
 
     def execute(self, argv: Sequence[str]) -> int:
-        from quarterview.dry_run import check_shares
         from quarterview.evaluate.finetune import check, finetune
         from quarterview.evaluate.partial import partial
         from quarterview.evaluate.rates import show_parameters

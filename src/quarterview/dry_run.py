@@ -16,10 +16,10 @@ from quarterview.model.config import MAEConfig
 from quarterview.model.mae import MaskedAutoencoder
 from quarterview.model.vit import Block, Recomputable, recompute_blocks
 from quarterview.pretraining import PretrainConfig
-from quarterview.running import to_plain
+from quarterview.running import check_shares, to_plain
 from quarterview.train.distributed import choose_device
 from quarterview.train.journal import Journal
-from quarterview.train.loop import LoopConfig, precision_context, usable_precision
+from quarterview.train.loop import precision_context, usable_precision
 from quarterview.train.optim import warmup_steps
 
 ADAM_BYTES = 4 + 4 + 4 + 4
@@ -73,15 +73,6 @@ def check(config: PretrainConfig, ranks: int = 1) -> Source:
         raise UserError("no images; accepted: --data with at least one source")
     check_shares(config, ranks)
     return open_sources(config.data, config.in_chans)
-
-
-def check_shares(config: LoopConfig, ranks: int) -> None:
-    """Raises UserError if a batch cannot be shared equally by so many ranks."""
-    if config.batch_size % (ranks * config.accum_iter):
-        raise UserError(
-            f"a batch of {config.batch_size} cannot be shared equally by {ranks} ranks in "
-            f"{config.accum_iter} parts; accepted: multiples of {ranks * config.accum_iter}"
-        )
 
 
 def measure(config: PretrainConfig, precision: str, device: torch.device) -> tuple[int, int, int]:

@@ -252,11 +252,7 @@ def settle(config: LoopConfig, site: Site) -> Literal["bf16", "fp32"]:
         UserError: if the batch is too small to be shared.
     """
     world = site.world
-    if not all(shares(part, config.accum_iter)[0] for part in shares(range(config.batch_size), world.size)):
-        raise UserError(
-            f"a batch of {config.batch_size} is too small for {world.size} ranks with {config.accum_iter} "
-            f"parts each; accepted: {2 * world.size * config.accum_iter} or more"
-        )
+    check_shares(config, world.size)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -265,6 +261,15 @@ def settle(config: LoopConfig, site: Site) -> Literal["bf16", "fp32"]:
     if precision != asked:
         site.journal.warn(f"{world.device} has no {asked} arithmetic; training in {precision}")
     return precision
+
+
+def check_shares(config: LoopConfig, ranks: int) -> None:
+    """Raises UserError if a batch is too small for each part of each rank to have an image."""
+    if not all(shares(part, config.accum_iter)[0] for part in shares(range(config.batch_size), ranks)):
+        raise UserError(
+            f"a batch of {config.batch_size} is too small for {ranks} ranks with {config.accum_iter} "
+            f"parts each; accepted: {2 * ranks * config.accum_iter} or more"
+        )
 
 
 def spread(objective: Trained, config: LoopConfig, precision: Literal["bf16", "fp32"], site: Site) -> Trained:
