@@ -4,16 +4,21 @@ import json
 import os
 import re
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quarterview.data.decode import croppable_file, decode
 from quarterview.data.source import BadSampleError, Croppable, Picture, digest
 from quarterview.errors import UserError
+
+HELD_BYTES = 2 << 30
+"""Encoded images that a process holds, in bytes; one row group at the least."""
 
 _IMAGE_NAMES = ("image", "img")
 _LABEL_NAMES = ("label", "fine_label", "coarse_label", "labels", "class")
@@ -24,8 +29,8 @@ class ParquetSource:
 
     The images are the column whose values are encoded files: binary, or a structure with a binary field
     ``bytes``. Labels are an integer column ``label``, ``fine_label``, ``coarse_label``, ``labels`` or
-    ``class``; a missing or negative label is none. The encoded images are held in memory from the first
-    one asked for: each process reads them itself, unless it was forked from one that had.
+    ``class``; a missing or negative label is none. Encoded images are read by row groups, of which each
+    process holds those it used last, as many as fit `HELD_BYTES`: a smaller set is read once.
 
     Args:
         path: a file, a folder of ``.parquet`` files, or a glob of them.
@@ -44,21 +49,20 @@ class ParquetSource:
         self._image_column = _image_column(schema, self.path)
         self._label_column = _label_column(schema)
         self.classes = _class_names(schema, self._label_column)
-        self._images: pa.ChunkedArray | None = None
-        self._labels: list[int | None] | None = None
-        self._reading = threading.Lock()  # several threads decode; one reads the column
+        self._starts, self._groups, self._image_bytes = self._row_groups()
+        self._held: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self._labels: np.ndarray | None = None
+        self._reading = threading.Lock()  # several threads decode; one reads a row group
 
     def __len__(self) -> int:
         return self._count
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_reading"} | {
-            "_images": None,
-            "_labels": None,
-        }
+        own = ("_reading", "_held", "_labels")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state | {"_reading": threading.Lock()}
+        self.__dict__ = state | {"_reading": threading.Lock(), "_held": OrderedDict(), "_labels": None}
 
     def image(self, index: int) -> Picture:
         return decode(self._file(index), self.channels)
@@ -67,22 +71,51 @@ class ParquetSource:
         return croppable_file(self._file(index), self.channels)
 
     def _file(self, index: int) -> bytes:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside 0..{len(self) - 1}")
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
         with self._reading:
-            if self._images is None:
-                self._images = self._column(self._image_column)
-        value = self._images[index].as_py()
+            value = self._images(group)[index - int(self._starts[group])].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if data is None:
             raise BadSampleError("the row holds no image")
         return data
 
+    def _images(self, group: int) -> pa.ChunkedArray:
+        """The encoded images of a row group."""
+        if group not in self._held:
+            shard, place = self._groups[group]
+            images = self._read(self._shards[shard], self._image_column, int(place))
+            while self._held and self._bytes_held() + images.nbytes > HELD_BYTES:
+                self._held.popitem(last=False)
+            self._held[group] = images
+        self._held.move_to_end(group)
+        return self._held[group]
+
+    def _bytes_held(self) -> int:
+        return sum(images.nbytes for images in self._held.values())
+
     def label(self, index: int) -> int | None:
         if self._label_column is None:
             return None
         if self._labels is None:
-            values = self._column(self._label_column).to_pylist()
-            self._labels = [value if value is not None and value >= 0 else None for value in values]
-        return self._labels[index]
+            columns = [self._read(shard, self._label_column) for shard in self._shards]
+            self._labels = np.concatenate([_whole_numbers(column) for column in columns])
+        label = int(self._labels[index])
+        return label if label >= 0 else None
+
+    def shard_starts(self) -> np.ndarray:
+        """int64 [row groups + 1]: the first row of each row group, and the number of all."""
+        return self._starts
+
+    def remarks(self) -> list[str]:
+        """That the set is too large to be held, if it is."""
+        if self._image_bytes <= HELD_BYTES:
+            return []
+        return [
+            f"{self.path} holds {self._image_bytes / 2**30:.1f} GiB of images, of which each process keeps "
+            f"{HELD_BYTES >> 30}; --shuffle shards reads each row group once an epoch, full again and again"
+        ]
 
     def name(self, index: int) -> str:
         return f"{self.path} row {index}"
@@ -111,12 +144,33 @@ class ParquetSource:
             raise UserError(f"{self.path} holds no rows")
         return first
 
-    def _column(self, name: str) -> pa.ChunkedArray:
+    def _row_groups(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """The first row of each row group, its shard and its place there, and the bytes of all images."""
+        rows: list[int] = []
+        places: list[tuple[int, int]] = []
+        size = 0
+        for number, shard in enumerate(self._shards):
+            with pq.ParquetFile(shard) as file:
+                for place in range(file.metadata.num_row_groups):
+                    group = file.metadata.row_group(place)
+                    rows.append(group.num_rows)
+                    places.append((number, place))
+                    columns = map(group.column, range(group.num_columns))
+                    size += sum(
+                        column.total_uncompressed_size
+                        for column in columns
+                        if column.path_in_schema.split(".")[0] == self._image_column
+                    )
+        return np.cumsum([0, *rows], dtype=np.int64), np.array(places, np.int64).reshape(-1, 2), size
+
+    def _read(self, shard: Path, name: str, group: int | None = None) -> pa.ChunkedArray:
+        """A column of a shard, or of one row group of it."""
         try:
-            tables = [pq.read_table(shard, columns=[name], partitioning=None) for shard in self._shards]
+            with pq.ParquetFile(shard) as file:
+                groups = range(file.metadata.num_row_groups) if group is None else [group]
+                return file.read_row_groups(groups, columns=[name]).column(name)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"cannot read column {name!r} of {self.path}: {_line(error)}") from error
-        return pa.concat_tables(tables).column(name)
+            raise UserError(f"cannot read column {name!r} of {shard}: {_line(error)}") from error
 
 
 def _shards(path: Path) -> list[Path]:
@@ -136,6 +190,11 @@ def _shards(path: Path) -> list[Path]:
     if not shards:
         raise UserError(f"no Parquet file at {path}; accepted: a .parquet file, a folder or a glob of them")
     return shards
+
+
+def _whole_numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """int64 [N], -1 where a label is missing."""
+    return column.cast(pa.int64()).fill_null(-1).to_numpy()
 
 
 def _holds_images(kind: pa.DataType) -> bool:
