@@ -77,16 +77,16 @@ class ShardedStream(SampleStream):
     """
 
     def __init__(self, starts: Sequence[int] | np.ndarray, holdout: int, seed: int, mixed: int) -> None:
-        self._starts = torch.as_tensor(np.asarray(starts, np.int64))
-        super().__init__(int(self._starts[-1]), holdout, seed)
+        self.starts = torch.as_tensor(np.asarray(starts, np.int64))
+        super().__init__(int(self.starts[-1]), holdout, seed)
         if mixed < 1:
             raise UserError(f"{mixed} shards mixed; accepted: 1 or more")
         self.mixed = mixed
         held = super().held_out().sort().values
         # How many training samples come before each held-out one; so the k-th of them can be found.
         self._before_held = held - torch.arange(holdout)
-        self._begins = self._starts - torch.searchsorted(held, self._starts)  # [shards + 1], likewise
-        self._windows = -(-(len(self._starts) - 1) // mixed)
+        self._begins = self.starts - torch.searchsorted(held, self.starts)  # [shards + 1], likewise
+        self._windows = -(-(len(self.starts) - 1) // mixed)
         self._epochs: dict[int, tuple[Tensor, Tensor]] = {}
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ class ShardedStream(SampleStream):
     def _epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
         """The shards in the order of an epoch, and where the training samples of each end: [shards] twice."""
         if epoch not in self._epochs:
-            count = len(self._starts) - 1
+            count = len(self.starts) - 1
             order = draws.permute(self.seed, "shards", epoch, torch.arange(count), count)
             ends = (self._begins[1:] - self._begins[:-1])[order].cumsum(0)
             self._epochs = {**dict(list(self._epochs.items())[-1:]), epoch: (order, ends)}  # two are held

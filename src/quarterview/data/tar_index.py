@@ -280,9 +280,8 @@ def open_index(shards: Sequence[ShardFile], say: Say | None = None) -> TarIndex:
         UserError: if the cache cannot be written, or a local shard cannot be read.
         RunError: if a remote shard cannot be read.
     """
-    root = cache_folder() / "tar-index"
-    folder = root / digest(FORMAT, *shards)
-    tell = say or _silent
+    folder, tell = index_folder(shards), say or _silent
+    root = folder.parent
     try:
         if (index := _existing(folder, tell)) is not None:
             return index
@@ -299,6 +298,11 @@ def open_index(shards: Sequence[ShardFile], say: Say | None = None) -> TarIndex:
             "can be written, named by XDG_CACHE_HOME"
         ) from error
     return index
+
+
+def index_folder(shards: Sequence[ShardFile]) -> Path:
+    """Where the index of a set of shards is kept: by their names, sizes and stamps."""
+    return cache_folder() / "tar-index" / digest(FORMAT, *shards)
 
 
 def cache_folder() -> Path:
