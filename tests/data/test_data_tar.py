@@ -385,7 +385,7 @@ def test_a_server_without_ranges_is_refused(tmp_path):
 
 
 def kept(cache: ShardCache) -> set[str]:
-    return {path.name for path in cache.folder.glob("*.tar")} if cache.folder.exists() else set()
+    return {path.name for path in cache.folder.glob("*.shard")} if cache.folder.exists() else set()
 
 
 def test_shards_are_copied_once_several_images_are_asked_for(tmp_path):
@@ -407,8 +407,8 @@ def test_shards_are_copied_once_several_images_are_asked_for(tmp_path):
 
 
 def copies(source: TarSource) -> list[tuple[Path, str]]:
-    assert source._cache is not None
-    return [(source._cache._path(file), file.name) for file in source.shards]
+    assert source._reader.cache is not None
+    return [(source._reader.cache._path(file), file.name) for file in source.shards]
 
 
 def test_copies_keep_to_their_bytes_and_the_oldest_goes_first(tmp_path):
@@ -420,14 +420,14 @@ def test_copies_keep_to_their_bytes_and_the_oldest_goes_first(tmp_path):
     assert cache.fetch(files[1])
     os.utime(cache._path(files[1]), (1, 1))
     assert cache.read(files[0], 0, 5) == (tmp_path / "s" / "000.tar").read_bytes()[:5]
-    mine = tmp_path / "copies" / "mine.tar"
+    mine = tmp_path / "copies" / "mine.shard"
     mine.write_bytes(b"not to be touched")
     assert cache.fetch(files[2])
     assert kept(cache) == {cache._path(file).name for file in (files[0], files[2])}
     assert cache.read(files[1], 0, 5) is None
     assert not ShardCache(tmp_path / "copies", size - 1).fetch(files[3])
     assert mine.exists()
-    stale = cache.folder / ".partial-0123456789abcdef.tar"
+    stale = cache.folder / ".partial-0123456789abcdef.shard"
     stale.write_bytes(bytes(2 * size))
     assert not cache.fetch(files[3])  # the space is another process's, as far as can be seen
     assert cache.folder.exists()

@@ -73,7 +73,7 @@ def test_a_run_is_the_same_from_a_disk_from_a_server_with_workers_and_in_parts(
         spec = f"{url}/s/{{000..006}}.tar"
         remote = {"workers": 2, "shard_cache_gib": 0.001, "shard_cache_dir": str(tmp_path / "copies")}
         qv.pretrain(tiny(tmp_path / "remote", spec, **remote))
-        assert list((tmp_path / "copies").rglob("*.tar"))
+        assert list((tmp_path / "copies").rglob("*.shard"))
         assert_equal(weights(tmp_path / "remote"), expected)
         assert len(server.requests) > 7
 

@@ -9,17 +9,19 @@ import fcntl
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from quarterview.data.shard_files import SUFFIX, ShardFile, local_range, read_range
+from quarterview.data.shard_files import ShardFile, is_remote, local_range, read_range
 from quarterview.data.source import digest
 
 _PIECE = 32 << 20  # bytes asked for at a time
 _STALE_SECONDS = 3600  # a copy that is being written is touched more often
-_PARTIAL = ".partial-"
+_PARTIAL, _SUFFIX = ".partial-", ".shard"
+_SINGLY = 4  # reads of a remote shard by a process, before it asks for the whole
 
 
 class ShardCache:
@@ -72,7 +74,7 @@ class ShardCache:
             self._fetching.release()
 
     def _path(self, shard: ShardFile) -> Path:
-        return self.folder / (digest(*shard) + SUFFIX)
+        return self.folder / (digest(*shard) + _SUFFIX)
 
     def _fetch(self, shard: ShardFile) -> bool:
         target = self._path(shard)
@@ -112,7 +114,7 @@ class ShardCache:
         copies: list[tuple[float, int, Path]] = []
         taken = 0
         for path in self.folder.iterdir():
-            if path == own or not path.name.endswith(SUFFIX):
+            if path == own or not path.name.endswith(_SUFFIX):
                 continue
             with suppress(FileNotFoundError):
                 status = path.stat()
@@ -129,6 +131,50 @@ class ShardCache:
             path.unlink(missing_ok=True)
             taken -= freed
         return taken + size <= self.most_bytes
+
+
+class ShardReader:
+    """Reads parts of shards: from a disk, from the copy of a remote one, or from where it is.
+
+    A remote shard is copied once a process has read several parts of it, so that a few images of many shards,
+    such as the held-out ones, do not copy all of them.
+
+    Args:
+        cache: where copies are kept; None keeps none.
+    """
+
+    def __init__(self, cache: ShardCache | None) -> None:
+        self.cache = cache
+        self._asked: Counter[str] = Counter()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"cache": self.cache}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def read(self, shard: ShardFile, offset: int, length: int) -> bytes:
+        """Bytes of a shard, fewer where it ends before.
+
+        Raises:
+            OSError: if a local file cannot be read.
+            RunError: if a remote one cannot.
+        """
+        if self.cache is not None and is_remote(shard.path):
+            data = self._copied(self.cache, shard, offset, length)
+            if data is not None:
+                return data
+        return read_range(shard.path, offset, length)
+
+    def _copied(self, cache: ShardCache, shard: ShardFile, offset: int, length: int) -> bytes | None:
+        data = cache.read(shard, offset, length)
+        if data is not None:
+            return data
+        self._asked[shard.path] += 1
+        if self._asked[shard.path] <= _SINGLY or not cache.fetch(shard):
+            return None
+        del self._asked[shard.path]
+        return cache.read(shard, offset, length)
 
 
 def _locked_alone(handle: int, path: Path) -> bool:

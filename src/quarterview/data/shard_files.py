@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from quarterview.errors import RunError, UserError
 
-SUFFIX = ".tar"
 MOST_SHARDS = 1_000_000
 _STATED_AT_A_TIME = 16
 _WAITS = (0.5, 2.0, 8.0, 30.0)  # seconds before another attempt at a remote read
@@ -45,24 +44,25 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def find_shards(spec: str) -> list[ShardFile]:
-    """The tar shards that a spec names: in the order of braces, or of their names.
+def find_shards(spec: str, suffix: str = ".tar") -> list[ShardFile]:
+    """The shards that a spec names: in the order of braces, or of their names.
 
     Args:
         spec: a file, a folder of them, a pattern with ``*``, or braces such as ``{000..099}`` and
             ``{train,extra}``, as a path or a URL.
+        suffix: of the shards in a folder or of a pattern.
 
     Raises:
         UserError: if there are none, or one is missing.
     """
     try:
-        shards = _remote(spec) if is_remote(spec) else _local(spec)
+        shards = _remote(spec, suffix) if is_remote(spec) else _local(spec, suffix)
     except OSError as error:
         raise UserError(f"cannot look for shards at {spec}: {error}") from error
     if not shards:
         raise UserError(
-            f"no {SUFFIX} file at {spec}; accepted: a .tar file, a folder of them, a pattern such as "
-            "shards/*.tar, or a range such as shards/train-{000000..000099}.tar"
+            f"no {suffix} file at {spec}; accepted: a {suffix} file, a folder of them, a pattern such as "
+            f"shards/*{suffix}, or a range such as shards/train-{{000000..000099}}{suffix}"
         )
     return shards
 
@@ -91,14 +91,14 @@ def _choices(braced: str) -> list[str]:
 # ---------------------------------------------------------------------- finding
 
 
-def _local(spec: str) -> list[ShardFile]:
+def _local(spec: str, suffix: str) -> list[ShardFile]:
     path = Path(spec).expanduser().absolute()
     if path.is_dir():
-        paths = sorted(str(child) for child in path.iterdir() if child.suffix.lower() == SUFFIX)
+        paths = sorted(str(child) for child in path.iterdir() if child.suffix.lower() == suffix)
     elif path.exists():
         paths = [str(path)]
     else:
-        paths = [one for text in expand_braces(str(path)) for one in _matching(text)]
+        paths = [one for text in expand_braces(str(path)) for one in _matching(text, suffix)]
     shards = []
     for one in paths:
         try:
@@ -109,36 +109,36 @@ def _local(spec: str) -> list[ShardFile]:
     return shards
 
 
-def _matching(pattern: str) -> list[str]:
+def _matching(pattern: str, suffix: str) -> list[str]:
     if not any(letter in pattern for letter in "*?["):
         return [pattern]
     path = Path(pattern)
     found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
-    return sorted(str(file) for file in found if file.suffix.lower() == SUFFIX)
+    return sorted(str(file) for file in found if file.suffix.lower() == suffix)
 
 
-def _remote(spec: str) -> list[ShardFile]:
+def _remote(spec: str, suffix: str) -> list[ShardFile]:
     found: list[ShardFile] = []
     plain: list[str] = []
     for url in expand_braces(spec):
-        if "*" not in url and url.partition("?")[0].lower().endswith(SUFFIX):
+        if "*" not in url and url.partition("?")[0].lower().endswith(suffix):
             plain.append(url)
         else:
-            found += _listed(url)
+            found += _listed(url, suffix)
     with ThreadPoolExecutor(_STATED_AT_A_TIME) as pool:
         found += pool.map(_stated, plain)
     return found
 
 
-def _listed(url: str) -> list[ShardFile]:
+def _listed(url: str, suffix: str) -> list[ShardFile]:
     """The shards that match a remote pattern, or lie in a remote folder."""
-    pattern = url if "*" in url else f"{url.rstrip('/')}/*{SUFFIX}"
+    pattern = url if "*" in url else f"{url.rstrip('/')}/*{suffix}"
     system, path = _file_system(pattern)
     try:
         infos: Mapping[str, Any] = system.glob(path, detail=True)
     except Exception as error:  # of any library under fsspec
         raise UserError(f"cannot list {pattern}: {_line(error)}") from error
-    names = sorted(name for name in infos if name.lower().endswith(SUFFIX))
+    names = sorted(name for name in infos if name.lower().endswith(suffix))
     return [_shard(system.unstrip_protocol(name), infos[name]) for name in names]
 
 

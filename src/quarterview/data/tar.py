@@ -1,21 +1,20 @@
 """Images in tar shards, named as WebDataset names them, read by byte offset from a disk or from elsewhere."""
 
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from quarterview.data.decode import croppable_file, decode
-from quarterview.data.shard_cache import ShardCache
-from quarterview.data.shard_files import ShardFile, find_shards, is_remote, read_range
+from quarterview.data.shard_cache import ShardCache, ShardReader
+from quarterview.data.shard_files import find_shards, is_remote
 from quarterview.data.source import BadSampleError, Croppable, Picture, digest
 from quarterview.data.tar_headers import BLOCK, is_header_of, named, printable
 from quarterview.data.tar_index import Say, TarIndex, open_index
 from quarterview.errors import UserError
 
-_SINGLY = 4  # images of a remote shard that a process reads one by one, before it asks for the whole
 _NAMES_KEPT = 1024
 
 
@@ -41,7 +40,7 @@ class TarSource:
     def __init__(
         self, spec: str, channels: int, cache: ShardCache | None = None, say: Say | None = None
     ) -> None:
-        self.spec, self.channels, self._cache = spec, channels, cache
+        self.spec, self.channels, self._reader = spec, channels, ShardReader(cache)
         self.shards = find_shards(spec)
         self._open(open_index(self.shards, say))
         if not len(self):
@@ -53,7 +52,6 @@ class TarSource:
 
     def _open(self, index: TarIndex) -> None:
         self._index, self._folder = index, index.folder
-        self._asked: Counter[int] = Counter()
         self._names: OrderedDict[int, str] = OrderedDict()
         self._naming = threading.Lock()
 
@@ -61,7 +59,7 @@ class TarSource:
         return int(self._index.starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("spec", "channels", "shards", "_cache", "_folder")
+        names = ("spec", "channels", "shards", "_reader", "_folder")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -138,25 +136,7 @@ class TarSource:
 
     def _read(self, shard: int, offset: int, length: int) -> bytes:
         """Bytes of a shard. Raises OSError, of a remote one RunError."""
-        file = self.shards[shard]
-        if self._cache is not None and is_remote(file.path):
-            data = self._cached(self._cache, shard, file, offset, length)
-            if data is not None:
-                return data
-        return read_range(file.path, offset, length)
-
-    def _cached(
-        self, cache: ShardCache, shard: int, file: ShardFile, offset: int, length: int
-    ) -> bytes | None:
-        """Bytes of the copy of a shard, which is made once several of its images were asked for."""
-        data = cache.read(file, offset, length)
-        if data is not None:
-            return data
-        self._asked[shard] += 1
-        if self._asked[shard] <= _SINGLY or not cache.fetch(file):
-            return None
-        self._asked[shard] = 0
-        return cache.read(file, offset, length)
+        return self._reader.read(self.shards[shard], offset, length)
 
     def _named(self, index: int, shard: int, header: bytes) -> str:
         """The name of an image, kept for a while, as who reports of it asks next."""
