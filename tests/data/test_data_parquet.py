@@ -9,12 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from tar_shards import served
 
-from quarterview.data import parquet
+from quarterview.data import parquet, shard_files
+from quarterview.data.open import open_source
 from quarterview.data.parquet import ParquetSource
+from quarterview.data.shard_cache import ShardCache
 from quarterview.data.source import BadSampleError
 from quarterview.data.stream import ShardedStream
-from quarterview.errors import UserError
+from quarterview.errors import RunError, UserError
 
 
 def png(level: int) -> bytes:
@@ -204,3 +207,45 @@ def test_shuffling_by_shards_reads_each_row_group_once_an_epoch(tmp_path, monkey
     for index in stream.at(torch.arange(stream.trained))[1].tolist():
         source._file(index)
     assert sorted(read) == list(range(12))
+
+
+# ---------------------------------------------------------------------- elsewhere
+
+
+def test_parquet_is_read_over_http_by_ranges(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_files, "_WAITS", ())
+    folder = tmp_path / "s"
+    folder.mkdir()
+    for number in range(2):
+        grouped(folder / f"train-{number}.parquet", [40, 40, 40])
+    local = ParquetSource(folder, 3)
+    with served(tmp_path) as (url, server):
+        source = open_source(f"{url}/s/train-{{0..1}}.parquet", 3)
+        assert isinstance(source, ParquetSource)
+        assert source.is_remote
+        assert not local.is_remote
+        assert source.fingerprint() == local.fingerprint()
+        assert source.name(3) == f"{url}/s/train-{{0..1}}.parquet row 3"
+        server.requests.clear()
+        copy = pickle.loads(pickle.dumps(source))
+        assert copy.image(170).pixels.equal(local.image(170).pixels)
+        assert [copy.label(i) for i in (0, 170, 239)] == [local.label(i) for i in (0, 170, 239)]
+        ranges = [list(map(int, asked[6:].split("-"))) for path, asked in server.requests if "-1" in path]
+        size = (folder / "train-1.parquet").stat().st_size
+        read = sum(end - begin + 1 for begin, end in ranges)
+        assert read < size / 3 + 3 * 65536  # a row group; and the footer, of which Arrow reads 64 KiB, twice
+
+        kept = open_source(f"{url}/s/train-{{0..1}}.parquet", 3, ShardCache(tmp_path / "copies", 1 << 30))
+        for index in range(0, 240, 7):
+            assert kept.image(index).pixels.equal(local.image(index).pixels)
+        assert len(list((tmp_path / "copies").rglob("*.shard"))) == 2
+        server.kind.failures = 10**6
+        with pytest.raises(RunError, match="503"):
+            pickle.loads(pickle.dumps(source)).image(0)
+        assert pickle.loads(pickle.dumps(kept)).image(0).pixels.equal(local.image(0).pixels)
+        server.kind.failures = 0
+        (folder / "train-0.parquet").write_bytes(b"PAR1, but not really")
+        with pytest.raises(UserError, match=r"cannot read http\S+ as Parquet"):
+            open_source(f"{url}/s/train-0.parquet", 3)
+    with pytest.raises(UserError, match=r"no \.parquet file at"):
+        open_source(f"file://{tmp_path}/t/*.parquet", 3)

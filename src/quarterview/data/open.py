@@ -73,8 +73,9 @@ def open_source(spec: str, channels: int, cache: ShardCache | None = None, say: 
             raise UserError(f"cannot read {spec!r}; accepted: torchvision:NAME or torchvision:NAME:SPLIT")
         return TorchvisionSource(details[0], channels, *details[1:])
     path = Path(spec).expanduser()
-    if _is_tar(spec, path):
-        return TarSource(spec, channels, cache, say)
+    if is_remote(spec) or _is_tar(spec, path):
+        is_parquet = is_remote(spec) and spec.partition("?")[0].lower().endswith(".parquet")
+        return ParquetSource(spec, channels, cache) if is_parquet else TarSource(spec, channels, cache, say)
     if is_store(path):
         return PackedSource(path, channels)
     if path.is_dir():
@@ -83,9 +84,9 @@ def open_source(spec: str, channels: int, cache: ShardCache | None = None, say: 
 
 
 def _is_tar(spec: str, path: Path) -> bool:
-    """Whether these are tar shards. Whatever is remote has to be."""
-    if is_remote(spec) or path.is_dir():
-        return is_remote(spec) or _holds_only(path, ".tar")
+    """Whether these are tar shards on a disk."""
+    if path.is_dir():
+        return _holds_only(path, ".tar")
     return path.suffix.lower() == ".tar" and (path.exists() or bool(set("*?[{") & set(spec)))
 
 

@@ -1,25 +1,30 @@
 """Encoded images in Parquet tables, the layout in which the Hugging Face Hub serves image sets."""
 
+import io
 import json
 import os
 import re
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quarterview.data.decode import croppable_file, decode
+from quarterview.data.shard_cache import ShardCache, ShardReader
+from quarterview.data.shard_files import ShardFile, find_shards, is_remote
 from quarterview.data.source import BadSampleError, Croppable, Picture, digest
 from quarterview.errors import UserError
 
 HELD_BYTES = 2 << 30
 """Encoded images that a process holds, in bytes; one row group at the least."""
 
+_FOOTERS_AT_A_TIME = 16  # of remote shards
 _IMAGE_NAMES = ("image", "img")
 _LABEL_NAMES = ("label", "fine_label", "coarse_label", "labels", "class")
 
@@ -33,29 +38,38 @@ class ParquetSource:
     process holds those it used last, as many as fit `HELD_BYTES`: a smaller set is read once.
 
     Args:
-        path: a file, a folder of ``.parquet`` files, or a glob of them.
+        path: a file, a folder of ``.parquet`` files, or a glob of them; or likewise a URL.
         channels: how many channels the pictures shall have.
+        cache: where copies of remote shards are kept; None reads their parts where they are.
 
     Raises:
         UserError: if there is no such file, no image column or several, if the shards do not fit
             together, or if a folder holds several sets, such as a training and a test set.
     """
 
-    def __init__(self, path: str | os.PathLike[str], channels: int) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], channels: int, cache: ShardCache | None = None) -> None:
+        self.is_remote = is_remote(str(path))
+        self.path = str(path) if self.is_remote else Path(path)
         self.channels = channels
-        self._shards = _shards(self.path)
-        schema = self._read_schema()
+        self._reader = ShardReader(cache)
+        self._shards = find_shards(str(path), ".parquet") if self.is_remote else _local_shards(Path(path))
+        contents = self._contents()
+        schema = contents[0].schema
         self._image_column = _image_column(schema, self.path)
         self._label_column = _label_column(schema)
         self.classes = _class_names(schema, self._label_column)
-        self._starts, self._groups, self._image_bytes = self._row_groups()
+        groups = [
+            (number, place) for number, shard in enumerate(contents) for place in range(len(shard.rows))
+        ]
+        self._groups = np.array(groups, np.int64).reshape(-1, 2)  # the shard of each, and its place there
+        self._starts = np.cumsum([0, *(rows for shard in contents for rows in shard.rows)], dtype=np.int64)
+        self._image_bytes = sum(shard.sizes[self._image_column] for shard in contents)
         self._held: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
         self._labels: np.ndarray | None = None
         self._reading = threading.Lock()  # several threads decode; one reads a row group
 
     def __len__(self) -> int:
-        return self._count
+        return int(self._starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_reading", "_held", "_labels")
@@ -122,58 +136,94 @@ class ParquetSource:
 
     def fingerprint(self) -> str:
         """Over the shards' names, sizes and numbers of rows."""
-        return digest(self._count, *((shard.name, shard.stat().st_size) for shard in self._shards))
+        return digest(len(self), *((shard.name, shard.size) for shard in self._shards))
 
-    def _read_schema(self) -> pa.Schema:
-        """The schema of all shards, which count the rows on the way."""
-        self._count = 0
-        first: pa.Schema | None = None
-        for shard in self._shards:
-            try:
-                with pq.ParquetFile(shard) as file:
-                    schema = file.schema_arrow
-                    self._count += file.metadata.num_rows
-            except (pa.ArrowException, OSError) as error:
-                raise UserError(f"cannot read {shard} as Parquet: {_line(error)}") from error
-            if first is not None and not schema.equals(first):
+    def _contents(self) -> "list[_Content]":
+        """What the shards hold, by their footers."""
+        with ThreadPoolExecutor(_FOOTERS_AT_A_TIME if self.is_remote else 1) as pool:
+            contents = list(pool.map(self._content, self._shards))
+        for shard, content in zip(self._shards, contents, strict=True):
+            if not content.schema.equals(contents[0].schema):
                 raise UserError(
-                    f"{shard} has other columns than {self._shards[0]}; accepted: shards of one set"
+                    f"{shard.path} has other columns than {self._shards[0].path}; accepted: shards of one set"
                 )
-            first = first or schema
-        if first is None or not self._count:
+        if not any(sum(content.rows) for content in contents):
             raise UserError(f"{self.path} holds no rows")
-        return first
+        return contents
 
-    def _row_groups(self) -> tuple[np.ndarray, np.ndarray, int]:
-        """The first row of each row group, its shard and its place there, and the bytes of all images."""
-        rows: list[int] = []
-        places: list[tuple[int, int]] = []
-        size = 0
-        for number, shard in enumerate(self._shards):
-            with pq.ParquetFile(shard) as file:
+    def _content(self, shard: ShardFile) -> "_Content":
+        try:
+            with self._opened(shard) as file:
+                rows: list[int] = []
+                sizes: Counter[str] = Counter()
                 for place in range(file.metadata.num_row_groups):
                     group = file.metadata.row_group(place)
                     rows.append(group.num_rows)
-                    places.append((number, place))
-                    columns = map(group.column, range(group.num_columns))
-                    size += sum(
-                        column.total_uncompressed_size
-                        for column in columns
-                        if column.path_in_schema.split(".")[0] == self._image_column
-                    )
-        return np.cumsum([0, *rows], dtype=np.int64), np.array(places, np.int64).reshape(-1, 2), size
+                    for column in map(group.column, range(group.num_columns)):
+                        sizes[column.path_in_schema.partition(".")[0]] += column.total_uncompressed_size
+                return _Content(file.schema_arrow, rows, sizes)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"cannot read {shard.path} as Parquet: {_line(error)}") from error
 
-    def _read(self, shard: Path, name: str, group: int | None = None) -> pa.ChunkedArray:
+    def _opened(self, shard: ShardFile) -> pq.ParquetFile:
+        return pq.ParquetFile(_RemoteFile(self._reader, shard) if self.is_remote else shard.path)
+
+    def _read(self, shard: ShardFile, name: str, group: int | None = None) -> pa.ChunkedArray:
         """A column of a shard, or of one row group of it."""
         try:
-            with pq.ParquetFile(shard) as file:
+            with self._opened(shard) as file:
                 groups = range(file.metadata.num_row_groups) if group is None else [group]
                 return file.read_row_groups(groups, columns=[name]).column(name)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"cannot read column {name!r} of {shard}: {_line(error)}") from error
+            raise UserError(f"cannot read column {name!r} of {shard.path}: {_line(error)}") from error
 
 
-def _shards(path: Path) -> list[Path]:
+class _Content(NamedTuple):
+    """What one shard holds."""
+
+    schema: pa.Schema
+    rows: list[int]
+    """Of each row group."""
+    sizes: Counter[str]
+    """Uncompressed bytes of each column."""
+
+
+class _RemoteFile(io.RawIOBase):
+    """A remote shard as a file, each part of which is read when it is asked for."""
+
+    def __init__(self, reader: ShardReader, shard: ShardFile) -> None:
+        self._reader, self._shard, self._place = reader, shard, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._shard.size}[whence]
+        self._place = base + offset
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._shard.size - self._place)
+        data = self._reader.read(self._shard, self._place, left if size < 0 else min(size, left))
+        self._place += len(data)
+        return data
+
+
+def _local_shards(path: Path) -> list[ShardFile]:
+    try:
+        sizes = [(shard, shard.stat().st_size) for shard in _paths(path)]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    return [ShardFile(str(shard), size, "") for shard, size in sizes]
+
+
+def _paths(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
@@ -204,7 +254,7 @@ def _holds_images(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
-def _image_column(schema: pa.Schema, path: Path) -> str:
+def _image_column(schema: pa.Schema, path: Path | str) -> str:
     found = [field.name for field in schema if _holds_images(field.type)]
     named = [name for name in _IMAGE_NAMES if name in found]
     if named or len(found) == 1:
