@@ -1,11 +1,15 @@
+import fcntl
 import io
 import json
 import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import sys
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +275,7 @@ def test_the_index_is_read_by_numpy_alone(tmp_path):
     source = open_source(str(shards(tmp_path / "s", [3, 2])), 3)
     rows = np.load(source._folder / "samples.npy", mmap_mode="r", allow_pickle=False)
     assert rows.dtype.itemsize == 8
+    assert isinstance(source._index.samples, np.memmap)
     facts = json.loads((source._folder / "index.json").read_text())
     assert [part["samples"] for part in facts["shards"]] == [3, 2]
     data = (tmp_path / "s" / "001.tar").read_bytes()
@@ -385,7 +390,7 @@ def test_a_server_without_ranges_is_refused(tmp_path):
 
 
 def kept(cache: ShardCache) -> set[str]:
-    return {path.name for path in cache.folder.glob("*.shard")} if cache.folder.exists() else set()
+    return {path.name for path in cache.folder.glob("[!.]*.shard")} if cache.folder.exists() else set()
 
 
 def test_shards_are_copied_once_several_images_are_asked_for(tmp_path):
@@ -429,11 +434,31 @@ def test_copies_keep_to_their_bytes_and_the_oldest_goes_first(tmp_path):
     assert mine.exists()
     stale = cache.folder / ".partial-0123456789abcdef.shard"
     stale.write_bytes(bytes(2 * size))
-    assert not cache.fetch(files[3])  # the space is another process's, as far as can be seen
-    assert cache.folder.exists()
-    os.utime(stale, (1, 1))
+    with held_by_another_process(stale):
+        assert not cache.fetch(files[3])  # it could not be had if all copies went
+        assert kept(cache) == {cache._path(file).name for file in (files[0], files[2])}
     assert cache.fetch(files[3])
     assert not stale.exists()
+
+
+@contextmanager
+def held_by_another_process(path: Path) -> Iterator[None]:
+    """While another process writes a copy."""
+    reader, writer = os.pipe()
+    process = os.fork()
+    if process == 0:
+        with path.open("r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            os.write(writer, b"locked")
+            signal.pause()
+    try:
+        assert os.read(reader, 6) == b"locked"
+        yield
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        os.close(reader)
+        os.close(writer)
 
 
 def test_a_copy_that_cannot_be_made_is_gone_without(tmp_path):

@@ -8,7 +8,6 @@ used least recently go first. Files are opened for each read, so that one that i
 import fcntl
 import os
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +18,6 @@ from quarterview.data.shard_files import ShardFile, is_remote, local_range, read
 from quarterview.data.source import digest
 
 _PIECE = 32 << 20  # bytes asked for at a time
-_STALE_SECONDS = 3600  # a copy that is being written is touched more often
 _PARTIAL, _SUFFIX = ".partial-", ".shard"
 _SINGLY = 4  # reads of a remote shard by a process, before it asks for the whole
 
@@ -119,18 +117,20 @@ class ShardCache:
             with suppress(FileNotFoundError):
                 status = path.stat()
                 is_partial = path.name.startswith(_PARTIAL)
-                if is_partial and time.time() - status.st_mtime > _STALE_SECONDS:
-                    path.unlink()  # of a process that was killed
+                if is_partial and _is_left_behind(path):
+                    path.unlink()
                     continue
                 taken += status.st_size
                 if not is_partial:
                     copies.append((status.st_mtime, status.st_size, path))
+        if taken - sum(freed for _, freed, _ in copies) + size > self.most_bytes:
+            return False  # for what others write at this moment
         for _, freed, path in sorted(copies):
             if taken + size <= self.most_bytes:
                 break
             path.unlink(missing_ok=True)
             taken -= freed
-        return taken + size <= self.most_bytes
+        return True
 
 
 class ShardReader:
@@ -184,6 +184,16 @@ def _locked_alone(handle: int, path: Path) -> bool:
         return os.fstat(handle).st_ino == path.stat().st_ino
     except OSError:
         return False
+
+
+def _is_left_behind(partial: Path) -> bool:
+    """Whether nobody writes this copy any more, as its process was killed."""
+    try:
+        with partial.open("r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _copy(shard: ShardFile, handle: int) -> bool:
