@@ -77,7 +77,7 @@ class DataConfig(LoadConfig):
     shuffle_shards: int = 16
     """How many shards are mixed at a time by --shuffle shards; of parquet, row groups."""
     shard_cache_gib: float = 0.0
-    """GiB of remote tar shards to keep on the local disk; 0 keeps none and reads each image by itself."""
+    """GiB of remote shards to keep on the local disk; 0 keeps none and reads each part where it is."""
     shard_cache_dir: str = ""
     """Where they are kept; by default in ~/.cache/quarterview."""
 
