@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quarterview.data.open import open_sources
+from quarterview.data.order import stream_of
 from quarterview.data.source import Source
-from quarterview.data.stream import SampleStream, default_holdout
+from quarterview.data.stream import default_holdout
 from quarterview.errors import UserError
 from quarterview.model.config import MAEConfig
 from quarterview.model.mae import MaskedAutoencoder
@@ -36,7 +37,7 @@ def show(config: PretrainConfig, journal: Journal) -> None:
     device = choose_device(config.device)
     precision = usable_precision(config.precision, device)
     holdout = default_holdout(len(source)) if config.holdout is None else config.holdout
-    trained = SampleStream(len(source), holdout, config.seed).trained
+    trained = stream_of(config, source, holdout, config.seed).trained
     steps = config.total_steps(trained)
     warmup, warning = warmup_steps(config.warmup_epochs, trained / config.batch_size, steps)
     parameters, frozen, activations = measure(config, precision, device)

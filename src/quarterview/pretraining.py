@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from quarterview import runs
 from quarterview.data.cache import CachedSet
 from quarterview.data.loader import DataConfig, Loader
 from quarterview.data.open import open_sources
-from quarterview.data.source import Source
+from quarterview.data.order import chosen_shuffle, shard_cache, stream_of
+from quarterview.data.source import Source, remarks
 from quarterview.data.statistics import channel_statistics
 from quarterview.data.stream import SampleStream, default_holdout
 from quarterview.errors import UserError, check_types
@@ -78,7 +79,10 @@ def start_values(init_from: str, out: str, allow_partial: Sequence[str] = ()) ->
     return {name: getattr(weights.config, name) for name in names}
 
 
-MAY_CHANGE = ("data", "probe_train", "probe_test", "probe_every", "probe_labels", "probe_k")
+MAY_CHANGE = (
+    *("data", "shard_cache_gib", "shard_cache_dir"),
+    *("probe_train", "probe_test", "probe_every", "probe_labels", "probe_k"),
+)
 """What else a resumed run may do differently. `data` may have moved: its fingerprint must be the same. No
 weight depends on what is probed."""
 
@@ -96,8 +100,8 @@ def pretrain(config: PretrainConfig, argv: Sequence[str] = ()) -> Run:
     """
     if config.out and not config.data:
         raise UserError(
-            "no images; accepted: --data with folders, packed stores, .txt lists of paths, parquet, "
-            ".npy/.npz arrays, torchvision:NAME or shapes"
+            "no images; accepted: --data with folders, packed stores, tar shards, .txt lists of paths, "
+            "parquet, .npy/.npz arrays, torchvision:NAME or shapes"
         )
 
     def build_run(site: Site) -> Trainer:
@@ -107,7 +111,7 @@ def pretrain(config: PretrainConfig, argv: Sequence[str] = ()) -> Run:
         if config.init_from is not None and not checkpoint.steps(Path(config.out) / "checkpoints"):
             # A wrong one is told before the data is read.
             check_start(config.part(MAEConfig), config.init_from, config.allow_partial)
-        return open_sources(config.data, config.in_chans)
+        return open_sources(config.data, config.in_chans, shard_cache(config), Journal().say)
 
     return carry_out(config, config.data, open_images, build_run, ending, MAY_CHANGE, argv)
 
@@ -129,6 +133,7 @@ class Prepared(NamedTuple):
     cache_reason: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    shuffle: Literal["full", "shards"]
     licence: str
     """Of the weights to start from, as far as it is known: what is made of them goes by it."""
 
@@ -140,7 +145,11 @@ def prepare(config: PretrainConfig, site: Site) -> Prepared:
     """
     known, source, journal = site.known, site.source, site.journal
     holdout = default_holdout(len(source)) if config.holdout is None else config.holdout
-    stream = SampleStream(len(source), holdout, config.seed)
+    # Data may move between a network and a disk, which `auto` goes by: the first start decides.
+    shuffle = known.get("shuffle", "full") if known else chosen_shuffle(config, source)
+    stream = stream_of(config, source, holdout, config.seed, shuffle)
+    for line in remarks(source):
+        journal.warn(line)
     journal.say(f"{len(source)} images, {holdout} of them held out of training")
     if holdout == 0 and config.holdout is None:
         journal.warn(
@@ -161,7 +170,7 @@ def prepare(config: PretrainConfig, site: Site) -> Prepared:
         f"images are {'held on the device' if cached else 'streamed'} ({reason}); "
         f"mean {numbers(mean)}, std {numbers(std)}"
     )
-    return Prepared(stream, cached, reason, tuple(mean), tuple(std), licence)
+    return Prepared(stream, cached, reason, tuple(mean), tuple(std), shuffle, licence)
 
 
 def build(config: PretrainConfig, prepared: Prepared, site: Site) -> Trainer:
@@ -225,6 +234,7 @@ def resolved(prepared: Prepared, site: Site, steps: int, warmup: int, precision:
         "licence": prepared.licence,
         "images": len(site.source),
         "holdout": prepared.stream.holdout,
+        "shuffle": prepared.shuffle,
         "fingerprint": site.fingerprint,
         "cache": "device" if prepared.cached else "none",
         "cache_reason": prepared.cache_reason,

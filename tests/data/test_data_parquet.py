@@ -7,11 +7,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
+from tar_shards import served
 
+from quarterview.data import parquet, shard_files
+from quarterview.data.open import open_source
 from quarterview.data.parquet import ParquetSource
+from quarterview.data.shard_cache import ShardCache
 from quarterview.data.source import BadSampleError
-from quarterview.errors import UserError
+from quarterview.data.stream import ShardedStream
+from quarterview.errors import RunError, UserError
 
 
 def png(level: int) -> bytes:
@@ -129,3 +135,117 @@ def test_the_fingerprint_follows_the_shards(tmp_path):
     first = ParquetSource(write(tmp_path / "a.parquet", range(3)), 3).fingerprint()
     assert ParquetSource(tmp_path / "a.parquet", 3).fingerprint() == first
     assert ParquetSource(write(tmp_path / "a.parquet", range(4)), 3).fingerprint() != first
+
+
+# ---------------------------------------------------------------------- row groups
+
+
+def grouped(path: Path, sizes: list[int]) -> Path:
+    """A file of row groups of so many noisy images, of about 3 KiB each, labelled in order."""
+    first = 0
+    generator = np.random.default_rng(0)
+    schema = pa.schema({"image": pa.binary(), "label": pa.uint8()})
+    with pq.ParquetWriter(path, schema) as writer:
+        for size in sizes:
+            images = []
+            for _ in range(size):
+                file = io.BytesIO()
+                Image.fromarray(generator.integers(0, 256, (32, 32, 3), np.uint8)).save(file, "PNG")
+                images.append(file.getvalue())
+            labels = pa.array(range(first, first + size), pa.uint8())
+            writer.write_table(pa.table({"image": images, "label": labels}, schema=schema))
+            first += size
+    return path
+
+
+def test_row_groups_are_read_when_they_are_asked_for_and_few_are_held(tmp_path, monkeypatch):
+    for shard, sizes in (("a", [5, 3]), ("b", [1, 7, 4])):
+        grouped(tmp_path / f"{shard}.parquet", sizes)
+    table = pa.concat_tables([pq.read_table(tmp_path / f"{shard}.parquet") for shard in "ab"])
+    monkeypatch.setattr(parquet, "HELD_BYTES", 30_000)
+    source = ParquetSource(tmp_path / "*.parquet", 3)
+    read, real = [], ParquetSource._read
+    monkeypatch.setattr(
+        ParquetSource, "_read", lambda self, *args: read.append(args[1:]) or real(self, *args)
+    )
+    assert source.shard_starts().tolist() == [0, 5, 8, 9, 16, 20]
+    for index in np.random.default_rng(0).permutation(20).tolist():
+        assert source._file(index) == table["image"][index].as_py()
+        assert source.label(index) == table["label"][index].as_py()
+        assert source._bytes_held() <= 30_000
+    assert len(read) > 7  # some more than once
+    read.clear()
+    for index in range(20):
+        source._file(index)
+    assert len(read) <= 5
+    assert all(len(args) == 2 for args in read)  # a row group at a time
+    (told,) = source.remarks()
+    assert "--shuffle shards" in told
+    for wrong in (-1, 20):
+        with pytest.raises(IndexError):
+            source.image(wrong)
+
+
+def test_a_set_that_can_be_held_is_read_once(tmp_path, monkeypatch):
+    source = ParquetSource(grouped(tmp_path / "a.parquet", [5, 3, 9]), 3)
+    read, real = [], ParquetSource._read
+    monkeypatch.setattr(
+        ParquetSource, "_read", lambda self, *args: read.append(args[1:]) or real(self, *args)
+    )
+    for index in 2 * np.random.default_rng(0).permutation(17).tolist():
+        source._file(index)
+    assert len(read) == 3
+    assert source.remarks() == []
+
+
+def test_shuffling_by_shards_reads_each_row_group_once_an_epoch(tmp_path, monkeypatch):
+    source = ParquetSource(grouped(tmp_path / "a.parquet", [6] * 12), 3)
+    monkeypatch.setattr(parquet, "HELD_BYTES", 2 * 6 * 3200 + 2000)  # two of them
+    stream = ShardedStream(source.shard_starts(), 0, 0, 2)
+    read, real = [], ParquetSource._read
+    monkeypatch.setattr(ParquetSource, "_read", lambda self, *args: read.append(args[2]) or real(self, *args))
+    for index in stream.at(torch.arange(stream.trained))[1].tolist():
+        source._file(index)
+    assert sorted(read) == list(range(12))
+
+
+# ---------------------------------------------------------------------- elsewhere
+
+
+def test_parquet_is_read_over_http_by_ranges(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_files, "_WAITS", ())
+    folder = tmp_path / "s"
+    folder.mkdir()
+    for number in range(2):
+        grouped(folder / f"train-{number}.parquet", [40, 40, 40])
+    local = ParquetSource(folder, 3)
+    with served(tmp_path) as (url, server):
+        source = open_source(f"{url}/s/train-{{0..1}}.parquet", 3)
+        assert isinstance(source, ParquetSource)
+        assert source.is_remote
+        assert not local.is_remote
+        assert source.fingerprint() == local.fingerprint()
+        assert source.name(3) == f"{url}/s/train-{{0..1}}.parquet row 3"
+        server.requests.clear()
+        copy = pickle.loads(pickle.dumps(source))
+        assert copy.image(170).pixels.equal(local.image(170).pixels)
+        assert [copy.label(i) for i in (0, 170, 239)] == [local.label(i) for i in (0, 170, 239)]
+        ranges = [list(map(int, asked[6:].split("-"))) for path, asked in server.requests if "-1" in path]
+        size = (folder / "train-1.parquet").stat().st_size
+        read = sum(end - begin + 1 for begin, end in ranges)
+        assert read < size / 3 + 3 * 65536  # a row group; and the footer, of which Arrow reads 64 KiB, twice
+
+        kept = open_source(f"{url}/s/train-{{0..1}}.parquet", 3, ShardCache(tmp_path / "copies", 1 << 30))
+        for index in range(0, 240, 7):
+            assert kept.image(index).pixels.equal(local.image(index).pixels)
+        assert len(list((tmp_path / "copies").rglob("*.shard"))) == 2
+        server.kind.failures = 10**6
+        with pytest.raises(RunError, match="503"):
+            pickle.loads(pickle.dumps(source)).image(0)
+        assert pickle.loads(pickle.dumps(kept)).image(0).pixels.equal(local.image(0).pixels)
+        server.kind.failures = 0
+        (folder / "train-0.parquet").write_bytes(b"PAR1, but not really")
+        with pytest.raises(UserError, match=r"cannot read http\S+ as Parquet"):
+            open_source(f"{url}/s/train-0.parquet", 3)
+    with pytest.raises(UserError, match=r"no \.parquet file at"):
+        open_source(f"file://{tmp_path}/t/*.parquet", 3)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quarterview.data.stream import SampleStream, default_holdout
+from quarterview.data.stream import SampleStream, ShardedStream, default_holdout
 from quarterview.errors import UserError
 
 
@@ -15,8 +15,26 @@ def streams(draw) -> SampleStream:
     return SampleStream(size, draw(st.integers(0, size - 1)), draw(st.integers(-(2**63), 2**63 - 1)))
 
 
+@st.composite
+def sharded(draw) -> ShardedStream:
+    counts = draw(st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any))
+    starts = [sum(counts[:place]) for place in range(len(counts) + 1)]
+    holdout = draw(st.integers(0, starts[-1] - 1))
+    return ShardedStream(starts, holdout, draw(st.integers(-(2**63), 2**63 - 1)), draw(st.integers(1, 10)))
+
+
+BOTH = st.one_of(streams(), sharded())
+
+
+def again_from(stream: SampleStream) -> SampleStream:
+    """The same order, made anew."""
+    if isinstance(stream, ShardedStream):
+        return ShardedStream(stream.starts, stream.holdout, stream.seed, stream.mixed)
+    return SampleStream(stream.size, stream.holdout, stream.seed)
+
+
 @settings(deadline=None, max_examples=60)
-@given(stream=streams())
+@given(stream=BOTH)
 def test_every_epoch_is_a_permutation_of_the_training_images(stream):
     training = sorted(set(range(stream.size)) - set(stream.held_out().tolist()))
     assert len(training) == stream.trained == stream.size - stream.holdout
@@ -27,7 +45,7 @@ def test_every_epoch_is_a_permutation_of_the_training_images(stream):
 
 
 @settings(deadline=None, max_examples=60)
-@given(stream=streams(), data=st.data())
+@given(stream=BOTH, data=st.data())
 def test_the_stream_is_the_same_however_it_is_cut(stream, data):
     total = 3 * stream.trained + 5
     epochs, ids = stream.at(torch.arange(total))
@@ -42,9 +60,9 @@ def test_the_stream_is_the_same_however_it_is_cut(stream, data):
 
 
 @settings(deadline=None, max_examples=30)
-@given(stream=streams(), position=st.integers(0, 10**12))
+@given(stream=BOTH, position=st.integers(0, 10**12))
 def test_any_position_can_be_asked_for_by_itself(stream, position):
-    fresh = SampleStream(stream.size, stream.holdout, stream.seed)
+    fresh = again_from(stream)
     epochs, ids = fresh.at(torch.tensor([position]))
     around = torch.arange(max(0, position - 3), position + 4)
     at = position - around[0]
@@ -77,10 +95,10 @@ def test_a_holdout_that_leaves_nothing_is_refused(size, holdout):
 
 
 @settings(deadline=None, max_examples=60)
-@given(stream=streams(), epoch=st.integers(0, 5), sample=st.integers(0, 69))
+@given(stream=BOTH, epoch=st.integers(0, 5), sample=st.integers(0, 69))
 def test_replacements_are_training_images_and_always_the_same(stream, epoch, sample):
     held_out = set(stream.held_out().tolist())
-    again = SampleStream(stream.size, stream.holdout, stream.seed)
+    again = again_from(stream)
     for attempt in range(4):
         chosen = stream.replacement(epoch, sample, attempt)
         assert 0 <= chosen < stream.size
@@ -110,3 +128,64 @@ def test_a_set_of_any_size_costs_nothing():
     assert 0 <= ids.min() < 10**11 < ids.max() < 10**12
     assert set(stream.held_out().tolist()).isdisjoint(ids.tolist())
     assert time.process_time() - began < 5.0
+
+
+# ---------------------------------------------------------------------- by shards
+
+
+@settings(deadline=None, max_examples=60)
+@given(stream=sharded())
+def test_the_held_out_images_do_not_depend_on_the_order(stream):
+    plain = SampleStream(stream.size, stream.holdout, stream.seed)
+    assert torch.equal(stream.held_out(), plain.held_out())
+    assert torch.equal(stream.training_sample(5), plain.training_sample(5))
+
+
+@settings(deadline=None, max_examples=60)
+@given(stream=sharded(), epoch=st.integers(0, 10**6))
+def test_an_epoch_mixes_a_few_shards_at_a_time_and_visits_each_once(stream, epoch):
+    _, ids = stream.at(epoch * stream.trained + torch.arange(stream.trained))
+    shards = torch.searchsorted(torch.as_tensor(stream.starts), ids, right=True).tolist()
+    last = {shard: place for place, shard in enumerate(shards)}
+    begun: list[int] = []
+    for place, shard in enumerate(shards):
+        if shard not in begun:
+            begun.append(shard)
+        assert sum(last[other] >= place for other in begun) <= stream.mixed
+
+
+def test_the_order_by_shards_is_pinned():
+    """So that a run of today goes on with the program of tomorrow."""
+    stream = ShardedStream([0, 5, 5, 20, 21, 40], 7, 3, 2)
+    epochs, ids = stream.at(torch.arange(28, 40))
+    assert epochs.tolist() == [0] * 5 + [1] * 7
+    assert ids.tolist() == [37, 34, 32, 28, 26, 2, 16, 12, 17, 6, 0, 5]
+    assert stream.held_out().tolist() == SampleStream(40, 7, 3).held_out().tolist()
+
+
+def test_shards_windows_and_samples_are_mixed():
+    starts = list(range(0, 4001, 100))
+    stream = ShardedStream(starts, 0, 0, 4)
+    _, first = stream.at(torch.arange(4000))
+    _, second = stream.at(4000 + torch.arange(4000))
+    assert (first == second).sum() < 15  # one in common is expected
+    window = set((first[:400] // 100).tolist())
+    assert len(window) == 4
+    assert window != set((second[:400] // 100).tolist())
+    counts = torch.bincount(first[:100] // 100)[sorted(window)]
+    assert counts.min() > 10  # 25 of each are expected
+    assert (first[:399] + 1 == first[1:400]).sum() < 10
+
+
+def test_an_epoch_of_ten_thousand_shards_costs_little():
+    began = time.process_time()
+    stream = ShardedStream(range(0, 10**8 + 1, 10**4), 512, 0, 16)
+    for start in range(0, 10**9, 10**8 + 12345):
+        _, ids = stream.at(torch.arange(start, start + 4096))
+        assert len(set(ids.tolist())) == 4096
+    assert time.process_time() - began < 5.0
+
+
+def test_no_shard_mixed_is_refused():
+    with pytest.raises(UserError, match="0 shards mixed"):
+        ShardedStream([0, 4], 0, 0, 0)

@@ -35,6 +35,7 @@ _OPEN = 32
 """Images that a worker holds open at a time: as encoded files, or as whole pictures."""
 
 CacheKind = Literal["auto", "device", "none"]
+Shuffle = Literal["auto", "full", "shards"]
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,19 @@ class DataConfig(LoadConfig):
     """Where images come from and how they reach the model."""
 
     data: tuple[str, ...] = ()
-    """Images: folders, packed stores, .txt lists of paths, parquet, .npy/.npz arrays, torchvision:NAME, or
-    shapes."""
+    """Images: folders, packed stores, tar shards (also by URL), .txt lists of paths, parquet, .npy/.npz
+    arrays, torchvision:NAME, or shapes."""
     holdout: int | None = None
     """Images never trained on, for val_loss and the panel; by default 1%, at most 512."""
+    shuffle: Shuffle = "auto"
+    """Mix all images of the set (full), or a few shards at a time, so that each is read once an epoch
+    (shards: tar, parquet, packed stores). auto is shards for remote data, else full."""
+    shuffle_shards: int = 16
+    """How many shards are mixed at a time by --shuffle shards; of parquet, row groups."""
+    shard_cache_gib: float = 0.0
+    """GiB of remote shards to keep on the local disk; 0 keeps none and reads each part where it is."""
+    shard_cache_dir: str = ""
+    """Where they are kept; by default in ~/.cache/quarterview."""
 
     def __post_init__(self) -> None:
         object.__setattr__(
@@ -80,6 +90,10 @@ class DataConfig(LoadConfig):
         check_types(self, DataConfig)
         if self.holdout is not None and self.holdout < 0:
             raise UserError(f"a holdout of {self.holdout}; accepted: 0 or more")
+        if self.shuffle_shards < 1:
+            raise UserError(f"shuffle_shards {self.shuffle_shards}; accepted: 1 or more")
+        if self.shard_cache_gib < 0:
+            raise UserError(f"shard_cache_gib {self.shard_cache_gib}; accepted: 0 or more")
 
 
 class Batch(NamedTuple):

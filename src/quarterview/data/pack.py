@@ -48,7 +48,7 @@ from quarterview.data.packed import (
     read_store,
     shard_ranges,
 )
-from quarterview.data.source import Source
+from quarterview.data.source import Source, remarks
 from quarterview.errors import RunError, UserError, check_types
 
 _SHOWN = 10
@@ -126,9 +126,11 @@ def pack(config: PackConfig, journal: Journal) -> bool:
     if not config.out:
         raise UserError("no folder for the packed store; accepted: --out STORE")
     folder = Path(config.out)
-    source = open_sources(config.data, config.in_chans)
+    source = open_sources(config.data, config.in_chans, say=journal.say)
     settings = settings_of(config, source)
     begin(folder, settings)
+    for line in remarks(source):
+        journal.warn(line)
     ledger = Ledger(None, len(source), config.max_bad_samples)
     mine = config.share(len(list(shard_ranges(len(source), config.shard_size))))
     workers = LoadConfig(workers=config.workers).threads

@@ -162,6 +162,10 @@ class PackedSource:
         name = self._line(index).get("name")
         return name if isinstance(name, str) else f"{self.path} image {index}"
 
+    def shard_starts(self) -> np.ndarray:
+        """int64 [shards + 1]: the first image of each shard, and the number of all."""
+        return np.cumsum([0, *(shard.images for shard in self._store.shards)], dtype=np.int64)
+
     def fingerprint(self) -> str:
         """Over the indexes, which hold every label and the checksum of every image, and the names."""
         _, channels, _, classes, shards = self._store

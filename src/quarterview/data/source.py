@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from quarterview.data.augment import crop_resize
@@ -79,6 +80,19 @@ class CropSource(Protocol):
         ...
 
 
+class ShardedSource(Protocol):
+    """A source may offer this where it lies in parts of which each is best read as a whole."""
+
+    def shard_starts(self) -> np.ndarray:
+        """int64 [shards + 1]: the first image of each part, and the number of all."""
+        ...
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is read over a network."""
+        ...
+
+
 class Whole(NamedTuple):
     """A picture that is there already, to be cropped."""
 
@@ -97,6 +111,23 @@ def croppable(source: Source, index: int) -> Croppable:
     """Image `index` to be cropped, in the cheapest way that its source knows."""
     own = getattr(source, "croppable", None)  # isinstance would take longer than some crops' decoding
     return Whole(source.image(index)) if own is None else own(index)
+
+
+def shard_starts(source: Source) -> np.ndarray | None:
+    """Where the parts of a source begin, see `ShardedSource`; None if it has none."""
+    own = getattr(source, "shard_starts", None)
+    return None if own is None else own()
+
+
+def is_remote(source: Source) -> bool:
+    """Whether a source, or a part of it, is read over a network."""
+    return bool(getattr(source, "is_remote", False))
+
+
+def remarks(source: Source) -> list[str]:
+    """What a source says of itself as a whole: a sentence for each thing that is odd about it."""
+    own = getattr(source, "remarks", None)
+    return [] if own is None else own()
 
 
 class Concatenated:
@@ -140,6 +171,25 @@ class Concatenated:
     def name(self, index: int) -> str:
         part, inner = self._find(index)
         return part.name(inner)
+
+    def shard_starts(self) -> np.ndarray | None:
+        """As of a `ShardedSource`, a source without parts being one; None if no source has any."""
+        found = [shard_starts(part) for part in self.parts]
+        if all(starts is None for starts in found):
+            return None
+        own = [
+            np.array([0, len(part)]) if starts is None else starts
+            for part, starts in zip(self.parts, found, strict=True)
+        ]
+        begins = [starts[:-1] + first for starts, first in zip(own, self._starts[:-1], strict=True)]
+        return np.concatenate([*begins, [len(self)]])
+
+    @property
+    def is_remote(self) -> bool:
+        return any(is_remote(part) for part in self.parts)
+
+    def remarks(self) -> list[str]:
+        return [line for part in self.parts for line in remarks(part)]
 
     def fingerprint(self) -> str:
         return digest(*(part.fingerprint() for part in self.parts))

@@ -16,7 +16,8 @@ import torch
 from quarterview.data.cache import CACHE_BYTES, CachedSet, load_all
 from quarterview.data.loader import Batch, Loader
 from quarterview.data.open import open_sources
-from quarterview.data.stream import SampleStream, default_holdout
+from quarterview.data.order import shard_cache, stream_of
+from quarterview.data.stream import default_holdout
 from quarterview.dry_run import ADAM_BYTES, measure
 from quarterview.errors import UserError, check_types
 from quarterview.model.config import MAEConfig
@@ -158,9 +159,9 @@ def bench(config: BenchConfig, journal: Journal, argv: Sequence[str] = ()) -> Fi
 def _loader(config: PretrainConfig, device: torch.device) -> Loader | None:
     if not config.data:
         return None
-    source = open_sources(config.data, config.in_chans)
+    source = open_sources(config.data, config.in_chans, shard_cache(config))
     holdout = default_holdout(len(source)) if config.holdout is None else config.holdout
-    stream = SampleStream(len(source), holdout, config.seed)
+    stream = stream_of(config, source, holdout, config.seed)
     cached = "as asked" if config.cache == "none" else load_all(
         source, device, CACHE_BYTES if config.cache == "auto" else sys.maxsize, config.threads, _quiet
     )  # fmt: skip
