@@ -31,7 +31,7 @@ from quarterview.train.distributed import World
 from quarterview.train.journal import Journal, metrics
 from quarterview.train.lock import lock
 from quarterview.train.loop import LoopConfig, Trainer, usable_precision
-from quarterview.train.sharding import is_sharded_by_default, shard
+from quarterview.train.sharding import is_sharded_by_default, shard, units
 
 Trained = TypeVar("Trained", bound=nn.Module)
 
@@ -289,7 +289,8 @@ def spread(objective: Trained, config: LoopConfig, precision: Literal["bf16", "f
     )
     watched = copy.deepcopy(objective).eval() if sharded and world.is_main else objective
     if config.compile:
-        for module in blocks if sharded else [model]:  # what gathers a block's weights cannot be compiled
+        # What gathers the weights of a unit cannot be compiled, so it must not lie within.
+        for module in [part for block in blocks for part in units(block)] if sharded else [model]:
             module.compile()
     if sharded:
         shard(objective, blocks, world, config.ranks_per_copy, precision)

@@ -29,6 +29,11 @@ def is_sharded_by_default(module: nn.Module, world: World) -> bool:
     return state > _MEMORY_SHARE * torch.cuda.get_device_properties(world.device).total_memory
 
 
+def units(block: nn.Module) -> list[nn.Module]:
+    """What is gathered together when a block's turn comes: its parts but for the norms, which are small."""
+    return [part for part in block.children() if not isinstance(part, nn.LayerNorm)]
+
+
 def shard(
     module: nn.Module,
     blocks: Iterable[nn.Module],
@@ -38,22 +43,22 @@ def shard(
 ) -> None:
     """Cut a module's parameters among the ranks, before its optimiser is made.
 
-    Each block is gathered when its turn comes and let go after; what is in none of them stays gathered
-    through a step. In bf16 the blocks' weights travel in bf16, which is what their matrix products use
-    of them; gradients are summed in float32.
+    Each block's `units` are gathered when their turn comes and let go after; everything else stays
+    gathered through a step. In bf16 the units travel as bf16, which is what their matrix products use of
+    them, and norms, tokens and positions as float32; gradients are summed in float32.
 
     Args:
         blocks: the repeated modules in it, already recomputing and compiled if they are to be.
         ranks_per_copy: see `World.mesh`.
     """
     mesh = world.mesh(ranks_per_copy)
-    whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    kept = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     halved = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=halved if precision == "bf16" else whole)
-    fully_shard(module, mesh=mesh, mp_policy=whole, reshard_after_forward=False)
+        fully_shard(units(block), mesh=mesh, mp_policy=halved if precision == "bf16" else kept)
+    fully_shard(module, mesh=mesh, mp_policy=kept, reshard_after_forward=False)
 
 
 def is_sharded(module: nn.Module) -> bool:
