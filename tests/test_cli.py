@@ -90,7 +90,7 @@ def call_apart(*argv: object, timeout: float = 120) -> subprocess.CompletedProce
         ("--seed 1 --seed 2", ["--seed is given twice"]),
         ("--norm-pix-loss --no-norm-pix-loss", ["--norm-pix-loss is given twice"]),
         ("--mean 0.5 0.5", ["mean has 2 numbers for 3 channels"]),
-        ("--accum-iter 3", ["a batch of 16 cannot be cut into 3 equal parts"]),
+        ("--accum-iter 9", ["a batch of 16 is too small for 1 ranks with 9 parts each"]),
         ("--data shapes:five", ["cannot read 'five'", "a whole number"]),
         ("--init-from nothing", ["nothing does not exist"]),
         ("--resume nothing", ["--resume nothing holds no complete checkpoint"]),
