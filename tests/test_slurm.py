@@ -176,8 +176,8 @@ def test_fine_tuning_takes_it_too(tmp_path, sbatch, capsys):
     assert cli.run([*words, "--slurm", "gpus=2"]) == 2
     assert "--test is missing" in capsys.readouterr().err
     words += ["--test", "shapes:20:seed=2"]
-    assert cli.run([*words, "--slurm", "gpus=3"]) == 2
-    assert "3 ranks" in capsys.readouterr().err
+    assert cli.run([*words, "--slurm", "gpus=11"]) == 2
+    assert "11 ranks" in capsys.readouterr().err
     assert cli.run([*words, "--slurm", "gpus=2"]) == 0
     assert "submitted job 4711" in capsys.readouterr().out
 
