@@ -179,9 +179,12 @@ def read_state(path: Path) -> dict:
         UserError: if it is damaged.
     """
     try:
-        return json.loads((path / "state.json").read_text("utf-8"))
-    except (ValueError, OSError) as error:
+        state = json.loads((path / "state.json").read_text("utf-8"))
+        if not isinstance(state, dict):
+            raise TypeError(f"state.json holds no table but {str(state)[:40]}")
+    except (ValueError, OSError, RecursionError, TypeError) as error:
         raise _damaged(path, error) from None
+    return state
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
