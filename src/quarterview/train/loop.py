@@ -72,8 +72,8 @@ class LoopConfig:
             if value is not None and value < 1:
                 raise UserError(f"{name} {value}; accepted: 1 or more")
         for name in ("epochs", "checkpoint_minutes"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} {getattr(self, name)}; accepted: a number above 0")
+            if not 0 < getattr(self, name) <= 1e9:
+                raise UserError(f"{name} {getattr(self, name)}; accepted: a number above 0, up to a billion")
         if self.batch_size % self.accum_iter:
             raise UserError(
                 f"a batch of {self.batch_size} cannot be cut into {self.accum_iter} equal parts; "
