@@ -221,17 +221,15 @@ def _read(name: str, table: Mapping[str, Recipe], kind: type[Config]) -> Config:
     if not path.is_file():
         raise UserError(f"recipe {name} does not exist; accepted: {', '.join(table)}, or a YAML file")
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise UserError(
-                f"recipe {name} has {path.stat().st_size:,} bytes; accepted: up to {_MOST_BYTES:,}"
-            )
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except UserError:
-        raise
+        with path.open("rb") as file:
+            text = file.read(_MOST_BYTES + 1)
+        values = None if len(text) > _MOST_BYTES else yaml.safe_load(text.decode())
     except OSError as error:
         raise UserError(f"recipe {name} cannot be read: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of dates, numbers and bytes
         raise UserError(f"recipe {name} is no YAML: {' '.join(str(error).split())}") from None
+    if len(text) > _MOST_BYTES:
+        raise UserError(f"recipe {name} is a large file; accepted: up to {_MOST_BYTES:,} bytes")
     return from_values(name, values, kind)
 
 

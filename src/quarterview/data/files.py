@@ -10,6 +10,8 @@ from quarterview.data.source import BadSampleError
 MAX_BYTES = 1 << 30
 """Larger files are refused unread: the largest image that is accepted has less, even unpacked."""
 
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+"""The last, because a pipe would wait for someone to write into it."""
 _KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -40,8 +42,7 @@ def content(path: Path, stamped: int | None = None) -> bytes:
         BadSampleError: if it cannot be read, is too large, is no plain file, or is not the one found.
     """
     try:
-        # Without O_NONBLOCK a pipe would wait for someone to write into it.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        with os.fdopen(os.open(path, _FLAGS), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise BadSampleError(f"cannot be read: it is {kind_of(status.st_mode)}")

@@ -173,7 +173,7 @@ class _Names:
 
 
 def _files(root: Path, left_out: Counter[str]) -> Iterator[tuple[str, os.stat_result]]:
-    """The relative name of every visible file, and what is known of it, folder by folder in the order of names.
+    """The relative name of every visible file and its status, folder by folder in the order of names.
 
     Not recursive, as folders may lie in one another deeper than Python calls may; and every folder once, as
     a few that link to one another would be met in any number of ways.

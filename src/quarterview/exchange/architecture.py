@@ -190,7 +190,7 @@ def _configuration(
     width, channels, patch, patch_width = kernel.shape if kernel.ndim == 4 else (0, 0, 0, 1)
     if positions.ndim != 3 or positions.shape[2] != width or not kernel.numel():
         raise UserError(
-            f"{given} has positions of {list(positions.shape)} and patches of {list(kernel.shape)}; accepted: "
+            f"{given} has positions {list(positions.shape)} and patches {list(kernel.shape)}; accepted: "
             "positions [1, 1 + patches, width]"
         )
     if patch != patch_width or len(hidden) != MLP_RATIO * width:

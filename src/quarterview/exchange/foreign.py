@@ -105,9 +105,7 @@ def _read_pickle(path: Path) -> Any:
             f"{path} {what}, which is not done: only tensors, plain values and argparse.Namespace are read; "
             "accepted: the same weights without it, or as safetensors"
         ) from None
-    except (
-        Exception
-    ) as error:  # of a damaged file torch's reader raises nearly everything, AssertionError too
+    except Exception as error:  # torch raises nearly everything
         raise UserError(f"{path} is damaged or cut short ({_short(error)}); {ACCEPTED}") from None
 
 

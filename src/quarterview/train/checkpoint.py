@@ -180,10 +180,10 @@ def read_state(path: Path) -> dict:
     """
     try:
         state = json.loads((path / "state.json").read_text("utf-8"))
-        if not isinstance(state, dict):
-            raise TypeError(f"state.json holds no table but {str(state)[:40]}")
-    except (ValueError, OSError, RecursionError, TypeError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise _damaged(path, error) from None
+    if not isinstance(state, dict):
+        raise _damaged(path, TypeError("state.json holds no table"))
     return state
 
 
