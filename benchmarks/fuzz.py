@@ -66,9 +66,8 @@ def enter_images(data: bytes, _folder: Path) -> None:
             continue
         assert pixels.ndim == 3, pixels.shape
         assert pixels.shape[0] == 3, pixels.shape
-        assert (
-            -1 < pixels.min() <= pixels.max() < (2 if pixels.is_floating_point() else 256)
-        )  # crops overshoot
+        low, high = float(pixels.min()), float(pixels.max())
+        assert -1 < low <= high < (2 if pixels.is_floating_point() else 256), (low, high)  # crops overshoot
 
 
 def _crop(image):  # a Croppable: nothing of ours is imported before it is instrumented

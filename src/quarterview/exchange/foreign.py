@@ -105,7 +105,7 @@ def _read_pickle(path: Path) -> Any:
             f"{path} {what}, which is not done: only tensors, plain values and argparse.Namespace are read; "
             "accepted: the same weights without it, or as safetensors"
         ) from None
-    except Exception as error:  # torch raises nearly everything
+    except Exception as error:  # whatever it is
         raise UserError(f"{path} is damaged or cut short ({_short(error)}); {ACCEPTED}") from None
 
 
@@ -129,8 +129,8 @@ def _unwrap(path: Path, found: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name, tensor in tensors.items():
         if not _is_plain(tensor):
             raise UserError(
-                f"{path} holds {name} of {list(tensor.shape)}, which is sparse, on no device, or more numbers "
-                "than the file has; accepted: plain tensors"
+                f"{path} holds {name} of {list(tensor.shape)}, which is sparse, on no device or larger "
+                "than the file; accepted: plain tensors"
             )
     if isinstance(args, argparse.Namespace):
         args = vars(args)
