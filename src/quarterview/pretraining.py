@@ -9,7 +9,7 @@ from quarterview import runs
 from quarterview.data.cache import CachedSet
 from quarterview.data.loader import DataConfig, Loader
 from quarterview.data.open import open_sources
-from quarterview.data.source import Source
+from quarterview.data.source import Source, left_out
 from quarterview.data.statistics import channel_statistics
 from quarterview.data.stream import SampleStream, default_holdout
 from quarterview.errors import UserError, check_types
@@ -143,6 +143,8 @@ def prepare(config: PretrainConfig, site: Site) -> Prepared:
     holdout = default_holdout(len(source)) if config.holdout is None else config.holdout
     stream = SampleStream(len(source), holdout, config.seed)
     journal.say(f"{len(source)} images, {holdout} of them held out of training")
+    if odd := left_out(source):
+        journal.warn("left out: " + ", ".join(f"{count} × {kind}" for kind, count in sorted(odd.items())))
     if holdout == 0 and config.holdout is None:
         journal.warn(
             "fewer than 100 images, so none are held out: no val_loss, no panel; --holdout 8 gives both"

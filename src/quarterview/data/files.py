@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 
 from quarterview.data.source import BadSampleError
+from quarterview.errors import RunError
 
 MAX_BYTES = 1 << 30
 """Larger files are refused unread: the largest image that is accepted has less, even unpacked."""
@@ -55,3 +56,20 @@ def content(path: Path, stamped: int | None = None) -> bytes:
             return file.read(status.st_size)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise BadSampleError(f"cannot be read: {error}") from error
+
+
+def stamped(path: Path) -> int | None:
+    """The `stamp` of a file; None if there is none."""
+    try:
+        return stamp(path.stat())
+    except OSError:
+        return None
+
+
+def check_unchanged(path: Path, before: int | None) -> None:
+    """Raises RunError if a file, of which much depends, is not the one whose stamp this is."""
+    if stamped(path) != before:
+        raise RunError(
+            f"{path} was changed, replaced or removed while this was running; accepted: the file as it was, "
+            "with which the same command goes on, or a new run"
+        )

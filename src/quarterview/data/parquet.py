@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quarterview.data.decode import croppable_file, decode
+from quarterview.data.files import check_unchanged, stamped
 from quarterview.data.source import BadSampleError, Croppable, Picture, digest
 from quarterview.errors import UserError
 
@@ -25,7 +26,8 @@ class ParquetSource:
     The images are the column whose values are encoded files: binary, or a structure with a binary field
     ``bytes``. Labels are an integer column ``label``, ``fine_label``, ``coarse_label``, ``labels`` or
     ``class``; a missing or negative label is none. The encoded images are held in memory from the first
-    one asked for: each process reads them itself, unless it was forked from one that had.
+    one asked for: each process reads them itself, unless it was forked from one that had, and stops with a
+    RunError if a file was written since it was opened.
 
     Args:
         path: a file, a folder of ``.parquet`` files, or a glob of them.
@@ -40,6 +42,7 @@ class ParquetSource:
         self.path = Path(path)
         self.channels = channels
         self._shards = _shards(self.path)
+        self._stamps = [stamped(shard) for shard in self._shards]
         schema = self._read_schema()
         self._image_column = _image_column(schema, self.path)
         self._label_column = _label_column(schema)
@@ -115,8 +118,14 @@ class ParquetSource:
         try:
             tables = [pq.read_table(shard, columns=[name], partitioning=None) for shard in self._shards]
         except (pa.ArrowException, OSError) as error:
+            self._check_unchanged()
             raise UserError(f"cannot read column {name!r} of {self.path}: {_line(error)}") from error
+        self._check_unchanged()
         return pa.concat_tables(tables).column(name)
+
+    def _check_unchanged(self) -> None:
+        for shard, before in zip(self._shards, self._stamps, strict=True):
+            check_unchanged(shard, before)
 
 
 def _shards(path: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """What every set of images looks like to the rest of the program."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -143,6 +144,13 @@ class Concatenated:
 
     def fingerprint(self) -> str:
         return digest(*(part.fingerprint() for part in self.parts))
+
+
+def left_out(source: Source) -> Counter[str]:
+    """What lay where images were looked for and could not be read as a file, by its kind."""
+    if isinstance(source, Concatenated):
+        return sum(map(left_out, source.parts), Counter[str]())
+    return getattr(source, "left_out", Counter[str]())
 
 
 def digest(*parts: object) -> str:

@@ -13,9 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+
+def escape(text: str) -> str:
+    """A text as it may be printed: no markup, and what is no UTF-8, as of a path, written out."""
+    return escape_markup(text.encode("utf-8", "backslashreplace").decode())
+
 
 _PLAIN_SECONDS = 15  # between progress lines where there is no terminal
 
