@@ -380,7 +380,7 @@ def search(name: str, seconds: int, runs: int, seed: int, findings: Path) -> dic
         Executions, seconds, executions a second, and the names of the findings.
     """
     findings.mkdir(parents=True, exist_ok=True)
-    before, began, executions, attempt = set(findings.iterdir()), time.monotonic(), 0, 0
+    before, began, executions, attempt, peak = set(findings.iterdir()), time.monotonic(), 0, 0, 0
     with tempfile.TemporaryDirectory(dir=_fast_folder()) as folder:
         for part in ("corpus", "files"):
             (Path(folder) / part).mkdir()
@@ -410,14 +410,21 @@ def search(name: str, seconds: int, runs: int, seed: int, findings: Path) -> dic
                 raise RuntimeError(f"the fuzzer could not work:\n{done.stderr[-3000:]}")
             executions += int(counted[1])
             attempt += 1
+            peak = max([peak, *map(int, re.findall(r"stat::peak_rss_mb: +(\d+)", done.stderr))])
             if done.returncode == 0:
                 break
+            (findings / f"{name}-process-{attempt}.txt").write_text(done.stderr[-20_000:], "utf-8")
     took = time.monotonic() - began
     new = {path.name for path in set(findings.iterdir()) - before}
     found = sorted(name for name in new if not name.endswith(".txt") and "-slow-unit-" not in name)
     return {
         **{"door": name, "seed": seed, "seconds": round(took), "executions": executions},
-        **{"per_second": round(executions / took, 1), "processes": attempt, "findings": found},
+        **{
+            "per_second": round(executions / took, 1),
+            "peak_mib": peak,
+            "processes": attempt,
+            "findings": found,
+        },
     }
 
 

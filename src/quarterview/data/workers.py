@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from signal import SIG_DFL, SIGCHLD, getsignal, signal
 from types import FrameType
 from typing import Any
@@ -30,7 +31,7 @@ def watched(batches: Any) -> Iterator[Any]:
         try:
             torchs(number, frame)  # type: ignore[operator]
         except RuntimeError as error:
-            raise _told(error) from None
+            raise _death(error) from None
 
     if ours:
         signal(SIGCHLD, told)
@@ -38,8 +39,10 @@ def watched(batches: Any) -> Iterator[Any]:
         yield batches
     except RunError:
         raise
-    except RuntimeError as error:
-        raise _told(error) from None
+    except (RuntimeError, OSError, EOFError) as error:  # OSError: what a dead one had sent cannot be fetched
+        if not (str(error).startswith(_TORCH_SAYS) or _one_died(batches)):
+            raise
+        raise _death(error) from None
     finally:
         if ours:
             signal(SIGCHLD, SIG_DFL)  # what dies now is meant to
@@ -48,14 +51,20 @@ def watched(batches: Any) -> Iterator[Any]:
             signal(SIGCHLD, torchs)
 
 
-def _told(error: RuntimeError) -> RuntimeError:
-    """Our error for torch's."""
-    said = " ".join(str(error).split())
-    if not said.startswith("DataLoader worker"):
-        return error
+_TORCH_SAYS = "DataLoader worker"
+
+
+def _one_died(batches: Any) -> bool:
+    """Whether a worker was killed or failed; a second is given to one that is about to be gone."""
+    workers = getattr(batches, "_workers", [])
+    wait([worker.sentinel for worker in workers], timeout=1)
+    return any(worker.exitcode for worker in workers)
+
+
+def _death(error: Exception) -> RunError:
     return RunError(
-        f"a process that decodes images died ({said}); the same command goes on from what was last saved. If "
-        "the system ended it for want of memory, give fewer --workers"
+        f"a process that decodes images died ({' '.join(str(error).split())}); the same command goes on from "
+        "what was last saved. If the system ended it for want of memory, give fewer --workers"
     )
 
 
