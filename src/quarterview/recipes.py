@@ -226,7 +226,7 @@ def _read(name: str, table: Mapping[str, Recipe], kind: type[Config]) -> Config:
         values = None if len(text) > _MOST_BYTES else yaml.safe_load(text.decode())
     except OSError as error:
         raise UserError(f"recipe {name} cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of dates, numbers and bytes
+    except Exception as error:  # of tags with a wrong value PyYAML raises nearly everything
         raise UserError(f"recipe {name} is no YAML: {' '.join(str(error).split())}") from None
     if len(text) > _MOST_BYTES:
         raise UserError(f"recipe {name} is a large file; accepted: up to {_MOST_BYTES:,} bytes")

@@ -79,6 +79,8 @@ LAUGHS = "\n".join(f"  - &x{i + 1} [{', '.join(10 * [f'*x{i}'])}]" for i in rang
         ("epochs: 1e300", "accepted: a number above 0, up to a billion"),
         ("out: 2001-99-99", "is no YAML"),
         ("out: !!binary é", "is no YAML"),
+        ("out: !!timestamp x", "is no YAML"),
+        ("compile: !!bool x", "is no YAML"),
         ("model: mae_vit_" + "9" * 5000 + "x1x1_patch4", "unknown model"),
         ("# " + "x" * 1_000_000, "accepted: up to 1,000,000 bytes"),
         ("seed: 0\0", "is no YAML"),

@@ -5,7 +5,7 @@ import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -86,14 +86,15 @@ class ArraySource:
 
     def _open(self) -> None:
         try:
-            _check_memory(self.path)
-            found = np.load(self.path, mmap_mode="r", allow_pickle=False)
-            if isinstance(found, np.ndarray):
-                self._images, self._labels = found, None
-            else:
-                with found:
-                    self._images = found[_image_key(found, self.path)]
-                    self._labels = _labels_in(found, len(self._images))
+            with self.path.open("rb") as file:
+                if file.read(2) == b"PK":  # a .npz, which NumPy would leave open if it is damaged
+                    file.seek(0)
+                    _check_memory(file, self.path)
+                    with np.load(file, allow_pickle=False) as found:
+                        self._images = found[_image_key(found, self.path)]
+                        self._labels = _labels_in(found, len(self._images))
+                else:
+                    self._images, self._labels = np.load(self.path, mmap_mode="r", allow_pickle=False), None
         except UserError:
             raise
         except Exception as error:  # NumPy, zipfile and zlib raise nearly everything of a damaged file
@@ -105,12 +106,11 @@ class ArraySource:
         self._channels_last = _channels_come_last(self._images.shape, self.channels, self.path)
 
 
-def _check_memory(path: Path) -> None:
+def _check_memory(file: BinaryIO, path: Path) -> None:
     """Raises UserError if an array of a .npz file, which is unpacked as a whole, would fill the memory."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         largest = max((member.file_size for member in archive.infolist()), default=0)
+    file.seek(0)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if largest > memory // 2:
         raise UserError(
