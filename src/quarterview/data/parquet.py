@@ -132,7 +132,9 @@ def _shards(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        shards = sorted(child for child in path.iterdir() if child.suffix.lower() == ".parquet")
+        shards = sorted(
+            child for child in path.iterdir() if child.suffix.lower() == ".parquet" and child.is_file()
+        )
         sets = sorted({re.sub(r"-\d+(-of-\d+)?$", "", shard.stem) for shard in shards})
         if len(sets) > 1:
             raise UserError(
@@ -141,7 +143,7 @@ def _shards(path: Path) -> list[Path]:
             )
     else:
         found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
-        shards = sorted(file for file in found if file.suffix.lower() == ".parquet")
+        shards = sorted(file for file in found if file.suffix.lower() == ".parquet" and file.is_file())
     if not shards:
         raise UserError(f"no Parquet file at {path}; accepted: a .parquet file, a folder or a glob of them")
     return shards

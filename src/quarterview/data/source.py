@@ -150,7 +150,8 @@ def left_out(source: Source) -> Counter[str]:
     """What lay where images were looked for and could not be read as a file, by its kind."""
     if isinstance(source, Concatenated):
         return sum(map(left_out, source.parts), Counter[str]())
-    return getattr(source, "left_out", Counter[str]())
+    own: Counter[str] | None = getattr(source, "left_out", None)
+    return Counter() if own is None else own
 
 
 def digest(*parts: object) -> str:
