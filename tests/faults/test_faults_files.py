@@ -365,7 +365,7 @@ def test_names_that_are_no_utf_8_train_and_what_is_written_is_utf_8(tmp_path, ca
     config = qv.PretrainConfig(
         **{"model": "mae_vit_32x1x1_patch4", "image_size": 16, "decoder_width": 32, "decoder_depth": 1},
         **{"decoder_heads": 1, "batch_size": 8, "holdout": 4, "workers": 0, "precision": "fp32", "lr": 1e-3},
-        **{"data": (os.fsdecode(data),), "out": os.fsdecode(os.fsencode(tmp_path) + b"/run \xe9")},
+        **{"data": (os.fsdecode(data),), "out": str(tmp_path / "run é")},
         **{"steps": 6, "max_bad_samples": 0.5, "cache": "none", "log_every": 1},
     )
     run = qv.pretrain(config)
@@ -379,3 +379,9 @@ def test_names_that_are_no_utf_8_train_and_what_is_written_is_utf_8(tmp_path, ca
             path.read_bytes().decode()
     assert recipes.read(str(run.folder / "config.yaml")) == config
     assert qv.pretrain(config) == run  # it is found again, and complete
+
+
+def test_a_run_folder_whose_name_is_no_utf_8_is_refused(tmp_path):
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/run \xe9")
+    with pytest.raises(UserError, match="is no UTF-8; accepted: one that is"):
+        qv.pretrain(qv.PretrainConfig(data=("shapes:20",), out=out))
