@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -53,8 +54,14 @@ def check_types(config: object, kind: type) -> None:
             if isinstance(value, str) and all(isinstance(option, str) for option in accepted):
                 raise unknown(name, value, accepted)
             names = ", ".join(_SPOKEN.get(option, str(option)) for option in accepted)
-            raise UserError(f"{name} is {value!r}; accepted: {names}")
+            raise UserError(f"{name} is {_BRIEF.repr(value)}; accepted: {names}")
 
+
+_LARGEST = 2**63
+"""Numbers of a configuration are below this, positive or negative: more digits are no one's intention."""
+_BRIEF = reprlib.Repr()  # a few lines of YAML can stand for a text of any length
+_BRIEF.maxstring = _BRIEF.maxother = 200
+_BRIEF.maxlevel, _BRIEF.maxtuple, _BRIEF.maxlist = 3, 20, 20
 
 _SPOKEN: dict[Any, str] = {
     int: "a whole number",
@@ -74,8 +81,8 @@ def _fits(value: object, kind: Any) -> bool:
         return value in get_args(kind)
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(item, get_args(kind)[0]) for item in value)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is float and isinstance(value, float):
+        return math.isfinite(value)
+    if kind in (int, float):
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGEST
     return isinstance(value, kind)

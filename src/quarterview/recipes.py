@@ -32,6 +32,8 @@ class Recipe:
     """The fields of the configuration that differ from the defaults."""
 
 
+_MOST_BYTES = 1_000_000
+"""Of a recipe's file."""
 _NOT_RUN = "Not run here: it needs more than two cores."
 _OFFICIAL_TUNE = {"batch_size": 1024}
 _PAPER_TUNE = {**_OFFICIAL_TUNE, "erase": 0.0}  # table 9 has no erasing
@@ -219,9 +221,15 @@ def _read(name: str, table: Mapping[str, Recipe], kind: type[Config]) -> Config:
     if not path.is_file():
         raise UserError(f"recipe {name} does not exist; accepted: {', '.join(table)}, or a YAML file")
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            text = file.read(_MOST_BYTES + 1)
+        values = None if len(text) > _MOST_BYTES else yaml.safe_load(text.decode())
+    except OSError as error:
+        raise UserError(f"recipe {name} cannot be read: {error}") from None
+    except Exception as error:  # of tags with a wrong value PyYAML raises nearly everything
         raise UserError(f"recipe {name} is no YAML: {' '.join(str(error).split())}") from None
+    if len(text) > _MOST_BYTES:
+        raise UserError(f"recipe {name} is a large file; accepted: up to {_MOST_BYTES:,} bytes")
     return from_values(name, values, kind)
 
 
@@ -233,6 +241,12 @@ def from_values(name: str, values: object, kind: type[Config]) -> Config:
     for key in values:
         if key not in accepted:
             raise unknown(f"field in recipe {name}:", str(key), sorted(accepted))
+    for key, value in values.items():  # which YAML's aliases could make endless
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, list | dict | set) for item in items):
+            raise UserError(
+                f"{key} in recipe {name} is nested; accepted: a number, a text, or a list of them"
+            )
     try:
         return kind(**{key: _number(value) for key, value in values.items()})
     except (TypeError, UserError) as error:

@@ -3,14 +3,14 @@
 import hashlib
 import os
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
+from quarterview.data.files import check_unchanged, stamped
 from quarterview.data.source import BadSampleError, Picture, digest
 from quarterview.errors import UserError
 
@@ -42,19 +42,23 @@ class ArraySource:
     def __init__(self, path: str | os.PathLike[str], channels: int) -> None:
         self.path = Path(path)
         self.channels = channels
+        self._stamp = stamped(self.path)
         self._open()
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "channels": self.channels}
+        return {"path": self.path, "channels": self.channels, "_stamp": self._stamp}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        check_unchanged(self.path, self._stamp)
         self._open()
 
     def image(self, index: int) -> Picture:
+        if isinstance(self._images, np.memmap):  # to read behind a new end would end the process
+            check_unchanged(self.path, self._stamp)
         values = self._images[index]  # [H, W], or three axes
         if values.ndim == 2:
             values = values[None]
@@ -82,21 +86,37 @@ class ArraySource:
 
     def _open(self) -> None:
         try:
-            found = np.load(self.path, mmap_mode="r", allow_pickle=False)
-            if isinstance(found, np.ndarray):
-                self._images, self._labels = found, None
-            else:
-                with found:
-                    self._images = found[_image_key(found, self.path)]
-                    self._labels = _labels_in(found, len(self._images))
+            with self.path.open("rb") as file:
+                if file.read(2) == b"PK":  # a .npz, which NumPy would leave open if it is damaged
+                    file.seek(0)
+                    _check_memory(file, self.path)
+                    with np.load(file, allow_pickle=False) as found:
+                        self._images = found[_image_key(found, self.path)]
+                        self._labels = _labels_in(found, len(self._images))
+                else:
+                    self._images, self._labels = np.load(self.path, mmap_mode="r", allow_pickle=False), None
         except UserError:
             raise
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # NumPy, zipfile and zlib raise nearly everything of a damaged file
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"cannot read {self.path}: {error}; accepted: .npy and .npz of numbers, nothing pickled"
+                f"cannot read {self.path}: {reason}; accepted: .npy and .npz of numbers, nothing pickled"
             ) from error
         _check_type(self._images.dtype, self.path)
         self._channels_last = _channels_come_last(self._images.shape, self.channels, self.path)
+
+
+def _check_memory(file: BinaryIO, path: Path) -> None:
+    """Raises UserError if an array of a .npz file, which is unpacked as a whole, would fill the memory."""
+    with zipfile.ZipFile(file) as archive:
+        largest = max((member.file_size for member in archive.infolist()), default=0)
+    file.seek(0)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if largest > memory // 2:
+        raise UserError(
+            f"{path} holds an array of {largest:,} bytes once unpacked, and this machine has {memory:,}; "
+            "accepted: half of that, or .npy, which is not read as a whole"
+        )
 
 
 def _image_key(arrays: Mapping[str, np.ndarray], path: Path) -> str:

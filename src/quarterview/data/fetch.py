@@ -47,7 +47,7 @@ def opened(
     Raises:
         RunError: when there are no more.
     """
-    for candidate in candidates(stream, sample, epoch):
+    for candidate in candidates(stream, sample, epoch, reports):
         image = attempt(source, candidate, lambda candidate=candidate: croppable(source, candidate), reports)
         if image is not None:
             yield candidate, image
@@ -80,8 +80,13 @@ def attempt(source: Source, sample: int, make: Callable[[], Made], reports: list
         raise UserError(f"{source.name(sample)}: {error}") from None
 
 
-def candidates(stream: SampleStream, sample: int, epoch: int) -> Iterator[int]:
+def candidates(
+    stream: SampleStream, sample: int, epoch: int, reports: Sequence[Report] = ()
+) -> Iterator[int]:
     """The sample itself, then those that stand in for it should it be broken.
+
+    Args:
+        reports: to which is added why they are broken, for the error.
 
     Raises:
         RunError: after 32 of them.
@@ -90,8 +95,8 @@ def candidates(stream: SampleStream, sample: int, epoch: int) -> Iterator[int]:
     for attempt in range(_REPLACEMENT_ATTEMPTS):
         yield stream.replacement(epoch, sample, attempt)
     raise RunError(
-        f"sample {sample} and {_REPLACEMENT_ATTEMPTS} others in its place could not be read; "
-        "see bad_samples.jsonl in the run's folder for the reasons"
+        f"sample {sample} and {_REPLACEMENT_ATTEMPTS} others in its place could not be read"
+        + "".join(f"; {report.name}: {report.broken}" for report in reports[-3:])
     )
 
 

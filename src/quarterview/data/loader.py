@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from signal import SIG_IGN, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, signal
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from quarterview.data.fetch import Report, attempt_picture, opened, read_many
 from quarterview.data.policy import PRETRAINING, AugmentConfig, erase, randaugment
 from quarterview.data.source import Source
 from quarterview.data.stream import SampleStream
+from quarterview.data.workers import watched
 from quarterview.errors import RunError, UserError, check_types
 
 _OPEN = 32
@@ -188,8 +189,7 @@ class Loader:
             worker_init_fn=_ignore_signals if self.workers else None,
             prefetch_factor=4 if self.workers else None,
         )
-        samples: Any = iter(loader)
-        try:
+        with watched(iter(loader)) as samples:
             for collated in samples:
                 if isinstance(collated, Exception):
                     raise collated
@@ -197,9 +197,6 @@ class Loader:
                 for report in reports:
                     self.report(report)
                 yield self._augmented(self._to_device(pixels, ids, epochs), shown)
-        finally:  # an error's traceback would keep them alive, and as they ignore SIGTERM, Python at its exit
-            if self.workers:
-                samples._shutdown_workers()
 
     def held_out(self) -> Batch | None:
         """The held-out images, cut to the largest central box; broken ones are left out."""

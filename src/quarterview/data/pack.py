@@ -49,6 +49,7 @@ from quarterview.data.packed import (
     shard_ranges,
 )
 from quarterview.data.source import Source, remarks
+from quarterview.data.workers import watched
 from quarterview.errors import RunError, UserError, check_types
 
 _SHOWN = 10
@@ -321,15 +322,11 @@ def _ensured(shards: _Shards, numbers: range, workers: int) -> Iterator[list[Rep
         collate_fn=_as_it_is,
         worker_init_fn=_ignore_interrupt,
     )
-    found: Any = iter(loader)
-    try:
+    with watched(iter(loader)) as found:
         for reports in found:
             if isinstance(reports, Exception):
                 raise reports
             yield reports
-    finally:
-        if loader.num_workers:
-            found._shutdown_workers()
 
 
 def _as_it_is(reports: list[Report] | Exception) -> list[Report] | Exception:

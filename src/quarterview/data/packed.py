@@ -269,8 +269,11 @@ class _PackedFile(NamedTuple):
 
 def is_store(folder: Path) -> bool:
     """Whether a folder is a packed store, complete or not."""
+    record = folder / RECORD
     try:
-        with (folder / RECORD).open("rb") as file:
+        if not record.is_file():  # a pipe would wait for someone to write into it
+            return False
+        with record.open("rb") as file:
             return FORMAT.rpartition(" ")[0].encode() in file.read(100)
     except OSError:
         return False

@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quarterview.data.decode import croppable_file, decode
+from quarterview.data.files import changed
 from quarterview.data.shard_cache import ShardCache, ShardReader
-from quarterview.data.shard_files import ShardFile, find_shards, is_remote
+from quarterview.data.shard_files import ShardFile, find_shards, is_remote, is_unchanged, local_shard
 from quarterview.data.source import BadSampleError, Croppable, Picture, digest
 from quarterview.errors import UserError
 
@@ -35,7 +36,8 @@ class ParquetSource:
     The images are the column whose values are encoded files: binary, or a structure with a binary field
     ``bytes``. Labels are an integer column ``label``, ``fine_label``, ``coarse_label``, ``labels`` or
     ``class``; a missing or negative label is none. Encoded images are read by row groups, of which each
-    process holds those it used last, as many as fit `HELD_BYTES`: a smaller set is read once.
+    process holds those it used last, as many as fit `HELD_BYTES`: a smaller set is read once. A file on a
+    disk that was written since it was opened raises RunError when more of it is read.
 
     Args:
         path: a file, a folder of ``.parquet`` files, or a glob of them; or likewise a URL.
@@ -173,9 +175,14 @@ class ParquetSource:
         try:
             with self._opened(shard) as file:
                 groups = range(file.metadata.num_row_groups) if group is None else [group]
-                return file.read_row_groups(groups, columns=[name]).column(name)
+                found = file.read_row_groups(groups, columns=[name]).column(name)
         except (pa.ArrowException, OSError) as error:
+            if not is_unchanged(shard):
+                raise changed(shard.path) from error
             raise UserError(f"cannot read column {name!r} of {shard.path}: {_line(error)}") from error
+        if not is_unchanged(shard):
+            raise changed(shard.path)
+        return found
 
 
 class _Content(NamedTuple):
@@ -217,17 +224,18 @@ class _RemoteFile(io.RawIOBase):
 
 def _local_shards(path: Path) -> list[ShardFile]:
     try:
-        sizes = [(shard, shard.stat().st_size) for shard in _paths(path)]
+        return [local_shard(shard) for shard in _paths(path)]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    return [ShardFile(str(shard), size, "") for shard, size in sizes]
 
 
 def _paths(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        shards = sorted(child for child in path.iterdir() if child.suffix.lower() == ".parquet")
+        shards = sorted(
+            child for child in path.iterdir() if child.suffix.lower() == ".parquet" and child.is_file()
+        )
         sets = sorted({re.sub(r"-\d+(-of-\d+)?$", "", shard.stem) for shard in shards})
         if len(sets) > 1:
             raise UserError(
@@ -236,7 +244,7 @@ def _paths(path: Path) -> list[Path]:
             )
     else:
         found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
-        shards = sorted(file for file in found if file.suffix.lower() == ".parquet")
+        shards = sorted(file for file in found if file.suffix.lower() == ".parquet" and file.is_file())
     if not shards:
         raise UserError(f"no Parquet file at {path}; accepted: a .parquet file, a folder or a glob of them")
     return shards

@@ -44,6 +44,20 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def local_shard(path: str | os.PathLike[str]) -> ShardFile:
+    """A file on a disk as it is now. Raises OSError."""
+    status = Path(path).stat()
+    return ShardFile(os.fspath(path), status.st_size, str(status.st_mtime_ns))
+
+
+def is_unchanged(shard: ShardFile) -> bool:
+    """Whether a file on a disk is the one that it was; of a remote one, which is not asked, it is taken."""
+    try:
+        return is_remote(shard.path) or local_shard(shard.path) == shard
+    except OSError:
+        return False
+
+
 def find_shards(spec: str, suffix: str = ".tar") -> list[ShardFile]:
     """The shards that a spec names: in the order of braces, or of their names.
 
@@ -102,10 +116,9 @@ def _local(spec: str, suffix: str) -> list[ShardFile]:
     shards = []
     for one in paths:
         try:
-            status = Path(one).stat()
+            shards.append(local_shard(one))
         except OSError as error:
             raise UserError(f"cannot read the shard {one}: {error}") from error
-        shards.append(ShardFile(one, status.st_size, str(status.st_mtime_ns)))
     return shards
 
 

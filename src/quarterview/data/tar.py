@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from quarterview.data.decode import croppable_file, decode
+from quarterview.data.files import printable
 from quarterview.data.shard_cache import ShardCache, ShardReader
-from quarterview.data.shard_files import find_shards, is_remote
+from quarterview.data.shard_files import find_shards, is_remote, is_unchanged
 from quarterview.data.source import BadSampleError, Croppable, Picture, digest
-from quarterview.data.tar_headers import BLOCK, is_header_of, named, printable
+from quarterview.data.tar_headers import BLOCK, is_header_of, named
 from quarterview.data.tar_index import Say, TarIndex, open_index
 from quarterview.errors import UserError
 
@@ -130,7 +131,8 @@ class TarSource:
             raise BadSampleError(f"cannot be read: {error}") from error
         header = data[:BLOCK]
         self._named(index, shard, header)
-        if len(data) != BLOCK + length or not is_header_of(header, length):
+        whole = len(data) == BLOCK + length and is_header_of(header, length)
+        if not whole or not is_unchanged(self.shards[shard]):
             raise BadSampleError("cannot be read: its shard is not the one that was indexed")
         return data[BLOCK:]
 

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from quarterview.data.files import printable
+
 BLOCK = 512
 """Bytes of a header; contents begin at multiples of it."""
 
@@ -65,12 +67,6 @@ class Faults:
         shown = self.examples.setdefault(kind, [])
         if len(shown) < _SHOWN:
             shown.append(example)
-
-
-def printable(name: bytes) -> str:
-    """A name for people: what is no UTF-8, or would not be printed, in escapes."""
-    text = name.decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def members(read: Read, size: int, faults: Faults) -> Iterator[Member]:

@@ -30,9 +30,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from quarterview.data.decode import SUFFIXES
+from quarterview.data.files import printable
 from quarterview.data.shard_files import ShardFile, is_remote, read_range
 from quarterview.data.source import digest
-from quarterview.data.tar_headers import BLOCK, Faults, Member, Read, members, printable
+from quarterview.data.tar_headers import BLOCK, Faults, Member, Read, members
 from quarterview.errors import UserError
 
 FORMAT = "quarterview tar index 1"

@@ -188,6 +188,11 @@ def _configuration(
     except KeyError as error:
         raise UserError(f"{given} is no plain vision transformer: it has no {error.args[0]}") from None
     width, channels, patch, patch_width = kernel.shape if kernel.ndim == 4 else (0, 0, 0, 1)
+    if positions.ndim != 3 or positions.shape[2] != width or not kernel.numel():
+        raise UserError(
+            f"{given} has positions {list(positions.shape)} and patches {list(kernel.shape)}; accepted: "
+            "positions [1, 1 + patches, width]"
+        )
     if patch != patch_width or len(hidden) != MLP_RATIO * width:
         raise UserError(
             f"{given} has patches of {tuple(kernel.shape)} and an MLP of {len(hidden)}; accepted: square "

@@ -9,7 +9,6 @@ import json
 import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,9 +105,8 @@ def _read_pickle(path: Path) -> Any:
             f"{path} {what}, which is not done: only tensors, plain values and argparse.Namespace are read; "
             "accepted: the same weights without it, or as safetensors"
         ) from None
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} is damaged or cut short ({reason}); {ACCEPTED}") from None
+    except Exception as error:  # whatever it is
+        raise UserError(f"{path} is damaged or cut short ({_short(error)}); {ACCEPTED}") from None
 
 
 def _unwrap(path: Path, found: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -128,7 +126,22 @@ def _unwrap(path: Path, found: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no tensors; {ACCEPTED}")
-    return tensors, vars(args) if isinstance(args, argparse.Namespace) else dict(args)
+    for name, tensor in tensors.items():
+        if not _is_plain(tensor):
+            raise UserError(
+                f"{path} holds {name} of {list(tensor.shape)}, which is sparse, on no device or larger "
+                "than the file; accepted: plain tensors"
+            )
+    if isinstance(args, argparse.Namespace):
+        args = vars(args)
+    return tensors, dict(args) if isinstance(args, Mapping) else {}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is what it says: one that is not could take any memory as soon as it is used."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 # ---------------------------------------------------------------------- folders
@@ -146,17 +159,24 @@ def _read_folder(folder: Path) -> Foreign:
         )
     tensors: dict[str, Tensor] = {}
     for file in files:
+        if not file.is_file():
+            raise UserError(f"{folder} has no {file.name}, which its index names; accepted: all of its files")
         tensors |= read_tensors(file)[0]
     licence = card_licence(folder) or config.get("pretrained_cfg", {}).get("license", "")
     return Foreign(tensors, files[0] if len(files) == 1 else None, config, processor, {}, licence)
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The files that an index names, each once."""
+    """The files that an index names, each once. Raises UserError if one lies elsewhere than in the folder."""
     for name in _FILES:
         index = _read_json(folder / f"{name}.index.json")
         if index:
-            return [folder / file for file in sorted(set(index.get("weight_map", {}).values()))]
+            files = index.get("weight_map")
+            named = set(map(str, files.values())) if isinstance(files, dict) else set()
+            elsewhere = sorted(file for file in named if Path(file).name != file)
+            if elsewhere:
+                raise UserError(f"the index of {folder} names {elsewhere[0]!r}; accepted: files beside it")
+            return [folder / file for file in sorted(named)]
     return []
 
 
@@ -165,8 +185,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON: {_short(error)}") from None
     return found if isinstance(found, dict) else {}
 
 

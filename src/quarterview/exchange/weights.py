@@ -119,8 +119,16 @@ def read(given: str | Path, ema: bool = False, allow_partial: Sequence[str] = ()
         )
     if ema:
         raise UserError(f"{given} is no run of ours, so it holds no moving average; accepted: without it")
-    found = read_foreign(text if text.startswith("timm:") else path)
-    kind, config, tensors, missing, dropped, notes = recognise(found, text, allow_partial)
+    try:
+        found = read_foreign(text if text.startswith("timm:") else path)
+        kind, config, tensors, missing, dropped, notes = recognise(found, text, allow_partial)
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(
+            f"what {given} or the files beside it say of the weights makes no sense ({reason}); {ACCEPTED}"
+        ) from error
     return Weights(text, kind, config, tensors, found.file, missing, dropped, notes, found.licence)
 
 
@@ -181,7 +189,7 @@ def read_header(file: Path) -> MAEConfig | ClassifierConfig:
     try:
         content = json.loads(header)
         return _KINDS[content["kind"]](**content["config"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"the header of {file} cannot be read ({error}); was it written by a newer version?"
         ) from None

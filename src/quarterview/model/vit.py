@@ -47,8 +47,8 @@ def parse_model_name(name: str) -> ViTShape:
     Raises:
         UserError: if the name is none of these.
     """
-    match = re.fullmatch(r"mae_vit_(\w+?)_patch([1-9]\d*)", name)
-    custom = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", match[1]) if match else None
+    match = re.fullmatch(r"mae_vit_(\w+?)_patch([1-9]\d{0,8})", name)
+    custom = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})x([1-9]\d{0,8})", match[1]) if match else None
     if match is None or (custom is None and match[1] not in SIZES):
         patch = match[2] if match else "16"
         raise unknown(

@@ -250,9 +250,12 @@ def read_state(path: Path) -> dict:
         UserError: if it is damaged.
     """
     try:
-        return json.loads((path / "state.json").read_text("utf-8"))
-    except (ValueError, OSError) as error:
+        state = json.loads((path / "state.json").read_text("utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
         raise _damaged(path, error) from None
+    if not isinstance(state, dict):
+        raise _damaged(path, TypeError("state.json holds no table"))
+    return state
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

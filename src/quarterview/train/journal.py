@@ -13,9 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from quarterview.errors import UserError
+
+
+def escape(text: str) -> str:
+    """A text as it may be printed: no markup, and what is no UTF-8, as of a path, written out."""
+    return escape_markup(text.encode("utf-8", "backslashreplace").decode())
+
 
 _PLAIN_SECONDS = 15  # between progress lines where there is no terminal
 
@@ -46,9 +54,16 @@ class Journal:
     Args:
         folder: the run's folder; None only speaks.
         quiet: say and write nothing: other ranks than the first.
+
+    Raises:
+        UserError: if the folder's name is no UTF-8, under which TensorBoard cannot write.
     """
 
     def __init__(self, folder: Path | None = None, quiet: bool = False) -> None:
+        if folder is not None and escape(str(folder)) != escape_markup(str(folder)):
+            raise UserError(
+                f"the name of the run's folder {str(folder)!r} is no UTF-8; accepted: one that is"
+            )
         self.folder, self.quiet = folder, quiet
         self.console = Console(quiet=quiet, highlight=False)
         self._progress: Progress | None = None

@@ -81,8 +81,8 @@ class LoopConfig:
             if value is not None and value < 1:
                 raise UserError(f"{name} {value}; accepted: 1 or more")
         for name in ("epochs", "checkpoint_minutes"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} {getattr(self, name)}; accepted: a number above 0")
+            if not 0 < getattr(self, name) <= 1e9:
+                raise UserError(f"{name} {getattr(self, name)}; accepted: a number above 0, up to a billion")
 
     def total_steps(self, images: int) -> int:
         """Updates of the whole run over a training set of so many images."""

@@ -1,0 +1,163 @@
+"""Broken images by the thousand leave no memory behind, and enormous ones are refused at once."""
+
+import io
+import multiprocessing
+import random
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from quarterview.data.decode import croppable_file, decode
+from quarterview.data.source import BadSampleError
+from quarterview.errors import UserError
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["quarterview.pretraining", "torch.utils.tensorboard"])
+
+
+def in_a_fresh_process(work, *arguments) -> float:
+    """What `work` returns in a process that has imported everything and done nothing."""
+    reader, writer = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=answer, args=(writer, work, *arguments))
+    process.start()
+    writer.close()
+    try:
+        return reader.recv()  # EOFError if it died
+    finally:
+        process.join(60)
+
+
+def answer(writer, work, *arguments) -> None:
+    writer.send(work(*arguments))
+
+
+def resident() -> float:
+    """MiB of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+
+def reserved_at_most() -> float:
+    """MiB of addresses that this process ever had: what it allocated, touched or not."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmPeak:")[1].split()[0]) / 2**10
+
+
+# ---------------------------------------------------------------------- by the thousand
+
+
+def sound_files() -> list[bytes]:
+    """Every decoder's files: JPEG, PNG, WebP, TIFF, GIF, BMP, PPM, eight bits and sixteen."""
+    noise = np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
+    colour, deep = Image.fromarray(noise), Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
+    kinds = [(colour, form, {}) for form in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM")]
+    kinds += [(deep, form, {}) for form in ("PNG", "TIFF", "PPM")]
+    kinds += [(colour, "TIFF", {"compression": "tiff_lzw"}), (colour, "JPEG", {"progressive": True})]
+    files = []
+    for image, form, options in kinds:
+        file = io.BytesIO()
+        image.save(file, form, **options)
+        files.append(file.getvalue())
+    return files
+
+
+def malformed(files: list[bytes], dice: random.Random) -> bytes:
+    """One of the files, cut, with bits flipped, or both."""
+    data = bytearray(dice.choice(files))
+    for _ in range(dice.choice((0, 1, 20))):
+        data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+    return bytes(data[: dice.randrange(len(data))] if dice.random() < 0.6 else data)
+
+
+def growth(count: int) -> float:
+    """MiB that so many malformed files leave behind, the first few hundred not counted."""
+    files, dice = sound_files(), random.Random(0)
+    before = 0.0
+    for number in range(-300, count):
+        if number == 0:
+            before = resident()
+        data = malformed(files, dice)
+        try:
+            if number % 2:
+                decode(data, 3)
+            else:
+                croppable_file(data, 3).crop((20, 20, 80, 90), (16, 16))
+        except (BadSampleError, UserError):
+            pass
+    return resident() - before
+
+
+def test_hundreds_of_malformed_images_leave_no_memory_behind():
+    assert in_a_fresh_process(growth, 400) < 20
+
+
+@pytest.mark.slow
+def test_five_thousand_malformed_images_leave_less_than_50_mb_behind():
+    assert in_a_fresh_process(growth, 5000) < 50
+
+
+# ---------------------------------------------------------------------- enormous by its header
+
+SIDE = 30_000
+
+
+def png(depth: int) -> bytes:
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, depth, 2, 0, 0, 0)),
+        (b"IDAT", b"x"),
+        (b"IEND", b""),
+    ]
+    parts = (struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def saved(form: str, mode: str = "RGB") -> bytearray:
+    file = io.BytesIO()
+    Image.new(mode, (64, 48)).save(file, form)
+    return bytearray(file.getvalue())
+
+
+def enormous() -> dict[str, bytes]:
+    """Small files of every format whose headers say 30,000 × 30,000 pixels."""
+    sides = struct.pack(">HH", SIDE, SIDE)
+    jpeg = bytes(saved("JPEG")).replace(struct.pack(">HH", 48, 64), sides)
+    grey = bytes(saved("JPEG", "L")).replace(struct.pack(">HH", 48, 64), sides)
+    gif, bmp = saved("GIF"), saved("BMP")
+    gif[6:10] = struct.pack("<HH", SIDE, SIDE)
+    bmp[18:26] = struct.pack("<II", SIDE, SIDE)
+    tags = [(256, 4, SIDE), (257, 4, SIDE), (258, 3, 16), (259, 3, 5), (262, 3, 1), (273, 4, 8), (279, 4, 9)]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    tiff = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(20)
+    canvas = b"VP8X" + struct.pack("<II", 10, 0) + (SIDE - 1).to_bytes(3, "little") * 2
+    webp = b"RIFF" + struct.pack("<I", 4 + len(canvas) + 20) + b"WEBP" + canvas + b"VP8L" + bytes(16)
+    return {
+        **{"JPEG": jpeg, "grey JPEG": grey, "PNG": png(8), "16-bit PNG": png(16), "GIF": bytes(gif)},
+        **{"BMP": bytes(bmp), "16-bit TIFF": tiff, "WebP": webp, "PPM": b"P6 30000 30000 255\n" + bytes(99)},
+        **{"16-bit PPM": b"P6 30000 30000 65535\n" + bytes(99)},
+    }
+
+
+def refused(data: bytes) -> tuple[list[str], float, float]:
+    """What is said of a file, and the seconds of work and MiB of addresses that it takes to say it."""
+    decode(bytes(saved("PNG")), 3)  # Pillow makes itself ready
+    reserved, began, said = reserved_at_most(), time.process_time(), []
+    for make in (decode, croppable_file):
+        try:
+            make(data, 3)
+            said.append("taken")
+        except BadSampleError as error:
+            said.append(str(error))
+    return said, time.process_time() - began, reserved_at_most() - reserved
+
+
+@pytest.mark.parametrize("kind", enormous())
+def test_an_enormous_header_is_refused_at_once_and_unallocated(kind):
+    said, seconds, mebibytes = in_a_fresh_process(refused, enormous()[kind])
+    expected = "megapixels accepted"
+    assert all(expected in reason for reason in said), said
+    assert seconds < 1
+    assert mebibytes < 64
