@@ -30,6 +30,8 @@ from pathlib import Path
 import tyro
 
 SECONDS_AN_INPUT = 20
+SECONDS_A_PROCESS = 200
+"""Then another goes on: the fuzzer's own memory grows with what it has seen."""
 MEBIBYTES = 1536
 """Of the whole process, in which torch alone takes about 400."""
 PIXELS = 4_000_000
@@ -260,6 +262,84 @@ def weights_corpus() -> Iterator[bytes]:
     yield bytes([5]) + json.dumps({"weight_map": {"a": "model-1.safetensors"}}).encode()
 
 
+# ---------------------------------------------------------------------- tar shards
+
+
+def enter_tar(data: bytes, _folder: Path) -> None:
+    """The index of a tar shard: whatever it says lies in the file, each image once."""
+    from quarterview.data.tar_headers import BLOCK
+    from quarterview.data.tar_index import scan
+
+    sealed, data = data[:1] < b"\x80", data[1:]
+    data = _sealed_tar(data) if sealed else data
+    asked = 0
+
+    def read(offset: int, length: int) -> bytes:
+        nonlocal asked
+        assert offset >= 0, offset
+        assert length <= 4 << 20, f"{length} bytes at once"
+        part = data[offset : offset + length]
+        asked += BLOCK + len(part)
+        return part
+
+    found = scan(read, len(data))
+    ends = found.samples["block"].astype("i8") * BLOCK + found.samples["bytes"]
+    assert (ends <= len(data)).all(), "an image behind the end"
+    assert len(set(found.samples["block"].tolist())) == len(found.samples) == len(found.labels)
+    assert (found.labels >= -1).all()
+    assert len(found.named) == len(found.name_ends)
+    assert [*found.name_ends[-1:].tolist()] in ([], [len(found.names)])
+    assert asked <= 20 * (len(data) + BLOCK), f"{asked} bytes read of {len(data)}"
+
+
+def _sealed_tar(data: bytes) -> bytes:
+    """With the checksum that each block should have that says it is a header."""
+    blocks = [data[at : at + 512] for at in range(0, len(data), 512)]
+    for place, block in enumerate(blocks):
+        if block[257:262] == b"ustar" and len(block) == 512:
+            blank = block[:148] + b" " * 8 + block[156:]
+            blocks[place] = block[:148] + b"%06o\0 " % sum(blank) + block[156:]
+    return b"".join(blocks)
+
+
+def tar_corpus() -> Iterator[bytes]:
+    """Shards of each dialect, with all that may be in one."""
+    import tarfile
+
+    members = [("a.jpg", b"x" * 700), ("a.cls", b"3"), ("a.json", b"{}"), ("b.seg.png", b"y" * 20)]
+    members += [
+        ("d/c.webp", b"z" * 600),
+        ("n" * 120 + "/é.jpg", b"w" * 9),
+        ("../e.jpg", b"v"),
+        ("f.pyd", b"u"),
+    ]
+    for dialect in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=dialect, pax_headers={"comment": "c"}) as archive:
+            for name, content in members:
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                if dialect == tarfile.PAX_FORMAT:
+                    member.pax_headers = {"size": str(len(content)), "path": name}
+                archive.addfile(member, io.BytesIO(content))
+            for kind in (
+                tarfile.SYMTYPE,
+                tarfile.LNKTYPE,
+                tarfile.FIFOTYPE,
+                tarfile.DIRTYPE,
+                tarfile.CHRTYPE,
+            ):
+                member = tarfile.TarInfo(f"k{kind.decode()}.jpg")
+                member.type, member.linkname = kind, "a.jpg"
+                archive.addfile(member)
+        yield b"\0" + file.getvalue()[:-8192]
+
+
+def tar_words() -> list[str]:
+    """What sizes and extended headers are made of."""
+    return ["11 size=1\n", "30 GNU.sparse.realsize=9", " path=", "77777777777", "ustar  ", ".jpg", ".cls"]
+
+
 # ---------------------------------------------------------------------- configurations
 
 
@@ -323,6 +403,7 @@ def configuration_words() -> list[str]:
 
 DOORS = {
     "images": Door(enter_images, image_corpus, list),
+    "tar": Door(enter_tar, tar_corpus, tar_words),
     "weights": Door(enter_weights, weights_corpus, list),
     "configuration": Door(enter_configuration, configuration_corpus, configuration_words),
 }
@@ -374,7 +455,7 @@ def _keep(findings: Path, name: str, data: bytes, error: Exception) -> None:
 
 
 def search(name: str, seconds: int, runs: int, seed: int, findings: Path) -> dict[str, object]:
-    """Fuzz a door in processes of their own, one after the other where one dies.
+    """Fuzz a door in processes of their own, one after the other.
 
     Returns:
         Executions, seconds, executions a second, and the names of the findings.
@@ -386,7 +467,11 @@ def search(name: str, seconds: int, runs: int, seed: int, findings: Path) -> dic
             (Path(folder) / part).mkdir()
         while (left := seconds - (time.monotonic() - began)) > 1 and (not runs or executions < runs):
             options = [
-                *(f"-max_total_time={int(left)}", f"-seed={seed + attempt + 1}", "-print_final_stats=1"),
+                *(
+                    f"-max_total_time={int(min(left, SECONDS_A_PROCESS))}",
+                    f"-seed={seed + attempt + 1}",
+                    "-print_final_stats=1",
+                ),
                 *(
                     f"-timeout={SECONDS_AN_INPUT}",
                     f"-rss_limit_mb={MEBIBYTES}",
@@ -411,9 +496,8 @@ def search(name: str, seconds: int, runs: int, seed: int, findings: Path) -> dic
             executions += int(counted[1])
             attempt += 1
             peak = max([peak, *map(int, re.findall(r"stat::peak_rss_mb: +(\d+)", done.stderr))])
-            if done.returncode == 0:
-                break
-            (findings / f"{name}-process-{attempt}.txt").write_text(done.stderr[-20_000:], "utf-8")
+            if done.returncode:
+                (findings / f"{name}-process-{attempt}.txt").write_text(done.stderr[-20_000:], "utf-8")
     took = time.monotonic() - began
     new = {path.name for path in set(findings.iterdir()) - before}
     found = sorted(name for name in new if not name.endswith(".txt") and "-slow-unit-" not in name)
@@ -443,7 +527,7 @@ def main(
     """Fuzz a door, or give it one input.
 
     Args:
-        door: images, weights or configuration.
+        door: images, tar, weights or configuration.
         seconds: how long.
         runs: stop after so many inputs; 0 for no such limit.
         seed: of the mutations.

@@ -11,7 +11,9 @@ FUZZ = Path(__file__).parents[2] / "benchmarks" / "fuzz.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("door", "runs"), [("images", 5000), ("weights", 2000), ("configuration", 2000)])
+@pytest.mark.parametrize(
+    ("door", "runs"), [("images", 5000), ("tar", 20000), ("weights", 2000), ("configuration", 2000)]
+)
 def test_a_short_search_finds_nothing(tmp_path, door, runs):
     pytest.importorskip("atheris", reason="there is none for this machine")
     command = [
