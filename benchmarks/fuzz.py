@@ -466,29 +466,19 @@ def search(name: str, seconds: int, runs: int, seed: int, findings: Path) -> dic
         for part in ("corpus", "files"):
             (Path(folder) / part).mkdir()
         while (left := seconds - (time.monotonic() - began)) > 1 and (not runs or executions < runs):
-            options = [
-                *(
-                    f"-max_total_time={int(min(left, SECONDS_A_PROCESS))}",
-                    f"-seed={seed + attempt + 1}",
-                    "-print_final_stats=1",
-                ),
-                *(
-                    f"-timeout={SECONDS_AN_INPUT}",
-                    f"-rss_limit_mb={MEBIBYTES}",
-                    f"-runs={runs - executions if runs else -1}",
-                ),
-                *("-max_len=20000", "-len_control=0", "-verbosity=1", f"-artifact_prefix={findings}/{name}-"),
-            ]
-            command = [
-                sys.executable,
-                __file__,
-                name,
-                "--findings",
-                str(findings),
-                "--child",
-                folder,
-                *options,
-            ]
+            options = {
+                "max_total_time": int(min(left, SECONDS_A_PROCESS)),
+                "runs": runs - executions if runs else -1,
+                "seed": seed + attempt + 1,
+                "timeout": SECONDS_AN_INPUT,
+                "rss_limit_mb": MEBIBYTES,
+                "max_len": 20_000,
+                "len_control": 0,
+                "print_final_stats": 1,
+                "artifact_prefix": f"{findings}/{name}-",
+            }
+            command = [sys.executable, __file__, name, "--findings", str(findings), "--child", folder]
+            command += [f"-{option}={value}" for option, value in options.items()]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
             counted = re.search(r"stat::number_of_executed_units: (\d+)", done.stderr)
             if counted is None:
@@ -502,13 +492,14 @@ def search(name: str, seconds: int, runs: int, seed: int, findings: Path) -> dic
     new = {path.name for path in set(findings.iterdir()) - before}
     found = sorted(name for name in new if not name.endswith(".txt") and "-slow-unit-" not in name)
     return {
-        **{"door": name, "seed": seed, "seconds": round(took), "executions": executions},
-        **{
-            "per_second": round(executions / took, 1),
-            "peak_mib": peak,
-            "processes": attempt,
-            "findings": found,
-        },
+        "door": name,
+        "seed": seed,
+        "seconds": round(took),
+        "executions": executions,
+        "per_second": round(executions / took, 1),
+        "peak_mib": peak,
+        "processes": attempt,
+        "findings": found,
     }
 
 

@@ -232,7 +232,7 @@ class Plan:
             "a node's storage link": self.read_bytes_s / self.nodes / (self.storage_gbyte * 1e9),
             "gradient averaging beside the backward pass": self.reduce_s / self.backward_s,
             "GPU memory": self.memory_bytes / (self.gpu_gib * 2**30),
-            "writing checkpoints while training waits": self.write_s / (60 * self.checkpoint_minutes),
+            "the disk for checkpoints": self.write_s / (60 * self.checkpoint_minutes),
         }
 
     @cached_property
@@ -242,9 +242,8 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        """Of the whole run: steps, waiting and checkpoints that training waits for."""
-        seconds = self.steps * self.step_s / (1 - self.waiting)
-        return seconds * (1 + self.loads["writing checkpoints while training waits"]) / 3600
+        """Of the whole run: steps, and waiting for images. Checkpoints are written beside them."""
+        return self.steps * self.step_s / (1 - self.waiting) / 3600
 
     @property
     def cost(self) -> float:

@@ -131,7 +131,7 @@ def test_what_is_fullest_is_said(scale):
         ({"cores": 2.0, "latency_ms": 900.0}, "workers, mostly waiting for the first byte ("),
         ({"storage_gbyte": 1e-2}, "a node's storage link ("),
         ({"node_gbit": 1e-3}, "gradient averaging beside the backward pass ("),
-        ({"disk_gbyte": 1e-6}, "writing checkpoints while training waits ("),
+        ({"disk_gbyte": 1e-6}, "the disk for checkpoints ("),
     ):
         plan = tiny(scale, stored_as="photographs", **changes)
         assert scale.rows(plan)["saturates first"].startswith(said)

@@ -294,6 +294,11 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 def test_a_shard_that_changes_under_a_run_is_noticed(tmp_path):
     shards(tmp_path / "s", [3, 3])
     source = open_source(str(tmp_path / "s"), 3)
+    with (tmp_path / "s" / "001.tar").open("r+b") as file:  # the same members, another content
+        file.seek(700)
+        file.write(b"x")
+    with pytest.raises(BadSampleError, match="is not the one that was indexed"):
+        source.image(3)
     shard(tmp_path / "s" / "000.tar", [(f"{i}.png", png(i, 40)) for i in range(3)])
     (tmp_path / "s" / "001.tar").write_bytes(b"short")
     for index in (1, 5):

@@ -1,10 +1,12 @@
 """Several ranks, and what befalls one of them: rows 2, 3, 6, 7, 8 and 9 of docs/reliability.md."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -77,8 +79,54 @@ def test_ranks_see_the_same_samples_and_losses_as_one_alone(tmp_path, alone, siz
         torch.testing.assert_close(many[name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "changes", "rtol"),
+    [
+        (4, {"parallel": "fsdp", "ranks_per_copy": 2}, 1e-5),
+        (2, {"parallel": "fsdp", "grad_checkpointing": True, "accum_iter": 2}, 1e-5),
+        (2, {"parallel": "fsdp", "compile": True}, 1e-5),
+        (2, {"parallel": "ddp", "compile": True}, 1e-5),
+        (2, {"parallel": "fsdp", "precision": "bf16"}, 3e-3),
+        (2, {"parallel": "ddp", "precision": "bf16"}, 3e-3),
+    ],
+    ids=str,
+)
+def test_ranks_share_the_work_in_every_way_there_is(tmp_path, alone, size, changes, rtol):
+    run = config(tmp_path / "run", ema=0.9, clip_grad=1.0, **changes)
+    assert train(run, size, tmp_path) == [0] * size, said(tmp_path)
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(alone / "run"), rtol=rtol, atol=0)
+
+
+@pytest.mark.slow
+def test_ranks_read_tar_shards_in_the_order_of_one_alone(tmp_path):
+    make_shards(tmp_path / "shards", shards=5, images=23)
+    data = {"data": (str(tmp_path / "shards"),), "shuffle": "shards", "shuffle_shards": 2, "steps": 12}
+    assert train(config(tmp_path / "one", **data), 1, tmp_path / "1", note_ids) == [0], said(tmp_path / "1")
+    run = config(tmp_path / "run", **data)
+    assert train(run, 2, tmp_path / "2", stop_at_7) == [75, 75], said(tmp_path / "2")
+    assert train(run, 3, tmp_path / "3", note_ids) == [0] * 3, said(tmp_path / "3")
+    assert order(tmp_path / "3", 3) == order(tmp_path / "1", 1)[-len(order(tmp_path / "3", 3)) :]
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(tmp_path / "one"), rtol=1e-5, atol=0)
+
+
+def make_shards(folder: Path, shards: int, images: int) -> None:
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for shard in range(shards):
+        with tarfile.open(folder / f"x-{shard:03d}.tar", "w") as archive:
+            for number in range(images):
+                file = io.BytesIO()
+                Image.fromarray(random.integers(0, 256, (16, 16, 3), np.uint8)).save(file, "PNG")
+                member = tarfile.TarInfo(f"{shard:03d}{number:04d}.png")
+                member.size = file.tell()
+                file.seek(0)
+                archive.addfile(member, file)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_under_any_layout(tmp_path, alone):
-    layouts = [(2, "ddp", 0), (2, "fsdp", 2), (1, "auto", 1), (2, "fsdp", 0)]
+    layouts = [(3, "ddp", 0), (2, "fsdp", 2), (1, "auto", 1), (2, "fsdp", 0)]
     for part, (size, parallel, workers) in enumerate(layouts, 1):
         changes = {"parallel": parallel, "workers": workers, "ema": 0.9, "clip_grad": 1.0}
         log = tmp_path / str(part)
