@@ -142,7 +142,21 @@ def empty_the_sums(path: Path) -> None:
     (path / "SHA256SUMS").write_text("")
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, cut_off, lose_a_file, change_the_step, empty_the_sums])
+def leave_a_file_out_of_the_sums(path: Path) -> None:
+    kept = (path / "SHA256SUMS").read_text().splitlines()[1:]
+    (path / "SHA256SUMS").write_text("\n".join(kept))
+
+
+def name_a_device_in_the_sums(path: Path) -> None:
+    with (path / "SHA256SUMS").open("a") as file:
+        file.write("0" * 64 + "  /dev/zero\n")
+
+
+DAMAGES = [flip_a_bit, cut_off, lose_a_file, change_the_step, empty_the_sums]
+DAMAGES += [leave_a_file_out_of_the_sums, name_a_device_in_the_sums]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, damage):
     for step in (10, 15):
         checkpoint.save(

@@ -220,7 +220,11 @@ def check(path: Path) -> None:
             load(path)
             return
         lines = [line.partition("  ") for line in (path / SUMS).read_text("utf-8").splitlines()]
-        changed = [name for expected, _, name in lines if _sha256(path / name) != expected]
+        named = {name for _, _, name in lines}
+        there = {file.name for file in path.iterdir() if file.is_file()}
+        ours = {name for name in there if name.endswith((".safetensors", ".json"))}
+        changed = sorted((named - there) | (ours - named))
+        changed = changed or [name for expected, _, name in lines if _sha256(path / name) != expected]
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from None
     if changed or not lines:
