@@ -1,11 +1,12 @@
 """Are features made as fast as timm makes them? The encoder of ViT-B/16 at 224 pixels on whole images.
 
-Inference mode, bf16, with the same weights; first shown to be the same features in float32, then timed
-in turns.
+Inference mode, bf16, with the same weights, each as it is and with its blocks compiled; first shown to be
+the same features in float32, then timed in turns.
 
     uv run python benchmarks/features_speed.py --out docs/results/features_speed.json
 """
 
+import copy
 import json
 import statistics
 import sys
@@ -17,7 +18,7 @@ import torch
 import tyro
 from timm.models.vision_transformer import VisionTransformer
 
-from quarterview.evaluate.features import encoder_features
+from quarterview.evaluate.features import compile_blocks, encoder_features
 from quarterview.model.config import MAEConfig
 from quarterview.model.mae import fresh_model
 from quarterview.speed.rate import timed
@@ -34,11 +35,11 @@ def main(
     rounds: int = 10,
     out: Path | None = None,
 ) -> None:
-    """Time both.
+    """Time all.
 
     Args:
         batch: images at a time.
-        rounds: how often the two take turns; medians over rounds are reported.
+        rounds: how often they take turns; medians over rounds are reported.
         out: JSON file to write.
     """
     keep_freed_memory()
@@ -52,7 +53,17 @@ def main(
     torch.testing.assert_close(
         features(images[:2]), theirs.forward_features(images[:2])[:, 0], atol=1e-4, rtol=0
     )
-    arms = {"quarterview": lambda: features(images), "timm": lambda: theirs.forward_features(images)[:, 0]}
+    ours_compiled, theirs_compiled = copy.deepcopy(ours), copy.deepcopy(theirs)
+    compile_blocks(ours_compiled)
+    for block in theirs_compiled.blocks:
+        block.compile()
+    features_compiled = encoder_features(ours_compiled, "cls")
+    arms = {
+        "quarterview": lambda: features(images),
+        "quarterview, compiled": lambda: features_compiled(images),
+        "timm": lambda: theirs.forward_features(images)[:, 0],
+        "timm, compiled": lambda: theirs_compiled.forward_features(images)[:, 0],
+    }
     times: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(-1, rounds):  # the first is not counted
         for name, arm in arms.items():
@@ -63,7 +74,7 @@ def main(
     rates = {name: batch / statistics.median(each) for name, each in times.items()}
     for name, rate in rates.items():
         print(
-            f"{name:12} {rate:8.2f} images/s; quarterview is {rates['quarterview'] / rate:.2f} times as fast"
+            f"{name:22} {rate:8.2f} images/s; quarterview is {rates['quarterview'] / rate:.2f} times as fast"
         )
     if out is not None:
         record = {

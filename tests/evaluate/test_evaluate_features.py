@@ -1,5 +1,6 @@
 """Features against timm, and what every probe shares."""
 
+import copy
 import io
 
 import numpy as np
@@ -83,6 +84,23 @@ def test_the_encoder_is_untouched_by_feature_extraction(model):
     assert ids == list(range(40))
     torch.testing.assert_close(first["ours"], second["ours"], atol=2e-2, rtol=0)  # bf16, other batches
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [None, 2])
+def test_compiled_features_are_the_same(model, block):
+    images = torch.rand(5, 3, 16, 16)
+    compiled = copy.deepcopy(model)
+    features.compile_blocks(compiled, None if block is None else block - 1)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):
+        expected = features.tokens_after(model, images, block)
+        for _ in range(2):
+            found = features.tokens_after(compiled, images, block)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_broken_images_are_left_out(model, tmp_path):

@@ -28,6 +28,7 @@ from quarterview.evaluate.features import (
     as_trained,
     central_batches,
     check_crop_pct,
+    compile_blocks,
     tokens_after,
 )
 from quarterview.exchange.weights import load, read
@@ -69,6 +70,8 @@ class EmbedConfig:
     """Use the moving average of the weights, of a run with --ema."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
+    compile: bool = False
+    """Compile the encoder, which takes a minute and pays off over many images."""
 
     def __post_init__(self) -> None:
         check_types(self, EmbedConfig)
@@ -128,6 +131,9 @@ def embed(config: EmbedConfig, journal: Journal) -> dict[str, Any]:
         raise UserError(
             f"block {config.block} of {depth}; accepted: 1 to {depth}, or none for the final norm"
         )
+    if config.compile:
+        # All whose output nothing listens to, see `tokens_after`.
+        compile_blocks(model, None if config.block is None else config.block - 1)
     source = open_sources(config.data, model.config.in_chans)
     embedder = Embedder(model, config, device, embedding_shape(model, config, device))
     folder = Path(config.out)
@@ -183,7 +189,7 @@ def check_folder(folder: Path) -> None:
 def settings_of(config: EmbedConfig, source: Source, device: torch.device) -> dict[str, Any]:
     """All that the bytes of the shards depend on, but for the machine itself."""
     given = asdict(config)
-    names = ("features", "block", "dtype", "shard_size", "batch_size", "crop_pct")
+    names = ("features", "block", "dtype", "shard_size", "batch_size", "crop_pct", "compile")
     named = {name: given[name] for name in names}
     return {
         "data": list(config.data),

@@ -89,6 +89,8 @@ class ProbeConfig:
     224 × 224 pixels, as the paper does, and 1 for other sizes."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute the features."""
+    compile: bool = False
+    """Compile the encoders, which takes a minute and pays off over many images."""
     seed: int = 0
     """Of the choice of labelled images, of the random encoder, and of a probe's own draws."""
 
@@ -226,14 +228,14 @@ def make_encoders(
 ) -> dict[str, Encoder]:
     """The encoders to compare, by the name they have in tables."""
     kind = kind or config.features or "mean"
-    ours = encoder_features(model, kind)
-    if not config.baselines:
-        return {"this model": ours}
-    return {
-        "raw pixels": pixel_features,
-        "random encoder": encoder_features(fresh_twin(model, config.seed), kind),
-        "this model": ours,
-    }
+    models = {"this model": model}
+    if config.baselines:
+        models = {"random encoder": fresh_twin(model, config.seed), **models}
+    if config.compile:
+        for each in models.values():
+            compile_blocks(each)
+    encoders = {name: encoder_features(each, kind) for name, each in models.items()}
+    return {"raw pixels": pixel_features, **encoders} if config.baselines else encoders
 
 
 def fresh_twin(model: AnyBackbone, seed: int) -> AnyBackbone:
@@ -242,6 +244,12 @@ def fresh_twin(model: AnyBackbone, seed: int) -> AnyBackbone:
     with draws.seeded(seed, "init"):
         twin = kind(model.config)
     return twin.to(next(model.parameters()).device).eval()
+
+
+def compile_blocks(model: Backbone, count: int | None = None) -> None:
+    """Compile the first `count` blocks of a model, by default all, when they are first used."""
+    for block in model.blocks[:count]:
+        block.compile()
 
 
 def encoder_features(model: Backbone, kind: FeatureKind) -> Encoder:
