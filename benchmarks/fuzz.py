@@ -156,7 +156,7 @@ def enter_weights(data: bytes, folder: Path) -> None:
                 checkpoint.check(step)
             loaded = checkpoint.load(step)
             assert isinstance(loaded.state, dict), "a state that is no table"
-            weights.read(folder / "run")
+            weights.build(weights.read(folder / "run"))
         elif kind == "weights.pth":
             _put(folder, {kind: data})
             weights.read(folder / kind)
@@ -453,7 +453,9 @@ def _keep(findings: Path, name: str, data: bytes, error: Exception) -> None:
     ours = [frame for frame in frames if "quarterview" in frame.filename] or frames
     place = f"{type(error).__name__} {ours[-1].filename} {ours[-1].lineno}"
     path = findings / f"{name}-{type(error).__name__}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
-    if not path.exists():
+    if path.exists():
+        path.touch()
+    else:
         path.write_bytes(data)
         text = "".join(traceback.format_exception(error, limit=-12))
         path.with_name(path.name + ".txt").write_text(text[:20_000], "utf-8", errors="replace")
@@ -466,7 +468,7 @@ def search(name: str, seconds: int, runs: int, seed: int, findings: Path) -> dic
         Executions, seconds, executions a second, and the names of the findings.
     """
     findings.mkdir(parents=True, exist_ok=True)
-    before, began, executions, attempt, peak = set(findings.iterdir()), time.monotonic(), 0, 0, 0
+    since, began, executions, attempt, peak = time.time(), time.monotonic(), 0, 0, 0
     with tempfile.TemporaryDirectory(dir=_fast_folder()) as folder:
         for part in ("corpus", "files"):
             (Path(folder) / part).mkdir()
@@ -494,7 +496,7 @@ def search(name: str, seconds: int, runs: int, seed: int, findings: Path) -> dic
             if done.returncode:
                 (findings / f"{name}-process-{attempt}.txt").write_text(done.stderr[-20_000:], "utf-8")
     took = time.monotonic() - began
-    new = {path.name for path in set(findings.iterdir()) - before}
+    new = {path.name for path in findings.iterdir() if path.stat().st_mtime >= since}
     found = sorted(name for name in new if not name.endswith(".txt") and "-slow-unit-" not in name)
     return {
         "door": name,

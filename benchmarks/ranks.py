@@ -73,7 +73,7 @@ def main(
 def images_per_s(flags: list[str], size: int) -> float:
     """The median rate that a run of so many ranks wrote down, without its first row."""
     with tempfile.TemporaryDirectory() as folder:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--master-port", "0"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*launcher, "--nproc-per-node", str(size), "-m", "quarterview", "pretrain", *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([*command, "--out", f"{folder}/run"], env=environment, check=True, capture_output=True)

@@ -55,10 +55,6 @@ class PretrainConfig(OnlineProbeConfig, OptimConfig, MaskingConfig, MAEConfig, D
         """The fields of one of the configurations that this one is made of."""
         return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
 
-    def validation_every(self, total: int) -> int:
-        """Updates between validations in a run of `total`."""
-        return self.eval_every or max(self.log_every, total // 20)
-
 
 def start_values(init_from: str, out: str, allow_partial: Sequence[str] = ()) -> dict[str, Any]:
     """What the weights to start from say of a configuration: its defaults, where nothing else is said.
@@ -209,7 +205,7 @@ def build(config: PretrainConfig, prepared: Prepared, site: Site) -> Trainer:
         adamw(objective, config.weight_decay),
         Schedule(config.peak_lr(config.batch_size), warmup, total),
         loader,
-        replace(config.part(LoopConfig), precision=precision, eval_every=config.validation_every(total)),
+        replace(config.part(LoopConfig), precision=precision),
         world,
         journal,
         folder,

@@ -11,10 +11,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from quarterview.errors import UserError, unknown
 from quarterview.evaluate.finetune import FinetuneConfig
+from quarterview.plain_yaml import MOST_BYTES, read_yaml
 from quarterview.pretraining import PretrainConfig
 
 
@@ -32,8 +31,6 @@ class Recipe:
     """The fields of the configuration that differ from the defaults."""
 
 
-_MOST_BYTES = 1_000_000
-"""Of a recipe's file."""
 _NOT_RUN = "Not run here: it needs more than two cores."
 _OFFICIAL_TUNE = {"batch_size": 1024}
 _PAPER_TUNE = {**_OFFICIAL_TUNE, "erase": 0.0}  # table 9 has no erasing
@@ -222,14 +219,11 @@ def _read(name: str, table: Mapping[str, Recipe], kind: type[Config]) -> Config:
         raise UserError(f"recipe {name} does not exist; accepted: {', '.join(table)}, or a YAML file")
     try:
         with path.open("rb") as file:
-            text = file.read(_MOST_BYTES + 1)
-        values = None if len(text) > _MOST_BYTES else yaml.safe_load(text.decode())
+            values = read_yaml(file.read(MOST_BYTES + 1))
     except OSError as error:
         raise UserError(f"recipe {name} cannot be read: {error}") from None
-    except Exception as error:  # of tags with a wrong value PyYAML raises nearly everything
-        raise UserError(f"recipe {name} is no YAML: {' '.join(str(error).split())}") from None
-    if len(text) > _MOST_BYTES:
-        raise UserError(f"recipe {name} is a large file; accepted: up to {_MOST_BYTES:,} bytes")
+    except ValueError as error:
+        raise UserError(f"recipe {name} is no YAML: {error}") from None
     return from_values(name, values, kind)
 
 

@@ -42,8 +42,9 @@ MAY_CHANGE = {
 }
 """What a resumed run may do differently, whatever it trains."""
 
-_PATIENCE = 60.0
-"""Seconds that a restarted run waits for the folder of those it replaces, which may be on other machines."""
+_PATIENCE = 120.0
+"""Seconds that a run waits for the folder of ranks that it may replace, whose machine a file system may take
+90 to give up."""
 
 
 @dataclass(frozen=True)
@@ -136,17 +137,18 @@ def carry_out(
     runs.check_folder(folder, inputs)
     world = distributed.join(config.device)
     journal = Journal(folder, quiet=not world.is_main)
+    failed = True
 
     def begin() -> str:
         """Take the folder and find where to go on, which the main rank does for all."""
-        held.enter_context(lock(folder, _PATIENCE if distributed.was_restarted() else 0.0))
+        held.enter_context(lock(folder, _PATIENCE if distributed.may_replace_others() else 0.0))
         return str(runs.find_checkpoint(config.resume, folder, journal.warn) or "")
 
     try:
         with ExitStack() as held:
             path = world.from_main(begin)
             resumed = checkpoint.load(Path(path)) if path else None
-            return _carry_out(
+            run = _carry_out(
                 config, folder, world, journal, resumed, open_source, build, ending, may_change, argv
             )
     except RuntimeError as error:
@@ -156,8 +158,11 @@ def carry_out(
                 "the same command goes on from the newest checkpoint"
             ) from error
         raise
+    else:
+        failed = False
+        return run
     finally:
-        distributed.leave(world)
+        distributed.leave(world, failed)
 
 
 def _carry_out(
@@ -183,7 +188,11 @@ def _carry_out(
         accepted = {*MAY_CHANGE, *may_change}
         runs.check_same(to_plain(config), defaults(config), accepted, fingerprint, resumed)
         step, total = resumed.state["step"], resumed.state["resolved"]["steps"]
-        if step >= total and not adopted:
+        if step >= total and adopted:
+            raise UserError(
+                f"{resumed.path} is the end of a run, all {total} steps; accepted: an earlier checkpoint"
+            )
+        if step >= total:
             journal.say(f"{folder} is complete: {total} steps. Nothing to do.")
             return Run(folder, "complete", total, last_row(folder))
         journal.say(f"going on from {resumed.path}, step {step} of {total}")
@@ -220,6 +229,7 @@ def _train(trainer: Trainer, ledger: Ledger, journal: Journal) -> Literal["compl
     try:
         status = trainer.run()
     finally:
+        trainer.writer.settle()  # before the folder is anyone else's
         journal.close()
     for line in ledger.summary() if ledger.summary() != said else ():
         journal.say(line)

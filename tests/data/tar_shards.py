@@ -72,6 +72,13 @@ class RangeHandler(http.server.SimpleHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
+    def do_HEAD(self) -> None:
+        if type(self).failures:
+            type(self).failures -= 1
+            self.send_error(503)
+        else:
+            super().do_HEAD()
+
     def log_message(self, *_: object) -> None:
         """Nothing."""
 

@@ -217,19 +217,31 @@ def test_the_ledger_writes_every_broken_image_once(tmp_path):
     assert "7.png: cannot be decoded" in ledger.summary()[1]
 
 
-def test_the_ledger_stops_above_its_limit_and_remembers(tmp_path):
+def test_the_ledger_stops_above_its_limit(tmp_path):
     path = tmp_path / "bad_samples.jsonl"
     ledger = Ledger(path, 100, 0.02)
     ledger(bad(1))
     ledger(bad(2))
     ledger(bad(2))
-    again = Ledger(path, 100, 0.02)
-    again(bad(1))
     with pytest.raises(RunError, match=r"3 of 100 images are broken.*2\.00%.*--max-bad-samples"):
-        again(bad(3))
+        ledger(bad(3))
     assert len(path.read_text().splitlines()) == 3
+
+
+def test_images_that_were_mended_do_not_stop_the_run_that_goes_on(tmp_path):
+    path = tmp_path / "bad_samples.jsonl"
+    ledger = Ledger(path, 100, 0.02)
+    ledger(bad(1))
+    ledger(bad(2))
     with pytest.raises(RunError):
-        Ledger(path, 100, 0.02)(bad(1))
+        ledger(bad(3))
+    again = Ledger(path, 100, 0.02)
+    again.check()
+    again(bad(1))
+    again(bad(4))
+    with pytest.raises(RunError, match="3 of 100"):
+        again(bad(2))
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
 def test_a_line_that_a_kill_cut_is_dropped(tmp_path):
@@ -238,7 +250,7 @@ def test_a_line_that_a_kill_cut_is_dropped(tmp_path):
     whole = path.read_text()
     path.write_text(whole + '{"id": 4, "na')
     ledger = Ledger(path, 10, 1.0)
-    assert set(ledger.broken) == {1}
+    ledger(bad(1))
     ledger(bad(4))
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == [1, 4]
 

@@ -269,6 +269,19 @@ def test_a_damaged_part_is_scanned_again(tmp_path, monkeypatch):
     scanned = scans(monkeypatch)
     assert levels(open_source(str(tmp_path / "s"), 3)) == [0, 1, 2, 3, 4]
     assert len(scanned) == 1
+    whole = first.read_bytes()
+    for bit in range(0, 8 * len(whole), 5):  # NotImplementedError, EOFError and RuntimeError among them
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        first.write_bytes(data)
+        tar_index.read_part(first)
+    first.write_bytes(b"")
+    assert tar_index.read_part(first) is None
+
+
+def test_a_shard_named_twice_or_at_an_odd_path(tmp_path):
+    folder = shards(tmp_path / os.fsdecode(b"\xff"), [2])
+    assert levels(open_source(f"{folder}/{{000,000}}.tar", 3)) == [0, 1, 0, 1]
 
 
 def test_the_index_is_read_by_numpy_alone(tmp_path):
@@ -337,6 +350,30 @@ def test_shards_are_read_over_http_by_ranges(tmp_path):
         begin, end = map(int, asked.removeprefix("bytes=").split("-"))
         assert path == "/s/001.tar"
         assert end - begin + 1 == 512 + source._index.samples[7]["bytes"]
+
+
+def test_folders_and_patterns_over_http_are_those_of_the_disk(tmp_path):
+    shards(tmp_path / "s", [2, 3, 1])
+    (tmp_path / "s" / "002.tar").rename(tmp_path / "s" / "extra.tar")
+    with served(tmp_path) as (url, _):
+        for spec in ("s", "s/0*.tar", "s/{extra,0*}.tar", "s/{0*,extra}.tar"):
+            here, there = open_source(f"{tmp_path}/{spec}", 3), open_source(f"{url}/{spec}", 3)
+            assert [shard.name for shard in there.shards] == [shard.name for shard in here.shards], spec
+            assert there.fingerprint() == here.fingerprint()
+
+
+def test_a_server_that_fails_when_shards_are_looked_for_is_asked_again(tmp_path):
+    shards(tmp_path / "s", [3])
+    with served(tmp_path) as (url, server):
+        for spec in ("s/000.tar", "s"):
+            server.kind.failures = 2
+            assert len(open_source(f"{url}/{spec}", 3)) == 3
+        server.kind.failures = 10**6
+        with pytest.raises(RunError, match="the same command goes on"):
+            open_source(f"{url}/s/000.tar", 3)
+        server.kind.failures = 0
+        with pytest.raises(UserError, match="there is no shard"):
+            open_source(f"{url}/s/none.tar", 3)
 
 
 def test_memory_and_file_urls(tmp_path):

@@ -11,6 +11,7 @@ import tempfile
 import time
 import zipfile
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 import quarterview as qv
 from quarterview import recipes
@@ -26,7 +28,8 @@ from quarterview.data.folder import FolderSource, ListSource
 from quarterview.data.open import open_source
 from quarterview.data.source import BadSampleError, Concatenated, remarks
 from quarterview.errors import UserError
-from quarterview.exchange.weights import read
+from quarterview.exchange.foreign import card_licence
+from quarterview.exchange.weights import METADATA_KEY, metadata, read
 from quarterview.train import checkpoint
 
 
@@ -67,12 +70,16 @@ def test_a_tag_in_a_recipe_is_never_followed(tmp_path, tag):
 LAUGHS = "\n".join(f"  - &x{i + 1} [{', '.join(10 * [f'*x{i}'])}]" for i in range(12))
 
 
+MERGES = "\n".join(f"x{i + 1}: &x{i + 1} {{<<: [{', '.join(10 * [f'*x{i}'])}]}}" for i in range(12))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         (f"seed:\n  - &x0 ha\n{LAUGHS}", "seed in recipe .* is nested"),
         (f"data:\n  - &x0 ha\n{LAUGHS}", "data in recipe .* is nested"),
         ("data: &a [*a]", "is nested"),
+        ("x0: &x0 {a: 1}\n" + MERGES, "merges .* are not read"),
         ("[" * 50_000, "is no YAML"),
         ("epochs: 1" + "0" * 400, "epochs is 1000"),
         ("epochs: 1" + "0" * 5000, "is no YAML"),
@@ -155,6 +162,39 @@ def test_tensors_that_are_more_than_their_file_are_refused(tmp_path, kind):
     torch.save({"model": {"cls_token": make[kind]()}}, tmp_path / "x.pth")
     with within(5), pytest.raises(UserError, match="accepted: plain tensors"):
         read(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "mae_vit_100000x999x10_patch16"},
+        {"decoder_depth": 999, "decoder_width": 100_000},
+        {"decoder_depth": 10**9},
+        {"image_size": [10**6, 10**6]},
+        {"in_chans": 10**9},
+        {"model": "mae_vit_8x1x1_patch4"},
+    ],
+    ids=str,
+)
+def test_a_header_of_ours_that_claims_another_model_is_refused_at_once(tmp_path, changes):
+    model = qv.create_model("mae_vit_4x1x1_patch4", image_size=8, decoder_width=4, decoder_heads=1)
+    config = {**asdict(model.config), **changes}
+    text = json.dumps({"kind": json.loads(metadata(model.config)[METADATA_KEY])["kind"], "config": config})
+    save_file(model.state_dict(), tmp_path / "x.safetensors", {METADATA_KEY: text, "format": "pt"})
+    with within(20), pytest.raises(UserError):
+        qv.load(tmp_path / "x.safetensors")
+
+
+def test_a_pipe_named_as_weights_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with within(10), pytest.raises(UserError):
+        qv.load(tmp_path)
+
+
+@pytest.mark.parametrize("date", ["2024-13-01", "x: &x {<<: *x}"])
+def test_an_odd_model_card_hides_no_weights(tmp_path, date):
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\ndate: {date}\n---\n")
+    assert card_licence(tmp_path) == ""
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "gone.safetensors"])

@@ -161,3 +161,19 @@ def test_an_enormous_header_is_refused_at_once_and_unallocated(kind):
     assert all(expected in reason for reason in said), said
     assert seconds < 1
     assert mebibytes < 64
+
+
+def scans(count: int) -> bytes:
+    """A progressive JPEG file with its last scan again and again: few bytes, and time for all pixels."""
+    file = io.BytesIO()
+    Image.new("L", (512, 512), 90).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    start = data.rindex(b"\xff\xda")
+    return data[:start] + data[start:-2] * count + data[-2:]
+
+
+def test_a_jpeg_file_of_endless_scans_is_refused():
+    assert decode(scans(100), 1).pixels.shape == (1, 512, 512)
+    for make in (decode, croppable_file):
+        with pytest.raises(BadSampleError, match="scans"):
+            make(scans(2000), 1)

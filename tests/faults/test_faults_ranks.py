@@ -1,5 +1,6 @@
 """Several ranks, and what befalls one of them: rows 2, 3, 6, 7, 8 and 9 of docs/reliability.md."""
 
+import datetime
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from ranks import BATCH, CONTEXT, STEPS, begin, config, different, end, killing,
 
 from quarterview.data.loader import shares
 from quarterview.errors import RunError
-from quarterview.train import checkpoint
+from quarterview.train import checkpoint, distributed
 from quarterview.train.journal import metrics
 from quarterview.train.lock import lock
 from quarterview.train.loop import Trainer
@@ -229,6 +230,29 @@ def die_at_8(rank: int, log: Path) -> None:
         Trainer._update = update
 
 
+def hurried(rank: int, log: Path) -> None:
+    """Ranks that give up after two seconds, and validations that take four."""
+    distributed._TIMEOUT = datetime.timedelta(seconds=2)
+    real = Trainer.__init__
+
+    def init(self, *arguments, **named):
+        real(self, *arguments, **named)
+        self.hooks = [*self.hooks, lambda step: time.sleep(4) or {}]
+
+    Trainer.__init__ = init
+
+
+def test_ranks_wait_for_the_main_one_to_judge_however_long_it_takes(tmp_path):
+    run = config(tmp_path / "run", steps=4, eval_every=2)
+    assert train(run, 2, tmp_path, hurried) == [0, 0], said(tmp_path)
+
+
+def test_the_clock_asks_for_a_checkpoint_once(tmp_path):
+    changes = {"checkpoint_every": None, "checkpoint_minutes": 1e-9, "keep_checkpoints": 99, "steps": 9}
+    assert train(config(tmp_path / "run", **changes), 2, tmp_path) == [0, 0], said(tmp_path)
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [2, 4, 6, 8, 9]
+
+
 def test_when_a_rank_dies_the_other_stops_at_once_and_says_so(tmp_path):
     processes = begin(config(tmp_path / "run"), 2, tmp_path, die_at_8)
     with killing(processes):
@@ -253,7 +277,7 @@ def flags(folder: Path) -> list[str]:
 @pytest.mark.slow
 def test_a_rank_killed_under_torchrun_is_replaced_and_the_run_ends_as_it_would_have(tmp_path):
     ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    ranks += ["--master-port", "0", "-m", "quarterview", "pretrain"]
+    ranks += ["--standalone", "-m", "quarterview", "pretrain"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*ranks, *flags(tmp_path / "whole")], env=environment, capture_output=True, check=False, timeout=300

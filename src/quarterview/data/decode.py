@@ -32,7 +32,9 @@ SUFFIXES = (
 MAX_PIXELS = 128_000_000
 """Larger images are refused by their header, before anything is allocated for them."""
 
-_JPEG = b"\xff\xd8\xff"
+_JPEG, _SCAN = b"\xff\xd8\xff", b"\xff\xda"
+_MOST_SCANS = 500
+"""Of a JPEG file: each takes time for all pixels, and a few bytes. Ten are usual where it is progressive."""
 _START_OF_SCAN, _APPLICATION_MARKERS = 0xDA, (0xE1, 0xE2)
 _ORIENTATION = 0x0112
 _ROTATED = "rotated by EXIF"
@@ -85,7 +87,7 @@ def croppable_file(data: bytes, channels: int) -> Croppable:
 
 def _plain_jpeg(data: bytes, channels: int) -> "_JpegFile | None":
     """A JPEG file of an accepted size that can be `channels` channels; None if anything speaks against it."""
-    if not data.startswith(_JPEG):
+    if not data.startswith(_JPEG) or data.count(_SCAN) > _MOST_SCANS:
         return None
     try:
         height, width, colours, _ = decode_jpeg_header(data)
@@ -208,6 +210,8 @@ def _open(data: bytes) -> Image.Image:
     """The image with its header read and checked, not yet decoded."""
     if not data:
         raise BadSampleError("the file is empty")
+    if data.startswith(_JPEG) and data.count(_SCAN) > _MOST_SCANS:
+        raise BadSampleError(f"more than the {_MOST_SCANS} scans accepted of a JPEG file")
     limit = f"more than the {MAX_PIXELS // 1_000_000} megapixels accepted"
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)

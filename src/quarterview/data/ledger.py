@@ -15,7 +15,8 @@ _SHOWN = 3
 class Ledger:
     """Counts broken and converted images, and stops a run that has too many broken ones.
 
-    Broken images go to `path` as one JSON line each, kept across resumes; conversions are counted.
+    Broken images go to `path` as one JSON line each, kept across resumes; conversions are counted. Those of
+    before a resume count once they are met again: what made them broken may be gone.
 
     Args:
         path: of ``bad_samples.jsonl``; None keeps the ledger in memory.
@@ -34,6 +35,7 @@ class Ledger:
         self.path, self.size, self.limit, self.collect = path, size, limit, collect
         self._untold: list[tuple[int, str, str]] = []  # what the other ranks do not know yet
         self.broken: dict[int, str] = {}
+        self._listed: set[int] = set()  # in the file
         self.converted: Counter[str] = Counter()
         self._examples: dict[str, list[str]] = defaultdict(list)
         self._noted: set[int] = set()
@@ -43,8 +45,7 @@ class Ledger:
             partial = path.with_name(f".{path.name}.partial")
             partial.write_text("".join(whole), "utf-8")
             partial.replace(path)
-            for row in map(json.loads, whole):
-                self.broken[row["id"]] = f"{row['name']}: {row['reason']}"
+            self._listed = {json.loads(line)["id"] for line in whole}
 
     def __call__(self, report: Report) -> None:
         """Take down one report. Raises RunError if the broken images are now too many.
@@ -67,7 +68,8 @@ class Ledger:
 
     def _take_down(self, sample: int, name: str, reason: str) -> None:
         self.broken[sample] = f"{name}: {reason}"
-        if self.path is not None:
+        if self.path is not None and sample not in self._listed:
+            self._listed.add(sample)
             row = {"id": sample, "name": name, "reason": reason}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -47,9 +47,10 @@ class ShardCache:
         path = self._path(shard)
         try:
             data = local_range(path, offset, length)
-            os.utime(path)
         except OSError:
             return None
+        with suppress(OSError):  # another's copy
+            os.utime(path)
         return data
 
     def fetch(self, shard: ShardFile) -> bool:

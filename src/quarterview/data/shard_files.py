@@ -131,40 +131,44 @@ def _matching(pattern: str, suffix: str) -> list[str]:
 
 
 def _remote(spec: str, suffix: str) -> list[ShardFile]:
-    found: list[ShardFile] = []
-    plain: list[str] = []
+    found: list[tuple[str, Mapping[str, Any]]] = []
     for url in expand_braces(spec):
-        if "*" not in url and url.partition("?")[0].lower().endswith(suffix):
-            plain.append(url)
-        else:
-            found += _listed(url, suffix)
+        plain = "*" not in url and url.partition("?")[0].lower().endswith(suffix)
+        found += [(url, {})] if plain else _listed(url, suffix)
     with ThreadPoolExecutor(_STATED_AT_A_TIME) as pool:
-        found += pool.map(_stated, plain)
-    return found
+        return list(pool.map(lambda entry: _stated(*entry), found))
 
 
-def _listed(url: str, suffix: str) -> list[ShardFile]:
-    """The shards that match a remote pattern, or lie in a remote folder."""
+def _listed(url: str, suffix: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """The shards that match a remote pattern, or lie in a remote folder, with what the listing says of each.
+
+    Raises:
+        UserError: if there is no such folder.
+        RunError: if it cannot be listed, after several attempts.
+    """
     pattern = url if "*" in url else f"{url.rstrip('/')}/*{suffix}"
     system, path = _file_system(pattern)
     try:
-        infos: Mapping[str, Any] = system.glob(path, detail=True)
-    except Exception as error:  # of any library under fsspec
+        infos: Mapping[str, Any] = _patiently(pattern, lambda: system.glob(path, detail=True))
+    except FileNotFoundError as error:
         raise UserError(f"cannot list {pattern}: {_line(error)}") from error
     names = sorted(name for name in infos if name.lower().endswith(suffix))
-    return [_shard(system.unstrip_protocol(name), infos[name]) for name in names]
+    return [
+        (system.unstrip_protocol(name), infos[name])
+        for name in names
+        if infos[name].get("type") != "directory"
+    ]
 
 
-def _stated(url: str) -> ShardFile:
-    system, path = _file_system(url)
-    try:
-        info = _patiently(url, lambda: system.info(path))
-    except (FileNotFoundError, RunError) as error:
-        raise UserError(f"there is no shard {url}: {_line(error)}") from error
-    return _shard(url, info)
-
-
-def _shard(url: str, info: Mapping[str, Any]) -> ShardFile:
+def _stated(url: str, listed: Mapping[str, Any]) -> ShardFile:
+    """A remote shard; the server is asked where a listing does not tell its size, as over http."""
+    info = listed
+    if not isinstance(info.get("size"), int):
+        system, path = _file_system(url)
+        try:
+            info = _patiently(url, lambda: system.info(path))
+        except FileNotFoundError as error:
+            raise UserError(f"there is no shard {url}: {_line(error)}") from error
     if not isinstance(info.get("size"), int):
         raise UserError(f"{url} does not tell its size; accepted: servers that do")
     stamp = next((str(info[name]) for name in _STAMPS if info.get(name) is not None), "")
@@ -215,15 +219,21 @@ def _patiently(url: str, ask: Callable[[], Any]) -> Any:
     for wait in (*_WAITS, None):
         try:
             return ask()
-        except FileNotFoundError:
-            raise
         except Exception as error:  # of any library under fsspec
+            if isinstance(error, FileNotFoundError) and _is_answer(error):
+                raise
             if wait is None or isinstance(error, PermissionError):
                 raise RunError(
                     f"cannot read {url}: {_line(error)}; when it can be read, the same command goes on"
                 ) from error
         time.sleep(wait)
     raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _is_answer(error: FileNotFoundError) -> bool:
+    """Whether a server said that there is no such file: over http, fsspec says so of any failure."""
+    cause = error.__cause__
+    return cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) in (404, 410)
 
 
 def _file_system(url: str) -> tuple[Any, str]:

@@ -197,7 +197,8 @@ class Concatenated:
 
 def digest(*parts: object) -> str:
     """Sixteen hex digits of the parts' text, for fingerprints."""
-    return hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).hexdigest()
+    text = "\x1f".join(map(str, parts)).encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def labels_of(source: Source) -> list[int]:

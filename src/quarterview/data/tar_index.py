@@ -18,7 +18,6 @@ import io
 import json
 import os
 import shutil
-import zipfile
 import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -334,7 +333,8 @@ def _write(folder: Path, shards: Sequence[ShardFile], tell: Say) -> None:
     parts = folder.parent / "shards"
     parts.mkdir(exist_ok=True)
     paths = [parts / f"{digest(FORMAT, *shard)}.npz" for shard in shards]
-    missing = [(shard, path) for shard, path in zip(shards, paths, strict=True) if read_part(path) is None]
+    there = {path: shard for shard, path in zip(shards, paths, strict=True)}  # one may be named twice
+    missing = [(shard, path) for path, shard in there.items() if read_part(path) is None]
     if missing:
         gib = sum(shard.size for shard, _ in missing) / 2**30
         tell(f"indexing {len(missing)} of {len(shards)} tar shards, {gib:.1f} GiB, by their headers")
@@ -458,7 +458,7 @@ def read_part(path: Path) -> ShardIndex | None:
             arrays = {name: file[name] for name in _KINDS}
             facts = json.loads(file["facts"].tobytes())
             return ShardIndex(**arrays, faults=facts["faults"], content=facts["content"])
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error):
+    except Exception:  # NumPy, zipfile and zlib raise nearly everything of a damaged file
         return None
 
 

@@ -8,6 +8,8 @@ from signal import SIG_DFL, SIGCHLD, getsignal, signal
 from types import FrameType
 from typing import Any
 
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
+
 from quarterview.errors import RunError
 
 
@@ -43,7 +45,8 @@ def watched(batches: Any) -> Iterator[Any]:
         if not (str(error).startswith(_TORCH_SAYS) or _one_died(batches)):
             raise
         raise _death(error) from None
-    finally:
+    finally:  # which another thread may run, where a generator is left to the garbage collector
+        ours = ours and threading.current_thread() is threading.main_thread()
         if ours:
             signal(SIGCHLD, SIG_DFL)  # what dies now is meant to
         _end(batches)
@@ -57,7 +60,10 @@ _TORCH_SAYS = "DataLoader worker"
 def _one_died(batches: Any) -> bool:
     """Whether a worker was killed or failed; a second is given to one that is about to be gone."""
     workers = getattr(batches, "_workers", [])
-    wait([worker.sentinel for worker in workers], timeout=1)
+    ended = wait([worker.sentinel for worker in workers], timeout=1)
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join()  # the sentinel is closed a moment before there is an exit code
     return any(worker.exitcode for worker in workers)
 
 
@@ -77,7 +83,10 @@ def _end(batches: Any) -> None:
     """
     workers = getattr(batches, "_workers", [])
     if any(worker.exitcode for worker in workers):
-        batches._shutdown = True  # there is nothing left for torch to do
+        batches._shutdown = True  # there is nothing left for torch to do, but to forget them
+        if batches._worker_pids_set:
+            _remove_worker_pids(id(batches))
+            batches._worker_pids_set = False
         for queue in batches._index_queues:
             queue.cancel_join_thread()
         if hasattr(batches, "_pin_memory_thread_done_event"):

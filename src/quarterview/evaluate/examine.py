@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import yaml
 from torch import Tensor
 
 from quarterview import draws
@@ -27,6 +26,7 @@ from quarterview.exchange.weights import load_autoencoder
 from quarterview.model import masking
 from quarterview.model.config import MAEConfig
 from quarterview.model.mae import MaskedAutoencoder, fresh_model
+from quarterview.plain_yaml import read_yaml
 from quarterview.train import checkpoint
 from quarterview.train.journal import metrics
 from quarterview.train.loop import LoopConfig, precision_context, usable_precision
@@ -67,8 +67,8 @@ def read_record(folder: Path) -> Record:
     else:
         resolved, step = {}, None
         try:
-            values = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-        except (OSError, yaml.YAMLError):
+            values = read_yaml((folder / "config.yaml").read_bytes())
+        except (OSError, ValueError):
             raise UserError(
                 f"{folder} is no run: it holds neither checkpoints nor config.yaml; accepted: a folder "
                 "that `quarterview pretrain --out` wrote"

@@ -43,7 +43,7 @@ from quarterview.model.classifier import Classifier, ClassifierConfig, Pool, fre
 from quarterview.objectives.supervised import Supervised, SupervisedConfig
 from quarterview.running import Run, RunningConfig, Site, carry_out, hold, settle, spread, to_plain
 from quarterview.train import checkpoint
-from quarterview.train.distributed import ranks
+from quarterview.train.distributed import is_first_rank
 from quarterview.train.loop import LoopConfig, Trainer
 from quarterview.train.optim import OptimConfig, Schedule, fused_adamw, layer_decay_groups, warmup_steps
 
@@ -118,10 +118,10 @@ class FinetuneConfig(SupervisedConfig, AugmentConfig, OptimConfig, RunningConfig
         check_crop_pct(self.crop_pct)
         if self.min_lr < 0:
             raise UserError(f"min_lr {self.min_lr}; accepted: 0 or more")
-        if (self.mixup or self.cutmix) and (self.batch_size // self.accum_iter) % 2:
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise UserError(
-                f"a batch of {self.batch_size} in {self.accum_iter} part(s) leaves an image without one to "
-                "mix with; accepted: even parts, or --mixup 0 --cutmix 0"
+                f"a batch of {self.batch_size} leaves an image without one to mix with; accepted: an even "
+                "number, or --mixup 0 --cutmix 0"
             )
         if not self.blocks or len(set(self.blocks)) < len(self.blocks):
             raise UserError(f"blocks {' '.join(self.blocks)}; accepted: one or several different numbers")
@@ -173,7 +173,7 @@ def finetune(config: FinetuneConfig, argv: Sequence[str] = ()) -> Finetuned:
     run = carry_out(config, inputs, plan.open, plan.build, ending, {"train", "test"}, argv)
     if run.status != "complete":
         return Finetuned(run, None, 0, plan.described)
-    if ranks() == 1 and not (run.folder / "results" / "finetune.json").exists():
+    if is_first_rank() and not (run.folder / "results" / "finetune.json").exists():
         ending(run)  # a kill came between the last checkpoint and the result
     judged = run.metrics.get("test_images", 0)
     return Finetuned(run, run.metrics.get("test_accuracy"), judged, plan.described)

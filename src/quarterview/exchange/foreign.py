@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from quarterview.errors import UserError
+from quarterview.plain_yaml import read_yaml
 
 ACCEPTED = (
     "accepted: a run, a checkpoint folder, a .safetensors or .pth file, a folder of transformers or timm, "
@@ -192,6 +192,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def header_entry(file: Path, key: str) -> str:
     """A text in the header of a safetensors file; empty if it has none of that name, or is another file."""
+    if not file.is_file():
+        return ""
     try:
         with safe_open(file, "pt") as handle:
             return (handle.metadata() or {}).get(key, "")
@@ -206,8 +208,8 @@ def card_licence(folder: Path) -> str:
         return ""
     header = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", errors="replace"), re.DOTALL)
     try:
-        stated = yaml.safe_load(header[1]) if header else None
-    except yaml.YAMLError:
+        stated = read_yaml(header[1]) if header else None
+    except ValueError:
         return ""
     stated = stated if isinstance(stated, dict) else {}
     return str(stated.get("license_name") or stated.get("license") or "")

@@ -233,12 +233,25 @@ def load(
 
 
 def build(weights: Weights) -> MaskedAutoencoder | Classifier:
-    """The model that holds weights; what they lack has the initial values that belong to seed 0."""
+    """The model that holds weights; what they lack has the initial values that belong to seed 0.
+
+    Raises:
+        UserError: if they are not those of such a model, before anything is allocated for it.
+    """
     config = weights.config
+    with torch.device("meta"):
+        like = MaskedAutoencoder(config) if isinstance(config, MAEConfig) else Classifier(config)
+    expected = {name: tensor.shape for name, tensor in like.state_dict().items()}
+    missing = set(expected) - set(weights.tensors)
+    if missing != set(weights.missing):
+        lacks = missing ^ set(weights.missing)
+        raise UserError(f"{weights.given} lacks {_some(sorted(lacks))}; accepted: whole weights")
+    for name, tensor in weights.tensors.items():
+        if tensor.shape != expected.get(name):
+            wanted = f"{list(expected[name])} by its header" if name in expected else "unknown"
+            raise UserError(f"{weights.given} has {name} of {list(tensor.shape)}, {wanted}; {ACCEPTED}")
     model = fresh_model(config, seed=0) if isinstance(config, MAEConfig) else Classifier(config)
-    missing = model.load_state_dict(weights.tensors, strict=False).missing_keys
-    if set(missing) != set(weights.missing):
-        raise UserError(f"{weights.given} lacks {_some(missing)}; accepted: whole weights")
+    model.load_state_dict(weights.tensors, strict=False)
     return model.eval()
 
 

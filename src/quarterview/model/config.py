@@ -96,8 +96,8 @@ class MAEConfig(ViTConfig):
         super().__post_init__()
         check_types(self, MAEConfig)
         patch = self.shape.patch_size
-        if self.decoder_depth < 0:
-            raise UserError(f"a decoder of {self.decoder_depth} blocks; accepted: 0 or more")
+        if not 0 <= self.decoder_depth < 1000:
+            raise UserError(f"a decoder of {self.decoder_depth} blocks; accepted: 0 to 999")
         check_width("the decoder", self.decoder_width, self.decoder_heads)
         if self.norm_pix_loss and patch == self.in_chans == 1:
             raise UserError("a patch of one number cannot be normalised; accepted: --no-norm-pix-loss")

@@ -42,13 +42,13 @@ def parse_model_name(name: str) -> ViTShape:
     """Read ``mae_vit_{size}_patch{N}``.
 
     `size` is a name of `SIZES`, or the numbers themselves: ``mae_vit_128x4x4_patch4`` is 128 wide
-    with 4 blocks of 4 heads.
+    with 4 blocks of 4 heads. There may be 999 blocks.
 
     Raises:
         UserError: if the name is none of these.
     """
     match = re.fullmatch(r"mae_vit_(\w+?)_patch([1-9]\d{0,8})", name)
-    custom = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})x([1-9]\d{0,8})", match[1]) if match else None
+    custom = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,2})x([1-9]\d{0,5})", match[1]) if match else None
     if match is None or (custom is None and match[1] not in SIZES):
         patch = match[2] if match else "16"
         raise unknown(

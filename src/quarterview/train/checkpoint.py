@@ -50,7 +50,9 @@ def save(
     Raises:
         RunError: if it cannot be written; nothing of it is left then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        sync(folder.parent)
     size = sum(value.nbytes for named in tensors.values() for value in named.values())
     final, partial = folder / f"step-{step:08d}", folder / f".partial-step-{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)

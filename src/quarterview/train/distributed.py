@@ -15,7 +15,9 @@ from quarterview.data.loader import shares
 from quarterview.errors import RunError, ToldElsewhereError, UserError
 
 _TIMEOUT = datetime.timedelta(minutes=10)
-"""So long a rank waits for the others before it gives up. One that is gone is noticed at once."""
+"""So long a rank waits for the others before it gives up. One that is gone is noticed at once, with gloo."""
+_LONG_TIMEOUT = datetime.timedelta(days=1)
+"""Where the main rank alone works: judges a model, or writes to a slow disk."""
 _DONE, _FAILED = "+", "-"
 
 
@@ -26,6 +28,8 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
+    patient: dist.ProcessGroup | None = None
+    """All ranks, with a timeout of a day."""
 
     @property
     def is_main(self) -> bool:
@@ -71,9 +75,9 @@ class World:
         return value
 
     def wait(self) -> None:
-        """Until every rank has come here."""
+        """Until every rank has come here, however long one of them works."""
         if self.size > 1:
-            dist.barrier()
+            dist.all_reduce(torch.zeros(1), group=self.patient)
 
     def collect(self, text: str) -> list[str]:
         """What every rank says here, by rank."""
@@ -89,7 +93,7 @@ class World:
         return [bytes(r[: int(s)].tolist()).decode() for r, s in zip(rooms, sizes, strict=True)]
 
     def from_main(self, act: Callable[[], str]) -> str:
-        """What the main rank's `act` returns, on every rank.
+        """What the main rank's `act` returns, on every rank, however long it takes.
 
         Raises:
             UserError, RunError, OSError: what `act` raises on the main rank.
@@ -98,6 +102,7 @@ class World:
         if self.size == 1:
             return act()
         if not self.is_main:
+            self.wait()
             said = self.collect("")[0]
             if said == _FAILED:
                 raise ToldElsewhereError("the main rank says why")
@@ -105,8 +110,10 @@ class World:
         try:
             done = act()
         except (UserError, RunError, OSError):
+            self.wait()
             self.collect(_FAILED)
             raise
+        self.wait()
         return self.collect(_DONE + done)[0].removeprefix(_DONE)
 
     def all_same(self, text: str) -> bool:
@@ -156,11 +163,17 @@ def join(device: str) -> World:
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
-    if size > 1 and not dist.is_initialized():
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # FSDP2 and page-locked memory go by it
+    if size == 1:
+        return World(chosen, rank, size)
+    if not dist.is_initialized():
         # What the hosts decide between them goes over gloo, without asking the device.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=_TIMEOUT)
-    return World(chosen, rank, size)
+    patient = dist.new_group(backend="gloo", timeout=_LONG_TIMEOUT)
+    assert isinstance(patient, dist.ProcessGroup)
+    return World(chosen, rank, size, patient)
 
 
 def ranks() -> int:
@@ -168,9 +181,15 @@ def ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def was_restarted() -> bool:
-    """Whether torchrun started these ranks in place of others that failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def is_first_rank() -> bool:
+    """Whether this process is the main rank, also where there is no `World` any more."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def may_replace_others() -> bool:
+    """Whether these ranks may have been started in place of others that failed, by torchrun or Slurm."""
+    names = ("TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(int(os.environ.get(name, "0")) > 0 for name in names)
 
 
 def is_lost_rank(error: Exception) -> bool:
@@ -178,9 +197,17 @@ def is_lost_rank(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
-def leave(world: World) -> None:
-    """End this process's membership."""
-    if world.size > 1 and dist.is_initialized():
+def leave(world: World, failed: bool) -> None:
+    """End this process's membership.
+
+    Args:
+        failed: because of an error: what is still under way on a GPU may never end, and is not waited for.
+    """
+    if world.size == 1 or not dist.is_initialized():
+        return
+    if failed and world.device.type == "cuda":
+        dist.distributed_c10d._abort_process_group()
+    else:
         dist.destroy_process_group()
 
 
@@ -195,4 +222,8 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
         device = "cuda" if "cuda" in available else "cpu"
     if device not in available:
         raise UserError(f"device {device!r} is not on this machine; accepted: auto, {', '.join(available)}")
-    return torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    if device != "cuda":
+        return torch.device(device)
+    if local_rank >= (count := torch.cuda.device_count()):
+        raise UserError(f"a rank for GPU {local_rank} of {count}; accepted: at most {count} ranks a machine")
+    return torch.device(device, local_rank)

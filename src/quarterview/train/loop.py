@@ -88,6 +88,10 @@ class LoopConfig:
         """Updates of the whole run over a training set of so many images."""
         return self.steps or math.ceil(self.epochs * images / self.batch_size)
 
+    def validation_every(self, total: int) -> int:
+        """Updates between validations in a run of `total`."""
+        return self.eval_every or max(self.log_every, total // 20)
+
 
 class Hook(Protocol):
     """Something to do at every validation, such as drawing a panel. Returns columns for the metrics."""
@@ -138,7 +142,7 @@ class Trainer:
         self.hooks, self.watched, self.together = hooks, watched, together
         self.extra_state = state or {}
         self.ema_decay = ema
-        self.watched_ema: dict[str, Tensor] = {}  # the whole of it, for hooks
+        self.watched_ema: dict[str, Tensor] = {}  # the whole of it, while hooks run
         self.ema = {n: p.detach().clone() for n, p in objective.model.named_parameters()} if ema else {}
         keep = (config.keep_checkpoints, config.keep_every)
         self.writer = Writer(folder / "checkpoints", *keep, metadata or {})
@@ -160,7 +164,7 @@ class Trainer:
             RunError: if three steps in a row give gradients that are not finite.
         """
         total, batch = self.schedule.total_steps, self.config.batch_size
-        eval_every = self.config.eval_every or max(self.config.log_every, total // 20)
+        eval_every = self.config.validation_every(total)
         parts = (self.world.share(self._positions(step)) for step in range(self.step, total))
         self.journal.start_progress(total, self.step)
         meter, vote = Meter(), Vote(self.world)
@@ -173,6 +177,7 @@ class Trainer:
                 if last or evaluate or self.step % self.config.log_every == 0:
                     self._write_row(meter, evaluate or last)
                 stop, late, failed = vote(bool(asked), self._is_late(), self.writer.has_failed)
+                late = late and self.step > self._saved_at + 1  # else it was asked before that was saved
                 if failed:
                     self._finish_writing()
                 if last or stop or late or self._checkpoint_is_due():
@@ -264,10 +269,15 @@ class Trainer:
         self.module.eval()  # looking at a run must not change it
         if is_sharded(self.module):
             copy_whole(self.module, self.watched if self.world.is_main else None)
-        self.watched_ema = {name: whole(value) for name, value in self.ema.items()}
+        for name, value in self.ema.items():
+            entire = whole(value)
+            if self.world.is_main:
+                self.watched_ema[name] = entire
         with torch.no_grad(), self.autocast():
             for hook in self.hooks if self.world.is_main else ():
                 columns |= hook(self.step)
+        self.watched_ema = {}
+        self.world.wait()
         self.module.train()
         meter.paused += meter.clock() - began
         return columns
@@ -304,7 +314,10 @@ class Trainer:
         self.world.from_main(lambda: self.writer.finish() or "")
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything to keep, whole, on the main rank; nothing on the others, which call it all the same."""
+        """Everything to keep, whole, on the main rank; nothing on the others, which call it all the same.
+
+        What was gathered is on the host: a GPU that holds a part may have no room for the whole.
+        """
         others = {k: v for k, v in self.module.state_dict().items() if not k.startswith("model.")}
         tensors = {
             "model": self.objective.model.state_dict(),
@@ -317,7 +330,7 @@ class Trainer:
             for key, value in named.items():
                 entire = whole(value)
                 if self.world.is_main:
-                    gathered.setdefault(name, {})[key] = entire
+                    gathered.setdefault(name, {})[key] = entire if entire is value else entire.cpu()
         return gathered
 
     def _state(self) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Models cut into parts, each rank holding one: FSDP2, for models that do not fit a device whole.
+"""Models cut into parts, each rank holding one: FSDP2, for models whose training does not fit a device whole.
+
+Their weights do: the model is made whole, and the main rank looks at a whole copy of it.
 
 A checkpoint knows nothing of this: tensors are gathered whole when one is written, and cut again when
 one is read, so a run goes on under any number of ranks, sharded or not.

@@ -32,8 +32,8 @@ class Writer:
         """
         self.finish()
         copies = {name: self._copies(name, named) for name, named in tensors.items()}
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+        for device in {t.device for named in tensors.values() for t in named.values() if t.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
         self._thread = Thread(target=self._write, args=(step, copies, state), name="checkpoint writer")
         self._thread.start()
 
@@ -45,8 +45,8 @@ class Writer:
                 room[key] = value.detach().clone()
                 continue
             if key not in room:
-                room[key] = torch.empty_like(value, device="cpu", pin_memory=value.device.type == "cuda")
-            room[key].copy_(value.detach(), non_blocking=True)
+                room[key] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            room[key].copy_(value.detach(), non_blocking=value.is_cuda)
         return dict(room)
 
     def _write(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
@@ -61,15 +61,19 @@ class Writer:
         """Whether what was being written could not be."""
         return self._error is not None
 
+    def settle(self) -> None:
+        """Wait until nothing is being written, whatever came of it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
     def finish(self) -> None:
         """Wait until all is written.
 
         Raises:
             RunError: if it could not be.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.settle()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
