@@ -23,7 +23,7 @@ def read_yaml(text: str | bytes) -> Any:
         ValueError: if it is none, or too long.
     """
     if len(text) > MOST_BYTES:
-        raise ValueError(f"{len(text):,} bytes; accepted: up to {MOST_BYTES:,}")
+        raise ValueError(f"it is too long; accepted: up to {MOST_BYTES:,} bytes")
     try:
         return yaml.load(text.decode() if isinstance(text, bytes) else text, _Plain)
     except Exception as error:  # of tags with a wrong value PyYAML raises nearly everything

@@ -454,7 +454,7 @@ def write_part(path: Path, part: ShardIndex) -> None:
 def read_part(path: Path) -> ShardIndex | None:
     """The index of a shard; None if it is not there, or damaged, which zip's checksums tell."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in _KINDS}
             facts = json.loads(file["facts"].tobytes())
             return ShardIndex(**arrays, faults=facts["faults"], content=facts["content"])
