@@ -28,6 +28,7 @@ FLOORS = {
     "data": 1,
     "model": 0,
     "draws": 0,
+    "plain_yaml": 0,
     "errors": 0,
 }
 MODEL_FREE = ("data", "train")  # these never import the model, or name it

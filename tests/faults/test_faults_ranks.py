@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -265,9 +266,9 @@ def test_when_a_rank_dies_the_other_stops_at_once_and_says_so(tmp_path):
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [5]
 
 
-def flags(folder: Path) -> list[str]:
+def flags(folder: Path, **changes: object) -> list[str]:
     """The command line of `config`."""
-    given = config(folder, checkpoint_every=2)
+    given = config(folder, checkpoint_every=2, **changes)
     names = ["model", "precision", "out", "decoder_width", "decoder_depth", "decoder_heads", "lr"]
     names += ["batch_size", "workers", "holdout", "steps", "log_every", "eval_every", "checkpoint_every"]
     words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(given, name)))]
@@ -289,14 +290,53 @@ def test_a_rank_killed_under_torchrun_is_replaced_and_the_run_ends_as_it_would_h
         until = time.monotonic() + 200
         while not checkpoint.steps(folder / "checkpoints") and time.monotonic() < until:
             time.sleep(0.005)
-        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-        ours = [int(pid) for pid in children if b"quarterview" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        ours = children_of(agent.pid)
         assert len(ours) == 2
         os.kill(ours[1], signal.SIGKILL)
         assert agent.wait(300) == 0, (tmp_path / "log").read_text()[-3000:]
     text = (tmp_path / "log").read_text()
     assert "going on from" in text
     assert different(folder, tmp_path / "whole") == []
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_lost_is_gone_without(tmp_path):
+    """Two agents of an elastic run, as of two machines. One is killed with its rank; the other goes on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    elastic = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1"]
+    elastic += ["--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "x", "--rdzv-endpoint", place]
+    elastic += ["--rdzv-conf", "last_call_timeout=3,keep_alive_interval=1", "--local-addr", "127.0.0.1"]
+    words = [*elastic, "-m", "quarterview", "pretrain", *flags(tmp_path / "run", steps=60)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    agents = []
+    with (tmp_path / "log").open("w") as log:
+        try:
+            for _ in range(2):
+                agents.append(subprocess.Popen(words, env=environment, stdout=log, stderr=log))
+                time.sleep(1)  # the first holds the rendezvous
+            until = time.monotonic() + 200
+            while not checkpoint.steps(tmp_path / "run" / "checkpoints") and time.monotonic() < until:
+                time.sleep(0.005)
+            for pid in [*children_of(agents[1].pid), agents[1].pid]:
+                os.kill(pid, signal.SIGKILL)
+            assert agents[0].wait(300) == 0, (tmp_path / "log").read_text()[-3000:]
+        finally:
+            for agent in agents:
+                agent.kill()
+                agent.wait()
+    assert "going on from" in (tmp_path / "log").read_text()
+    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 61))
+    whole = config(tmp_path / "whole", steps=60)
+    assert train(whole, 1, tmp_path / "1") == [0]
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=1e-4, atol=0)
+
+
+def children_of(pid: int) -> list[int]:
+    """The ranks of an agent."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if b"quarterview" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 # ---------------------------------------------------------------------- not finite on one rank

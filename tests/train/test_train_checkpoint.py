@@ -123,8 +123,9 @@ def test_everything_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     partial, final = ".partial-step-00000012", "step-00000012"
     files = {("sync", file.name, file.stat().st_size) for file in path.iterdir()}
     assert len(files) == 4
-    assert set(acts[:4]) == files
-    assert acts[4:] == [
+    assert acts[0] == ("sync", tmp_path.name, None)  # the run's folder, which has a new one in it
+    assert set(acts[1:5]) == files
+    assert acts[5:] == [
         ("sync", partial, None),
         ("rename", partial, final),
         ("sync", "checkpoints", None),

@@ -7,7 +7,7 @@ the pixels goes unsaid. Pillow's global settings are neither read nor changed he
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -87,7 +87,7 @@ def croppable_file(data: bytes, channels: int) -> Croppable:
 
 def _plain_jpeg(data: bytes, channels: int) -> "_JpegFile | None":
     """A JPEG file of an accepted size that can be `channels` channels; None if anything speaks against it."""
-    if not data.startswith(_JPEG) or data.count(_SCAN) > _MOST_SCANS:
+    if not data.startswith(_JPEG) or _scans(data) > _MOST_SCANS:
         return None
     try:
         height, width, colours, _ = decode_jpeg_header(data)
@@ -101,17 +101,28 @@ def _plain_jpeg(data: bytes, channels: int) -> "_JpegFile | None":
     return _JpegFile(data, height, width, colour, orientation, channels)
 
 
+def _scans(data: bytes) -> int:
+    """How many scans a JPEG file has, or a few more."""
+    return data.count(_SCAN, max((place for place, _ in _segments(data)), default=0))
+
+
 def _is_bare_jpeg(data: bytes) -> bool:
     """Whether there is surely nothing in a JPEG file that turns it, and no second frame: a quick look."""
-    place = 2
-    while place + 4 <= len(data) and data[place] == 0xFF:
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+    for place, marker in _segments(data):
         if marker == _START_OF_SCAN:
             return True
         if marker in _APPLICATION_MARKERS and data[place + 4 : place + 8] in (b"Exif", b"http", b"MPF\0"):
             return False
-        place += 2 + length
     return False
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Where each segment of a JPEG file begins, and its marker, as far as the first scan."""
+    place, marker = 2, None
+    while place + 4 <= len(data) and data[place] == 0xFF and marker != _START_OF_SCAN:
+        marker = data[place + 1]
+        yield place, marker
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
 
 
 def _jpeg_orientation(data: bytes) -> int:
@@ -210,7 +221,7 @@ def _open(data: bytes) -> Image.Image:
     """The image with its header read and checked, not yet decoded."""
     if not data:
         raise BadSampleError("the file is empty")
-    if data.startswith(_JPEG) and data.count(_SCAN) > _MOST_SCANS:
+    if data.startswith(_JPEG) and _scans(data) > _MOST_SCANS:
         raise BadSampleError(f"more than the {_MOST_SCANS} scans accepted of a JPEG file")
     limit = f"more than the {MAX_PIXELS // 1_000_000} megapixels accepted"
     try:

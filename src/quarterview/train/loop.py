@@ -177,7 +177,8 @@ class Trainer:
                 if last or evaluate or self.step % self.config.log_every == 0:
                     self._write_row(meter, evaluate or last)
                 stop, late, failed = vote(bool(asked), self._is_late(), self.writer.has_failed)
-                late = late and self.step > self._saved_at + 1  # else it was asked before that was saved
+                if self.world.size > 1:  # the answer is to a question of before the last save
+                    late = late and self.step > self._saved_at + 1
                 if failed:
                     self._finish_writing()
                 if last or stop or late or self._checkpoint_is_due():
