@@ -92,6 +92,7 @@ def keep_saving(folder: Path) -> None:
         writer.save(step, tensors, {"step": step})
 
 
+@pytest.mark.slow
 def test_killed_at_20_random_points_of_a_save_the_newest_checkpoint_is_whole(tmp_path):
     dice = random.Random(0)
     for life in range(20):
@@ -177,6 +178,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, dam
     assert checkpoint.newest_whole(tmp_path / "checkpoints") == (found, [])  # said once
 
 
+@pytest.mark.slow
 def test_a_run_with_a_damaged_checkpoint_ends_as_it_would_have(tmp_path, alone):
     assert train(config(tmp_path / "run"), 1, tmp_path, terminated_at_12) == [75]
     flip_a_bit(tmp_path / "run" / "checkpoints" / "step-00000012")
@@ -222,7 +224,7 @@ def limited_at_7(rank: int, log: Path) -> None:
     once_at(7, small_files_alone)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_file_that_may_not_be_so_large_stops_the_run_and_harms_nothing(tmp_path, alone, size):
     folder = tmp_path / "run"
     codes = train(config(folder), size, tmp_path, limited_at_7)

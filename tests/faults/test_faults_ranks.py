@@ -67,7 +67,11 @@ def alone(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("size", "changes"),
-    [(2, {"parallel": "ddp", "accum_iter": 2}), (2, {"parallel": "fsdp"}), (3, {"parallel": "ddp"})],
+    [
+        (2, {"parallel": "ddp", "accum_iter": 2}),
+        (2, {"parallel": "fsdp"}),
+        pytest.param(3, {"parallel": "ddp"}, marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_see_the_same_samples_and_losses_as_one_alone(tmp_path, alone, size, changes):
     run = config(tmp_path / "run", ema=0.9, clip_grad=1.0, **changes)
@@ -165,6 +169,7 @@ def stop_at_15(rank: int, log: Path) -> None:
     stop(15)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_the_same_whatever_layout_read_it(tmp_path, alone):
     """Read by shards, written again at once: gathered weights are what they were."""
     source = checkpoint.newest(alone / "run" / "checkpoints").parent / "step-00000015"
@@ -243,11 +248,13 @@ def hurried(rank: int, log: Path) -> None:
     Trainer.__init__ = init
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_the_main_one_to_judge_however_long_it_takes(tmp_path):
     run = config(tmp_path / "run", steps=4, eval_every=2)
     assert train(run, 2, tmp_path, hurried) == [0, 0], said(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_clock_asks_for_a_checkpoint_once(tmp_path):
     changes = {"checkpoint_every": None, "checkpoint_minutes": 1e-9, "keep_checkpoints": 99, "steps": 9}
     assert train(config(tmp_path / "run", **changes), 2, tmp_path) == [0, 0], said(tmp_path)
@@ -363,7 +370,7 @@ def spoilt_from_6(rank: int, log: Path) -> None:
     spoil(rank, {6, 7, 8})
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_on_one_rank_changes_no_weight_on_any(tmp_path, parallel):
     run = config(tmp_path / "run", steps=6, checkpoint_every=1, keep_checkpoints=9, parallel=parallel)
     assert train(run, 2, tmp_path, spoilt_at_6) == [0, 0], said(tmp_path)
@@ -377,6 +384,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_no_weight_on_any(tmp_path
     assert len(set(row["ids"])) == BATCH  # of both ranks
 
 
+@pytest.mark.slow
 def test_three_in_a_row_stop_all_ranks(tmp_path):
     assert train(config(tmp_path / "run"), 2, tmp_path, spoilt_from_6) == [1, 1]
     for rank in (0, 1):
@@ -390,6 +398,7 @@ def test_three_in_a_row_stop_all_ranks(tmp_path):
 # ---------------------------------------------------------------------- broken images on any rank
 
 
+@pytest.mark.slow
 def test_broken_images_of_every_rank_are_recorded_once(tmp_path):
     folder, noise = tmp_path / "images", np.random.default_rng(0)
     folder.mkdir()

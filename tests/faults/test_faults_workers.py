@@ -122,6 +122,7 @@ def test_a_killed_worker_ends_the_run_at_once_and_it_resumes_the_same(tmp_path, 
     assert_same(out, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_killed_run(tmp_path, photos):
     process = begin(photos, tmp_path / "run")
     wait_for((tmp_path / "run" / "checkpoints" / "step-00000010").exists, process)
