@@ -12,13 +12,11 @@ taking turns in one process:
     uv run python benchmarks/input_speed.py --photos photos --out docs/results/input_speed.json
 """
 
-import datetime
 import io
 import json
-import os
 import pickle
-import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,6 +37,7 @@ from quarterview.data.pack import PackConfig, pack
 from quarterview.data.policy import PRETRAINING
 from quarterview.data.stream import SampleStream
 from quarterview.train.journal import Journal
+from quarterview.train.record import provenance
 
 SIZE, SCALE = 224, (0.2, 1.0)
 
@@ -129,9 +128,8 @@ def main(photos: Path, rounds: int = 9, out: Path | None = None) -> None:
         print(f"packed {encoding}: {size / 1024:.0f} KiB an image")
     if out is not None:
         record = {
-            "date": datetime.date.today().isoformat(),
-            "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "threads": 1},
-            "versions": {n: version(n) for n in ("torch", "torchvision", "pillow", "simplejpeg", "numpy")},
+            **provenance(sys.argv),
+            "decoders": {name: version(name) for name in ("torchvision", "pillow", "simplejpeg", "numpy")},
             "photos": len(paths),
             "images_per_s": rates,
             "medians": medians,

@@ -6,21 +6,18 @@ the system reports; importing torch and the features themselves are included.
     uv run python benchmarks/knn_memory.py --train 200000 --test 50000 --out docs/results/knn_memory.json
 """
 
-import datetime
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import tyro
 
 from quarterview.evaluate.knn import nearest, vote
+from quarterview.train.record import provenance
 
 CLASSES = 1000
 
@@ -84,20 +81,7 @@ def main(
     for name, value in measured.items():
         print(f"{name:16} {value:10.1f}")
     if out is not None:
-        hardware = {
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        }
-        gpu = torch.cuda.get_device_name() if device == "cuda" else None
-        record = {
-            "date": datetime.date.today().isoformat(),
-            "hardware": {**hardware, "gpu": gpu},
-            "versions": {"torch": version("torch"), "python": platform.python_version()},
-            **sizes,
-            "device": device,
-            "measured": measured,
-        }
+        record = {**provenance(sys.argv), **sizes, "device": device, "measured": measured}
         out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 

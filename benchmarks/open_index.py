@@ -7,17 +7,14 @@ both orders. Peak resident memory is what the system reports of that process, to
     python benchmarks/open_index.py --out docs/results/open_index.json
 """
 
-import datetime
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +26,7 @@ from quarterview.data.shard_files import find_shards
 from quarterview.data.stream import SampleStream, ShardedStream
 from quarterview.data.tar import TarSource
 from quarterview.data.tar_index import SAMPLE, ShardIndex, index_folder, write_index
+from quarterview.train.record import provenance
 
 IMAGE_BLOCKS = 200  # of 512 bytes: a hundred kilobytes
 BATCH = 4096
@@ -125,17 +123,7 @@ def main(
             result = subprocess.run(command, check=True, capture_output=True, text=True)
             measured[state] = json.loads(result.stdout)
     record = {
-        "command": "python benchmarks/open_index.py",
-        "date": datetime.date.today().isoformat(),
-        "hardware": {
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
-        "versions": {
-            **{name: version(name) for name in ("torch", "numpy")},
-            "python": platform.python_version(),
-        },
+        **provenance(sys.argv),
         "shards": shards,
         "index_bytes": index_bytes,
         "measured": measured,
