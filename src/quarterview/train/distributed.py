@@ -2,6 +2,8 @@
 
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from quarterview.data.loader import shares
@@ -170,10 +173,46 @@ def join(device: str) -> World:
     if not dist.is_initialized():
         # What the hosts decide between them goes over gloo, without asking the device.
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        store = _meet(rank, size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     patient = dist.new_group(backend="gloo", timeout=_LONG_TIMEOUT)
     assert isinstance(patient, dist.ProcessGroup)
     return World(chosen, rank, size, patient)
+
+
+def _meet(rank: int, size: int) -> dist.Store:
+    """A store that these ranks share and nobody else.
+
+    torchrun's is that of all lives of a run: where it restarts the ranks, addresses of the dead are still in
+    it. So each rank leaves a word of its own there, and the main one answers each with the name of this life.
+
+    Raises:
+        RunError: if a rank does not come.
+    """
+    store, *_ = next(rendezvous("env://", timeout=_TIMEOUT))
+    word, until = uuid.uuid4().hex, time.monotonic() + _TIMEOUT.total_seconds()
+    if rank:
+        store.set(f"quarterview/hello/{rank}", word)
+        try:
+            life = store.get(f"quarterview/answer/{word}").decode()  # waits for it
+        except dist.DistError as error:
+            raise RunError("the main rank did not come; the same command tries again") from error
+        store.set(f"quarterview/{life}/here/{rank}", "")
+        return dist.PrefixStore(f"quarterview/{life}", store)
+    answered: dict[int, str] = {}
+    missing = set(range(1, size))
+    while missing:
+        for other in sorted(missing):
+            hello = f"quarterview/hello/{other}"
+            if store.check([f"quarterview/{word}/here/{other}"]):
+                missing.remove(other)
+            elif store.check([hello]) and (said := store.get(hello).decode()) != answered.get(other):
+                answered[other] = said  # or what one of an earlier life had said
+                store.set(f"quarterview/answer/{said}", word)
+        if time.monotonic() > until:
+            raise RunError(f"ranks {sorted(missing)} of {size} did not come; the same command tries again")
+        time.sleep(0.01)
+    return dist.PrefixStore(f"quarterview/{word}", store)
 
 
 def ranks() -> int:
