@@ -230,6 +230,7 @@ def test_the_dry_run_says_how_often_images_are_hidden(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_demo_shows_what_it_promises_in_under_five_minutes(tmp_path):
     began = time.monotonic()
     done = subprocess.run(
