@@ -18,6 +18,7 @@ FLOORS = {
     "pretraining": 4,
     "recipes": 4,
     "dry_run": 4,
+    "fitting": 2,
     "speed": 4,
     "evaluate": 3,
     "exchange": 3,

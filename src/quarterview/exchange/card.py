@@ -106,7 +106,7 @@ def _architecture(model: Model) -> Iterator[tuple[str, str]]:
         yield "decoder", f"{mae.decoder}, {size}"
         predicted = f", {mae.predict_share:.0%} of those predicted" if mae.predict_share < 1 else ""
         yield "masks", f"{mae.mask}, {mae.mask_ratio:.0%} hidden{predicted}"
-        yield "target", "pixels normalised by patch" if mae.norm_pix_loss else "pixels"
+        yield "target", mae.described_target
 
 
 def _origin(facts: Facts) -> str:

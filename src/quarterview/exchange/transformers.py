@@ -140,6 +140,8 @@ def _limits(model: Model, part: str) -> Iterator[str]:
         yield "a decoder without blocks"
     if config.predict_all:
         yield "predictions of visible patches"
+    if config.target != "pixels":
+        yield f"predictions of {config.described_target}"
     if config.mask != "random":
         yield f"{config.mask} masks (only random ones)"
 

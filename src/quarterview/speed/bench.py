@@ -54,6 +54,11 @@ class BenchConfig(PretrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_types(self, BenchConfig)
+        if (self.objective, self.target) != ("mae", "pixels"):
+            raise UserError(
+                f"objective {self.objective} and target {self.target}; accepted: bench times masked "
+                "autoencoders of pixels"
+            )
         if not self.seconds > 0:
             raise UserError(f"{self.seconds} seconds; accepted: a number above 0")
         if self.images is not None and self.images < 1:
