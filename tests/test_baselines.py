@@ -1,6 +1,5 @@
 """Every objective as a run: it resumes exactly, is read by the probes, and learns more than nothing."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -114,9 +113,12 @@ def test_the_encoder_is_fine_tuned_and_exported(runs, tmp_path, kind):
     images = "--train shapes:40:size=16 --test shapes:20:size=16:seed=1"
     flags = f"--out {tmp_path}/tuned --steps 2 --batch-size 8 --recipe small --workers 0 --device cpu"
     assert run(f"finetune {runs / kind} {images} {flags}".split()) == 0
-    assert run(["export", str(runs / kind), "--to", "timm", "--out", str(tmp_path / "timm")]) == 0
-    facts = json.loads((tmp_path / "timm" / "config.json").read_text())
-    assert facts
+    for form in ("timm", "transformers", "safetensors"):
+        assert run(["export", str(runs / kind), "--to", form, "--out", str(tmp_path / form)]) == 0
+        card = (tmp_path / form / "README.md").read_text()
+        assert ("| decoder |" in card) == (kind in ("pca", "beit"))
+    again = read(tmp_path / "safetensors" / "model.safetensors")
+    assert again.has_decoder == (kind in ("pca", "beit"))
 
 
 def test_pictures_are_drawn_of_those_that_predict_them(runs, tmp_path):

@@ -15,6 +15,7 @@ FLOORS = {
     "__main__": 6,
     "demo": 5,
     "slurm": 5,
+    "studies": 5,
     "pretraining": 4,
     "recipes": 4,
     "dry_run": 4,

@@ -30,6 +30,7 @@ from quarterview.objectives.choice import DEFAULTS, ObjectiveKind
 from quarterview.pretraining import PretrainConfig, pretrain, start_values
 from quarterview.running import RunningConfig, check_shares
 from quarterview.speed.bench import BenchConfig
+from quarterview.studies.plan import StudyConfig
 from quarterview.train.journal import Journal
 
 _DESCRIPTION = """Learn to see from a quarter of the picture: masked autoencoders for anyone's images.
@@ -155,6 +156,20 @@ class Compare(CompareConfig):
 
         config = CompareConfig(**{f.name: getattr(self, f.name) for f in fields(CompareConfig)})
         return _EXIT_CODES[compare(config, Journal(), ["quarterview", *argv]).status]
+
+
+@dataclass(frozen=True)
+class StudyCommand(StudyConfig):
+    """The paper's ablations and comparisons on your images: `quarterview study mask-ratio --data …`."""
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ""
+    """A study's name (see `quarterview recipes`), or a YAML file."""
+
+    def execute(self, argv: Sequence[str]) -> int:
+        from quarterview.studies.conduct import conduct
+
+        config = StudyConfig(**{f.name: getattr(self, f.name) for f in fields(StudyConfig)})
+        return _EXIT_CODES[conduct(self.name, config, Journal(), ["quarterview", *argv]).status]
 
 
 @dataclass(frozen=True)
@@ -362,6 +377,7 @@ class Demo:
 Command = (
     Pretrain
     | Tokenizer
+    | StudyCommand
     | Doctor
     | Compare
     | Bench
@@ -378,7 +394,9 @@ Command = (
     | Recipes
     | Demo
 )
-_COMMANDS: dict[str, Any] = {kind.__name__.lower(): kind for kind in get_args(Command)}
+_COMMANDS: dict[str, Any] = {
+    kind.__name__.lower().removesuffix("command"): kind for kind in get_args(Command)
+}
 _WITH_RECIPES: dict[str, tuple[Any, Callable[[str], Any]]] = {
     "pretrain": (Pretrain, recipes.read),
     "tokenizer": (Tokenizer, recipes.read),

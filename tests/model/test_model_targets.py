@@ -162,8 +162,8 @@ def test_tokens_are_judged_by_cross_entropy_of_the_hidden_patches():
     for image in range(3):
         for row, patch in enumerate(out.predicted[image].tolist()):
             logits = out.pred[image, row].double()
-            expected -= float(logits[patch] - logits.exp().sum().log()) / 21
-    torch.testing.assert_close(float(out.loss), expected, rtol=1e-5, atol=0)
+            expected -= (logits[patch] - logits.exp().sum().log()).item() / 21
+    torch.testing.assert_close(out.loss.item(), expected, rtol=1e-5, atol=0)
     visible = model.encode(images)  # BEiT's features are of a full encoder without anything hidden
     assert visible.shape == (3, 17, 16)
     assert not any(name.startswith("target") for name in model.state_dict())

@@ -43,7 +43,7 @@ def nt_xent(one, two, temperature):
     n, losses = len(one), []
     for i in range(2 * n):
         partner = (i + n) % (2 * n)
-        similar = {j: math.exp(float(z[i] @ z[j]) / temperature) for j in range(2 * n) if j != i}
+        similar = {j: math.exp((z[i] @ z[j]).item() / temperature) for j in range(2 * n) if j != i}
         losses.append(-math.log(similar[partner] / sum(similar.values())))
     return sum(losses) / (2 * n)
 
@@ -55,7 +55,7 @@ def test_simclr_is_nt_xent_of_the_projected_cls_tokens(batch):
     objective = make("simclr")
     views = [objective.projector(objective.model(x)[:, 0]) for x in (batch.images, batch.second)]
     expected = nt_xent(*(view.detach().double() for view in views), 0.5)
-    torch.testing.assert_close(float(objective(batch).loss), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(objective(batch).loss.item(), expected, rtol=1e-5, atol=0)
 
 
 def test_byol_is_the_squared_distance_of_unit_vectors_both_ways(batch):
@@ -63,11 +63,11 @@ def test_byol_is_the_squared_distance_of_unit_vectors_both_ways(batch):
     out = [objective.predictor(objective.projector(objective.model(x)[:, 0])) for x in batch[::4]]
     kept = [objective.teacher_projector(objective.teacher(x)[:, 0]) for x in batch[::4]]
     expected = sum(
-        float((q / q.norm() - z / z.norm()).square().sum())
+        (q / q.norm() - z / z.norm()).square().sum().item()
         for queries, keys in ((out[0], kept[1]), (out[1], kept[0]))
         for q, z in zip(queries, keys, strict=True)
     )
-    torch.testing.assert_close(float(objective(batch).loss), expected / len(batch.ids))
+    torch.testing.assert_close(objective(batch).loss.item(), expected / len(batch.ids))
 
 
 def test_mocov3_compares_with_the_other_views_keys_alone(batch):
@@ -77,13 +77,13 @@ def test_mocov3_compares_with_the_other_views_keys_alone(batch):
     expected = 0.0
     for queries, keys in ((out[0], kept[1]), (out[1], kept[0])):
         for i, q in enumerate(queries):
-            cosines = [float(q @ k / (q.norm() * k.norm())) for k in keys]
+            cosines = [(q @ k / (q.norm() * k.norm())).item() for k in keys]
             weights = [math.exp(cosine / 0.2) for cosine in cosines]
             expected -= 2 * 0.2 * math.log(weights[i] / sum(weights)) / len(queries)
-    loss = float(objective(batch).loss)
+    loss = objective(batch).loss.item()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     both = (torch.cat(views) for views in (out, kept))
-    assert abs(loss - 2 * 0.2 * float(NTXentLoss(temperature=0.2)(*both))) > 0.01  # which is another loss
+    assert abs(loss - 2 * 0.2 * NTXentLoss(temperature=0.2)(*both).item()) > 0.01  # which is another loss
 
 
 def test_info_nce_does_not_care_about_order_or_length():

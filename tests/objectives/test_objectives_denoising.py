@@ -68,7 +68,7 @@ def test_the_mask_token_has_no_part_in_it(batch):
 
 
 def test_more_noise_hides_more(batch):
-    losses = [float(Denoising(make(norm_pix_loss=False), 0, d)(batch).loss) for d in (0.01, 30.0)]
+    losses = [Denoising(make(norm_pix_loss=False), 0, d)(batch).loss.item() for d in (0.01, 30.0)]
     assert losses[0] != losses[1]
 
 

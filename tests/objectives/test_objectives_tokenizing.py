@@ -60,7 +60,7 @@ def test_the_divergence_is_from_equally_likely_words(batch):
     p = logits.softmax(3)
     divergence = (p * (p * 12).log()).sum(3).mean()
     difference = weighted(batch).loss - plain(batch).loss
-    torch.testing.assert_close(float(difference), 2 * float(divergence), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(difference.item(), 2 * divergence.item(), rtol=1e-3, atol=1e-6)
 
 
 def test_noise_belongs_to_the_sample(batch):
@@ -71,15 +71,15 @@ def test_noise_belongs_to_the_sample(batch):
 
 def test_pictures_get_better(batch):
     objective = make(kl_weight=0.001, passes=150)
-    before = float(objective.eval()(batch).loss)
+    before = objective.eval()(batch).loss.item()
     optimizer = torch.optim.AdamW(objective.train().parameters(), 3e-3)
     for _ in range(150):
         optimizer.zero_grad()
         objective(batch).loss.backward()
         optimizer.step()
     after = objective.eval()(batch)
-    assert float(after.loss) < 0.6 * before
-    assert float(after.loss) < 0.7 * float(batch.images.var())
+    assert after.loss.item() < 0.6 * before
+    assert after.loss.item() < 0.7 * float(batch.images.var())
     assert float(after.metrics["words_used"]) > 3
 
 

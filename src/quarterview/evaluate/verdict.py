@@ -282,7 +282,12 @@ def needed(found: Estimate, worthwhile: float) -> str:
     It is decided when the interval excludes either 0 from below or the smallest gain worth having
     from above, whichever is nearer to hand.
     """
-    seeds, target = len(found.by_seed), max(found.mean, worthwhile - found.mean) ** 2
+    return narrower(found, max(found.mean, worthwhile - found.mean))
+
+
+def narrower(found: Estimate, half: float) -> str:
+    """What would make an interval reach less than so far from its mean, if that stays where it is."""
+    seeds, target = len(found.by_seed), half**2
     if seeds == 1:
         return "with one seed nothing is known of what another would give: --seeds 3 or more would tell"
     test = quantile(found.images) ** 2 * found.test_variance

@@ -51,6 +51,8 @@ class Facts:
     """What the weights were at the beginning; empty for random ones."""
     start: "Facts | None" = None
     """What is known of those."""
+    decoder: bool = True
+    """Whether a masked autoencoder's decoder is among them."""
 
     @property
     def crop_pct(self) -> float | None:
