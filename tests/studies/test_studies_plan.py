@@ -34,8 +34,15 @@ CONFIG = StudyConfig(
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("30m", ("minutes", 30)), ("2h", ("minutes", 120)), ("90s", ("minutes", 1.5)), ("1.5h", ("minutes", 90))]
-    + [("2e6images", ("images", 2e6)), ("500images", ("images", 500)), ("1e15flops", ("flops", 1e15))],
+    [
+        *[
+            ("30m", ("minutes", 30)),
+            ("2h", ("minutes", 120)),
+            ("90s", ("minutes", 1.5)),
+            ("1.5h", ("minutes", 90)),
+        ],
+        *[("2e6images", ("images", 2e6)), ("500images", ("images", 500)), ("1e15flops", ("flops", 1e15))],
+    ],
 )
 def test_budgets(text, expected):
     assert read_budget(text) == expected
