@@ -95,6 +95,8 @@ class PretrainConfig(
                 "denoising hides nothing and predicts pictures; accepted: the standard decoder, no mask "
                 "tokens in the encoder, and --target pixels or pca"
             )
+        if name == "denoising" and self.compile:
+            raise UserError("compile with objective denoising; accepted: without it")
         if name in COMPARING and self.accum_iter > 1:
             raise UserError(
                 f"accum_iter {self.accum_iter} with objective {name}, which compares images of a batch, so "

@@ -114,7 +114,7 @@ def test_the_report_tells_what_was_judged(done):
     page = (done / "report.html").read_text()
     assert "Is &lt;this&gt; a study?" in page
     assert "Targets &amp; starts" in page
-    assert "http" not in page.replace("http://www.w3.org", "")
+    assert not [word for word in ('src="', 'href="http', "url(h", "<script", "@import") if word in page]
     assert page.count("<svg") == 1
     assert (done / "study.png").read_bytes().startswith(b"\x89PNG")
 
@@ -130,6 +130,7 @@ def test_another_study_in_the_folder_is_refused(done, study):
         conduct(str(study), config(done, labels=50), Journal(quiet=True))
 
 
+@pytest.mark.slow
 def test_seeds_may_be_added_and_two_at_a_time_are_the_same(done, study, tmp_path):
     out = tmp_path / "out"
     assert conduct(str(study), config(out, seeds=1), Journal(quiet=True)).status == "complete"
@@ -143,7 +144,7 @@ def test_seeds_may_be_added_and_two_at_a_time_are_the_same(done, study, tmp_path
         assert all(np.array_equal(right, two[name][measure]) for measure, right in found.items())
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stopped_study_goes_on(done, study, tmp_path, jobs):
     out = tmp_path / "out"
     flags = {**vars(config(out)), "jobs": jobs}
@@ -167,6 +168,7 @@ def test_a_stopped_study_goes_on(done, study, tmp_path, jobs):
         assert all(np.array_equal(right, two[name][measure]) for measure, right in found.items())
 
 
+@pytest.mark.slow
 def test_a_budget_of_minutes(study, tmp_path):
     out = tmp_path / "out"
     began = time.monotonic()
@@ -186,4 +188,6 @@ def test_wrong_requests(tmp_path, study):
         conduct(str(study), replace(config(tmp_path), data=()), Journal(quiet=True))
     with pytest.raises(UserError, match="2 blocks"):
         conduct("partial", config(tmp_path / "a"), Journal(quiet=True))
-    assert run(["study", "mask-ratio", "--budget", "lots"]) == 2
+    with pytest.raises(SystemExit) as exit_code:
+        run(["study", "mask-ratio", "--budget", "lots"])
+    assert exit_code.value.code == 2

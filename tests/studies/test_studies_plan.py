@@ -14,6 +14,7 @@ from quarterview.model.targets import TokenTarget
 from quarterview.objectives.choice import DEFAULTS, fresh_objective, model_config_of
 from quarterview.studies.named import STUDIES
 from quarterview.studies.plan import (
+    Reading,
     StudyConfig,
     base_of,
     flops_an_image,
@@ -60,7 +61,7 @@ def test_budgets_that_mean_nothing(text):
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_named_study_can_be_planned(name):
     config = replace(CONFIG, budget="1e5images", model=None)
-    arms = planned(unique_arms(STUDIES[name], config, "words"), config, {}, 0.0)
+    arms = planned(unique_arms(STUDIES[name], config, "words"), config, {})
     assert len({one.key for one in arms}) == len(arms)
     for one in arms:
         expected = 0 if one.arm.start == "random" else round(1e5 * one.arm.length / one.config.batch_size)
@@ -108,7 +109,7 @@ def test_the_papers_figures_are_the_papers():
 
 def test_equal_operations():
     config = replace(CONFIG, budget="1e12flops")
-    arms = planned(unique_arms(STUDIES["baselines"], config, "words"), config, {}, 0.0)
+    arms = planned(unique_arms(STUDIES["baselines"], config, "words"), config, {})
     for one in arms:
         if one.steps:
             spent = one.steps * one.config.batch_size * flops_an_image(one.config)
@@ -160,9 +161,9 @@ def test_a_budget_of_minutes_is_kept_by_what_was_timed():
     config = replace(CONFIG, budget="2m", seeds=2)
     arms = unique_arms(STUDIES["mask-ratio"], config, "words")
     judging = {"finetune": 1.0, "linear": 0.5}
-    found = planned(arms, config, judging, spent=10.0)
+    found = planned(arms, config, judging, Reading(0.5, 0.0), spent=10.0)
     assert len({one.steps for one in found}) == 1
-    judged = 2 * 1.5 * len(arms)
+    judged = 2 * (1.5 + 0.5) * len(arms)
     trained = 2 * sum(one.steps * one.config.batch_size * seconds_an_image(one.config) for one in found)
     assert 30 < 10 + judged + trained < 240  # the machine may be slower or faster now than a second ago
 
@@ -171,7 +172,7 @@ def test_a_budget_that_judging_alone_eats_is_refused():
     config = replace(CONFIG, budget="1m")
     arms = unique_arms(STUDIES["mask-ratio"], config, "words")
     with pytest.raises(UserError, match="to be judged alone"):
-        planned(arms, config, {"finetune": 30.0, "linear": 30.0}, 0.0)
+        planned(arms, config, {"finetune": 30.0, "linear": 30.0})
 
 
 # ---------------------------------------------------------------------- files

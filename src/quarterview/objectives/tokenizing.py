@@ -49,12 +49,13 @@ class Tokenizing(nn.Module):
         passes: training passes of the whole run, over which words become cold.
     """
 
-    passed: Tensor
+    progress: Tensor
+    """Of the run, from 0 to 1: a run that is resumed may have more passes an update."""
 
     def __init__(self, model: DiscreteVAE, seed: int, kl_weight: float, passes: int) -> None:
         super().__init__()
         self.model, self.seed, self.kl_weight, self.passes = model, seed, kl_weight, passes
-        self.register_buffer("passed", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("progress", torch.zeros((), dtype=torch.float64))
 
     def forward(self, batch: Batch) -> Loss:
         gumbel = None
@@ -65,7 +66,7 @@ class Tokenizing(nn.Module):
             gumbel = -(-u.log()).log().view(-1, rows, columns, self.model.vocabulary)
         picture, logits = self.model(batch.images, gumbel, self.temperature())
         if self.training:
-            self.passed += 1
+            self.progress += 1 / self.passes
         with torch.autocast(batch.images.device.type, enabled=False):
             error = F.mse_loss(picture.float(), batch.images)
             shares = logits.log_softmax(dim=3)
@@ -77,5 +78,5 @@ class Tokenizing(nn.Module):
 
     def temperature(self) -> Tensor:
         """Of the words at the present pass."""
-        progress = (self.passed.float() / self.passes).clamp(max=1)
+        progress = self.progress.float().clamp(max=1)
         return COLDEST + (1 - COLDEST) * 0.5 * (1 + (math.pi * progress).cos())

@@ -5,6 +5,7 @@ lengths that were planned at the first start stay. After each arm the report is 
 """
 
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 
 from quarterview.errors import UserError, unknown
 from quarterview.evaluate.finetune import SCRATCH
@@ -28,12 +30,14 @@ from quarterview.studies.measure import (
 )
 from quarterview.studies.named import STUDIES
 from quarterview.studies.plan import (
+    AT_HAND,
     TOKENIZER,
     Planned,
     StudyConfig,
     base_of,
     planned,
     read_budget,
+    time_reading,
     tokenizer_config,
     unique_arms,
 )
@@ -144,10 +148,13 @@ def _plan(
             )
         return [one._replace(steps=known["steps"][one.key]) for one in arms]
     judging: Mapping[str, float] = {}
+    reading = AT_HAND
     if read_budget(config.budget)[0] == "minutes":
         journal.say("timing what the arms take, and what it takes to judge one")
         judging = _time_judging(arms, config, images, out)
-    made = planned(arms, config, judging, time.monotonic() - began)
+        reading = time_reading(base_of(study, config))
+    at_a_time = jobs_of(config) if torch.cuda.device_count() else 1  # a CPU's jobs share its cores
+    made = planned(arms, config, judging, reading, time.monotonic() - began, at_a_time)
     plan = {"settings": settings, "steps": {one.key: one.steps for one in made}}
     replace_text(file, json.dumps(plan, indent=1) + "\n")
     trained = [one for one in made if one.steps]
@@ -170,6 +177,7 @@ def _time_judging(
     """Seconds of each measure, on random weights, whose results are kept where they are asked for."""
     measures = list(dict.fromkeys(measure for one in arms for measure in one.measures))
     few = replace(config, tune_steps=min(config.tune_steps, _MOST_JUDGED_AT_TRIAL))
+    shutil.rmtree(out / "timing", ignore_errors=True)  # of a start that was stopped
     found = {}
     for measure in measures:
         began = time.monotonic()
@@ -183,6 +191,7 @@ def _time_judging(
             batch = 64
             seconds += (config.tune_steps - few.tune_steps) * batch / rate
         found[measure] = seconds
+    shutil.rmtree(out / "timing")
     return found
 
 

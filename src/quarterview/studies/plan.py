@@ -20,6 +20,7 @@ from quarterview.model.mae import MaskedAutoencoder
 from quarterview.model.targets import TokenTarget
 from quarterview.objectives.choice import COMPARING, DEFAULTS, fresh_objective, model_config_of
 from quarterview.pretraining import PretrainConfig
+from quarterview.speed.bench import loader_of, reading_time
 from quarterview.studies.study import Arm, Study, Table, check_measure
 from quarterview.train.distributed import World, choose_device
 from quarterview.train.loop import precision_context, usable_precision
@@ -31,6 +32,7 @@ VOCABULARY = 512
 TOKENIZER = "tokenizer"
 """The folder of its run."""
 _TIMED = 3  # steps
+_READ_SECONDS = 3.0
 _RESERVE = 0.9  # of the minutes that are planned with: machines are noisy
 _NOT_PLANNED = ("out", "seed", "data", "device", "workers", "steps", "epochs", "resume", "tokenizer")
 
@@ -151,9 +153,9 @@ def arm_config(base: PretrainConfig, arm: Arm, tokenizer: str) -> PretrainConfig
 
 def tokenizer_config(base: PretrainConfig, folder: str) -> PretrainConfig:
     """The run of the study's tokenizer."""
-    values = {**DEFAULTS["tokenizer"], "vocabulary": VOCABULARY, "objective": "tokenizer", "out": folder}
-    plain: dict[str, Any] = {f.name: getattr(base, f.name) for f in fields(PretrainConfig)}
-    return PretrainConfig(**{**plain, **values})
+    values: dict[str, Any] = {**DEFAULTS["tokenizer"], "vocabulary": VOCABULARY, "objective": "tokenizer"}
+    values |= {"out": folder, "target": "pixels", "tokenizer": None, "init_from": None}
+    return replace(base, **values)
 
 
 def unique_arms(study: Study, config: StudyConfig, folder: str) -> list[Planned]:
@@ -199,14 +201,45 @@ def key_of(arm: Arm, config: PretrainConfig) -> str:
 # ---------------------------------------------------------------------- length
 
 
+class Reading(NamedTuple):
+    """What it takes to have the images at hand."""
+
+    once: float
+    """Seconds at the beginning of each run, to open the set and, if it is held on the device, decode it."""
+    image: float
+    """Seconds an image, where it is decoded whenever it is seen."""
+
+
+AT_HAND = Reading(0.0, 0.0)
+
+
+def time_reading(config: PretrainConfig) -> Reading:
+    """Measure it now."""
+    device = choose_device(config.device)
+    began = time.perf_counter()
+    loader = loader_of(config, device)
+    assert loader is not None
+    once = time.perf_counter() - began
+    if loader.cached is not None:
+        return Reading(once, 0.0)
+    return Reading(once, reading_time(loader, config, _READ_SECONDS) / config.batch_size)
+
+
 def planned(
-    arms: Sequence[Planned], config: StudyConfig, judging: Mapping[str, float], spent: float
+    arms: Sequence[Planned],
+    config: StudyConfig,
+    judging: Mapping[str, float],
+    reading: Reading = AT_HAND,
+    spent: float = 0.0,
+    at_a_time: int = 1,
 ) -> list[Planned]:
     """The same arms with their numbers of updates.
 
     Args:
         judging: seconds that each measure takes once.
+        reading: see `time_reading`.
         spent: seconds that went by already.
+        at_a_time: arms that run without slowing one another.
 
     Raises:
         UserError: if the budget does not suffice for anything.
@@ -217,11 +250,14 @@ def planned(
         return [_with_images(p, amount * p.arm.length) for p in arms]
     if kind == "flops":
         return [_with_images(p, amount * p.arm.length / flops_an_image(p.config)) for p in arms]
-    rates = [seconds_an_image(p.config) * p.arm.length for p in trained]
-    if any(p.config.tokenizer for p in trained):
-        rates.append(seconds_an_image(tokenizer_config(trained[0].config, "")) / config.seeds)
+    rates = [(seconds_an_image(p.config) + reading.image) * p.arm.length for p in trained]
+    reader = next((p for p in trained if p.config.tokenizer), None)
+    if reader is not None:
+        its = seconds_an_image(tokenizer_config(reader.config, "")) + reading.image
+        rates.append(its / config.seeds)
     judged = config.seeds * sum(judging[m] for p in arms for m in p.measures)
-    left = _RESERVE * (60 * amount - spent) - judged
+    judged += config.seeds * len(trained) * reading.once
+    left = at_a_time * _RESERVE * (60 * amount - spent) - judged
     images = left / (config.seeds * sum(rates)) if rates else 0.0
     if left <= 0 or images < min(p.config.batch_size / p.arm.length for p in trained):
         raise UserError(
@@ -253,7 +289,9 @@ def flops_an_image(config: PretrainConfig) -> float:
         student = whole + head + taught * 2 * 2 * hidden * out
         return 2 * (3 * student + taught * (whole + head))
     if config.objective == "denoising":
-        decoder = config.decoder_depth * block_flops(1 + config.patches, config.decoder_width)
+        inner, numbers = config.decoder_width, config.part(MAEConfig).predicted_numbers
+        decoder = config.decoder_depth * block_flops(1 + config.patches, inner)
+        decoder += 2 * inner * ((1 + config.patches) * config.shape.width + config.patches * numbers)
         return 3 * (whole + decoder)
     return 3 * whole
 

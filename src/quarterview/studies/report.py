@@ -151,12 +151,12 @@ def as_csv(found: Sequence[Found]) -> str:
         for arm in its.table.arms:
             for measure in its.measures:
                 figure = its.figures.get((arm.name, measure))
-                for run, value in enumerate(figure.by_seed if figure else ()):
-                    paper = arm.paper.get(measure)
-                    shown = "" if paper is None else f"{paper / 100:.3f}"
-                    rows.writerow(
-                        [its.table.title, arm.name, measure, run, f"{value:.5f}", shown, figure.images]
-                    )  # type: ignore[union-attr]
+                if figure is None:
+                    continue
+                paper = f"{arm.paper[measure] / 100:.3f}" if measure in arm.paper else ""
+                for run, value in enumerate(figure.by_seed):
+                    said = (its.table.title, arm.name, measure, run, f"{value:.5f}", paper, figure.images)
+                    rows.writerow(said)
     return written.getvalue()
 
 
@@ -338,7 +338,7 @@ def _draw_curve(axes: Any, found: Found) -> None:
         if points:
             x, figures = zip(*points, strict=True)
             means = [100 * figure.mean for figure in figures]
-            errors = [50 * (figure.high - figure.low) for figure in figures]
+            errors = _errors(figures)
             style = {"color": colour, "marker": "o", "markersize": 5, "linewidth": 1.6, "capsize": 3}
             axes.errorbar(x, means, errors, label=name_of(measure), **style)
     axes.set_xlabel(found.table.axis)
@@ -356,18 +356,26 @@ def _draw_bars(axes: Any, found: Found) -> None:
         ]
         places = [len(arms) - 1 - i + (len(found.measures) / 2 - row - 0.5) * height for i, _ in mine]
         means = [100 * figure.mean for _, figure in mine]
-        errors = [50 * (figure.high - figure.low) for _, figure in mine]
+        errors = _errors([figure for _, figure in mine])
         axes.errorbar(means, places, xerr=errors, fmt="o", color=colour, capsize=2, label=name_of(measure))
     axes.set_yticks(range(len(arms)), [arm.name for arm in reversed(arms)])
     axes.set_xlabel("accuracy, %")
     axes.set_title(found.table.title, fontsize=10, loc="left")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.grid(axis="x", color=PLAIN, alpha=0.3, linewidth=0.7)
+
+
+def _errors(figures: Sequence[Estimate]) -> list[list[float]]:
+    """How far down and up the intervals of accuracies reach, in percent."""
+    return [
+        [100 * (figure.mean - figure.as_share[0]) for figure in figures],
+        [100 * (figure.as_share[1] - figure.mean) for figure in figures],
+    ]
 
 
 def _finish(axes: Any) -> None:
     axes.set_ylabel("accuracy, %")
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.grid(axis="y", color=PLAIN, alpha=0.3, linewidth=0.7)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

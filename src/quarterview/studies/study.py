@@ -179,7 +179,9 @@ def _fields(content: object, where: str, kinds: Mapping[str, type] | None) -> di
     """
     if not isinstance(content, dict):
         raise UserError(f"{where} is no table of fields; accepted: lines such as `title: Mask ratio`")
-    for key, value in content.items() if kinds is not None else ():
+    for key, value in content.items():
+        if kinds is None:
+            break
         if key not in kinds:
             raise unknown(f"field in {where}:", str(key), kinds)
         if value is not None and not isinstance(value, kinds[key]):
