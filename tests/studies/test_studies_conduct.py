@@ -144,7 +144,8 @@ def test_seeds_may_be_added_and_two_at_a_time_are_the_same(done, study, tmp_path
         assert all(np.array_equal(right, two[name][measure]) for measure, right in found.items())
 
 
-@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
 def test_a_stopped_study_goes_on(done, study, tmp_path, jobs):
     out = tmp_path / "out"
     flags = {**vars(config(out)), "jobs": jobs}

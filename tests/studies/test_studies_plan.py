@@ -26,7 +26,12 @@ from quarterview.studies.plan import (
 from quarterview.studies.study import Arm, Finding, Study, Table, read_study
 
 CONFIG = StudyConfig(
-    data=("shapes",), train=("shapes",), test=("shapes",), out="x", model="mae_vit_32x2x2_patch4"
+    data=("shapes",),
+    train=("shapes",),
+    test=("shapes",),
+    out="x",
+    model="mae_vit_32x2x2_patch4",
+    batch_size=64,
 )
 
 
