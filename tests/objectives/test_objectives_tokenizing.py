@@ -11,7 +11,7 @@ from quarterview.data.loader import Batch
 from quarterview.data.open import open_source
 from quarterview.errors import UserError
 from quarterview.model.tokenizer import TokenizerConfig, fresh_tokenizer
-from quarterview.objectives.tokenizing import Tokenizing, TokenizingConfig
+from quarterview.objectives.tokenizing import Tokenizing, TokenizingConfig, gumbel_of
 
 HALF = (0.5, 0.5, 0.5)
 CONFIG = TokenizerConfig(4, 3, 12, 16, 1, HALF, HALF)
@@ -67,6 +67,14 @@ def test_noise_belongs_to_the_sample(batch):
     whole = make()(batch).metrics["reconstruction"]
     parts = [make()(part).metrics["reconstruction"] for part in batch.split(12)]
     torch.testing.assert_close(whole, sum(parts) / 2)
+
+
+def test_the_noise_is_gumbels_and_always_finite():
+    ends = gumbel_of(torch.tensor([0.0, 2.0**-24, 1 - 2.0**-24]))
+    torch.testing.assert_close(ends, torch.tensor([17.32868, 16.635532, -2.8115]), rtol=1e-4, atol=1e-4)
+    noise = gumbel_of(torch.rand(1_000_000, generator=torch.Generator().manual_seed(0)))
+    assert abs(float(noise.mean()) - 0.577216) < 0.01
+    assert abs(float(noise.var()) - math.pi**2 / 6) < 0.02
 
 
 def test_pictures_get_better(batch):

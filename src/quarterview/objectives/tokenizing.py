@@ -62,8 +62,8 @@ class Tokenizing(nn.Module):
         if self.training:
             rows, columns = (side // self.model.config.patch_size for side in batch.images.shape[2:])
             count = rows * columns * self.model.vocabulary
-            u = draws.uniform(self.seed, "words", batch.epochs, batch.ids, count) + _SMALLEST
-            gumbel = -(-u.log()).log().view(-1, rows, columns, self.model.vocabulary)
+            u = draws.uniform(self.seed, "words", batch.epochs, batch.ids, count)
+            gumbel = gumbel_of(u).view(-1, rows, columns, self.model.vocabulary)
         picture, logits = self.model(batch.images, gumbel, self.temperature())
         if self.training:
             self.progress += 1 / self.passes
@@ -80,3 +80,8 @@ class Tokenizing(nn.Module):
         """Of the words at the present pass."""
         progress = self.progress.float().clamp(max=1)
         return COLDEST + (1 - COLDEST) * 0.5 * (1 + (math.pi * progress).cos())
+
+
+def gumbel_of(uniforms: Tensor) -> Tensor:
+    """Gumbel noise from uniform numbers in [0, 1), of which 0 would give infinity."""
+    return -(-(-uniforms).log1p()).clamp(min=_SMALLEST).log()

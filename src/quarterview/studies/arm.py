@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-from quarterview.evaluate.finetune import SCRATCH
 from quarterview.pretraining import PretrainConfig, pretrain
 from quarterview.studies.measure import Images, StoppedError, judge, read_judged
 from quarterview.studies.plan import Planned, StudyConfig
@@ -23,11 +22,11 @@ def conduct_one(one: Planned, seed: int, config: StudyConfig, images: Images, ou
     folder = place(out, one.key, seed)
     if all(measure in read_judged(folder) for measure in one.measures):
         return
-    run = SCRATCH
+    run = None
     if one.arm.start == "pretrain":
         run = str(folder / "pretrain")
         train(replace(one.config, steps=one.steps, seed=seed, out=run))
-    judge(run, one.config, one.measures, images, config, seed, folder)
+    judge(run, one.arm.start, one.config, one.measures, images, config, seed, folder)
 
 
 def train(config: PretrainConfig) -> None:

@@ -17,13 +17,12 @@ import numpy as np
 import torch
 
 from quarterview.errors import UserError, unknown
-from quarterview.evaluate.finetune import SCRATCH
 from quarterview.running import to_plain
 from quarterview.studies.arm import conduct_one, place, train
 from quarterview.studies.measure import (
     Images,
     StoppedError,
-    depth_is_enough,
+    check_measures,
     judge,
     open_images,
     read_judged,
@@ -90,7 +89,7 @@ def conduct(name: str, config: StudyConfig, journal: Journal, argv: Sequence[str
         images = open_images(config, base_of(study, config).in_chans)
         arms = unique_arms(study, config, str(out / TOKENIZER))
         for one in arms:
-            depth_is_enough(one.measures, one.config.shape.depth)
+            check_measures(one.arm.start, one.measures, one.config.shape.depth)
         try:
             arms = _plan(study, config, arms, images, out, journal, began)
             _train_tokenizer(arms, config, out, journal)
@@ -183,7 +182,7 @@ def _time_judging(
         began = time.monotonic()
         folder = out / "timing" / measure.replace(":", "-")
         kind = "finetune:1" if measure.startswith("finetune:") else measure
-        judge(SCRATCH, arms[0].config, [kind], images, few, config.seed, folder)
+        judge(None, "random", arms[0].config, [kind], images, few, config.seed, folder)
         seconds = time.monotonic() - began
         if measure.startswith("finetune"):
             # Opening and judging take as long as they did; the updates are more.

@@ -1,5 +1,6 @@
 """Judge one arm under one seed: which of the test images does it tell right, by each measure."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +14,27 @@ from quarterview import recipes
 from quarterview.data.open import open_sources
 from quarterview.data.source import Source, labels_of
 from quarterview.errors import UserError
-from quarterview.evaluate.features import Backbone, choose_labelled, class_scores, encoder_features, extract
+from quarterview.evaluate.features import (
+    BackboneConfig,
+    Encoder,
+    choose_labelled,
+    class_scores,
+    encoder_features,
+    extract,
+    partly_visible,
+    pixel_features,
+)
 from quarterview.evaluate.finetune import SCRATCH, count_blocks, finetune
 from quarterview.evaluate.knn import nearest, vote
 from quarterview.evaluate.linear import check_classes, choose_strength, fit
 from quarterview.exchange.weights import load, load_classifier
+from quarterview.model.config import MAEConfig
+from quarterview.model.mae import MaskedAutoencoder, fresh_model
 from quarterview.objectives.choice import COMPARING
 from quarterview.pretraining import PretrainConfig
+from quarterview.studies.plain_features import patch_clusters, picture_components
 from quarterview.studies.plan import StudyConfig
+from quarterview.studies.study import Start, parts_of
 from quarterview.train.distributed import choose_device
 
 NEIGHBOURS = 20
@@ -58,30 +72,36 @@ def open_images(config: StudyConfig, channels: int) -> Images:
 
 
 def frozen(
-    model: Backbone, objective: str, measures: Sequence[str], images: Images, config: StudyConfig, seed: int
+    encoders: Mapping[str, Encoder],
+    shape: BackboneConfig,
+    measures: Sequence[str],
+    images: Images,
+    config: StudyConfig,
+    seed: int,
 ) -> dict[str, np.ndarray]:
     """bool [M] by measure, of features that are left as they are.
 
-    They are the mean of the patch tokens, and the cls token of methods that train that one alone.
+    Args:
+        encoders: by the percentage of the patches that they see, as measures name it.
+        shape: of their images.
+        measures: ``linear``, ``knn``, ``linear@P`` and ``knn@P``.
     """
-    wanted = [measure for measure in measures if measure in ("linear", "knn")]
-    if not wanted:
-        return {}
     device = choose_device(config.device)
-    count = min(config.labels, len(images.train))
-    chosen = choose_labelled(images.train_labels, count, seed)
-    encoders = {"": encoder_features(model.to(device), "cls" if objective in COMPARING else "mean")}  # type: ignore[attr-defined]
-    features, kept = extract(encoders, images.train, chosen.tolist(), model.config, device)
-    test, seen = extract(encoders, images.test, range(len(images.test)), model.config, device)
+    chosen = choose_labelled(images.train_labels, min(config.labels, len(images.train)), seed)
+    train, kept = extract(encoders, images.train, chosen.tolist(), shape, device)
+    test, seen = extract(encoders, images.test, range(len(images.test)), shape, device)
     labels, truth = images.train_labels[kept], images.test_labels[seen]
     found: dict[str, np.ndarray] = {}
-    if "linear" in wanted:
-        strength = choose_strength(features[""].numpy(), labels.numpy(), seed)
-        predicted = fit(features[""].numpy(), labels.numpy(), strength).predict(test[""].numpy())
-        found["linear"] = np.equal(predicted, truth.numpy())
-    if "knn" in wanted:
-        similarity, index = nearest(features[""], test[""], min(NEIGHBOURS, len(labels)), device)
-        found["knn"] = (vote(similarity, labels[index], "weighted") == truth).numpy()
+    for measure in measures:
+        kind, _, visible = parts_of(measure)
+        features, others = train[visible], test[visible]
+        if kind == "linear":
+            strength = choose_strength(features.numpy(), labels.numpy(), seed)
+            predicted = fit(features.numpy(), labels.numpy(), strength).predict(others.numpy())
+            found[measure] = np.equal(predicted, truth.numpy())
+        else:
+            similarity, index = nearest(features, others, min(NEIGHBOURS, len(labels)), device)
+            found[measure] = (vote(similarity, labels[index], "weighted") == truth).numpy()
     return found
 
 
@@ -130,7 +150,8 @@ def tuned(
 
 
 def judge(
-    run: str,
+    run: str | None,
+    start: Start,
     pretraining: PretrainConfig,
     measures: Sequence[str],
     images: Images,
@@ -141,31 +162,64 @@ def judge(
     """Every measure of one arm under one seed; those that are in the folder are not taken again.
 
     Args:
-        run: a run's folder, or ``scratch`` for the initial weights that belong to the seed.
+        run: the folder of a pre-training; None for what needs none.
         folder: where ``judged.npz`` and the runs of fine-tuning are kept.
     """
     found = read_judged(folder)
     missing = [measure for measure in measures if measure not in found]
-    if any(measure in ("linear", "knn") for measure in missing):
-        found |= frozen(_model(run, pretraining, seed), pretraining.objective, missing, images, config, seed)
+    still = [measure for measure in missing if not measure.startswith("finetune")]
+    if still:
+        shape, encoders = _encoders(run, start, pretraining, still, config, seed)
+        found |= frozen(encoders, shape, still, images, config, seed)
         write_judged(folder, found)
     for measure in missing:
         if measure.startswith("finetune"):
             out = folder / measure.replace(":", "-")
-            found[measure] = tuned(run, pretraining, measure, images, config, seed, out)
+            found[measure] = tuned(run or SCRATCH, pretraining, measure, images, config, seed, out)
             write_judged(folder, found)
     return found
 
 
-def _model(run: str, pretraining: PretrainConfig, seed: int) -> Any:
-    if run != SCRATCH:
-        return load(run)
-    from quarterview.model.config import ViTConfig
-    from quarterview.model.encoder import fresh_encoder
+def _encoders(
+    run: str | None,
+    start: Start,
+    pretraining: PretrainConfig,
+    measures: Sequence[str],
+    config: StudyConfig,
+    seed: int,
+) -> tuple[BackboneConfig, dict[str, Encoder]]:
+    """What makes the features of an arm, by the percentage of the patches that it sees.
 
+    Features are the mean of the patch tokens, and the cls token of methods that train that one alone.
+    """
+    shares = sorted({parts_of(measure)[2] for measure in measures})
+    model = _model(run, pretraining, seed)
+    if start in ("pixels", "pca", "kmeans"):
+        source = open_sources(config.data, pretraining.in_chans)
+        plain = {
+            "pixels": lambda: pixel_features,
+            "pca": lambda: picture_components(source, pretraining.image_size, seed),
+            "kmeans": lambda: patch_clusters(source, pretraining.image_size, seed),
+        }
+        return model.config, {"": plain[start]()}
+    model.to(choose_device(config.device))
+    kind = "cls" if pretraining.objective in COMPARING and run is not None else "mean"
+    encoders = {
+        share: partly_visible(model, int(share) / 100, seed) if share else encoder_features(model, kind)
+        for share in shares
+    }
+    return model.config, encoders
+
+
+def _model(run: str | None, pretraining: PretrainConfig, seed: int) -> MaskedAutoencoder:
+    """The encoder of a run, or with the initial weights that belong to a seed, in a masked autoencoder."""
+    if run is not None:
+        model = load(run)
+        assert isinstance(model, MaskedAutoencoder)
+        return model
     half = (0.5,) * pretraining.in_chans  # mean and deviation
-    network = (pretraining.model, pretraining.image_size, pretraining.in_chans)
-    return fresh_encoder(ViTConfig(*network, half, half), seed).eval()
+    network = (pretraining.model, pretraining.image_size, pretraining.in_chans, half, half)
+    return fresh_model(MAEConfig(*network, decoder_depth=0, encoder_mask_tokens=True), seed).eval()
 
 
 def read_judged(folder: Path) -> dict[str, np.ndarray]:
@@ -185,9 +239,11 @@ def write_judged(folder: Path, found: Mapping[str, np.ndarray]) -> None:
     partial.replace(folder / "judged.npz")
 
 
-def depth_is_enough(measures: Sequence[str], depth: int) -> None:
-    """Raises UserError if more blocks are to be tuned than there are."""
+def check_measures(start: Start, measures: Sequence[str], depth: int) -> None:
+    """Raises UserError if an arm cannot be judged so: it has no network, or fewer blocks than that."""
     for measure in measures:
-        blocks = measure.partition(":")[2]
-        if blocks and count_blocks(blocks) not in (float("inf"),) and count_blocks(blocks) > depth:
+        kind, blocks, visible = parts_of(measure)
+        if start in ("pixels", "pca", "kmeans") and (kind == "finetune" or visible):
+            raise UserError(f"{measure} of {start}, which is no network; accepted: linear, knn")
+        if blocks and depth < count_blocks(blocks) < math.inf:
             raise UserError(f"{measure} of an encoder of {depth} blocks; accepted: at most {depth}")

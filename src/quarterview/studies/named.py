@@ -230,6 +230,109 @@ BASELINES = Table(
     measures=(_FT, _LIN, "knn"),
     source="tables 3 and 12, figure 9",
 )
+PLAIN = Table(
+    "What was there before networks",
+    (
+        Arm("pixels", start="pixels"),
+        Arm("components of pixels", start="pca"),
+        Arm("clusters of patches", start="kmeans"),
+        Arm("random weights", start="random"),
+        Arm("MAE", {"norm_pix_loss": True}),
+    ),
+    tuple(
+        finding
+        for name in ("pixels", "components of pixels", "clusters of patches")
+        for finding in _ahead(f"MAE is ahead of {name}", "MAE", name, _LIN)
+    ),
+    measures=(_LIN, "knn"),
+)
+_SIZES = ("tiny", "small", "base")
+SCALING = Table(
+    "Size of the model",
+    tuple(
+        arm
+        for name in _SIZES
+        for arm in (
+            Arm(f"{name}, random weights", {"model": f"mae_vit_{name}_patch4"}, start="random"),
+            Arm(f"{name}, MAE", {"model": f"mae_vit_{name}_patch4"}),
+        )
+    ),
+    tuple(
+        Finding(
+            f"the gain of {larger} is larger than that of {smaller}",
+            f"{larger}, MAE",
+            f"{smaller}, MAE",
+            _FT,
+            over=(f"{larger}, random weights", f"{smaller}, random weights"),
+        )
+        for smaller, larger in (("tiny", "small"), ("small", "base"), ("tiny", "base"))
+    ),
+    measures=(_FT,),
+    source="figure 8: the gain grows from 1.3 (ViT-B) to 3.3 (L) and 3.8 (H)",
+)
+_VISIBLE = (10, 25, 50, 75)
+VISIBLE = Table(
+    "Patches that are visible when features are used",
+    (Arm("random weights", start="random"), Arm("MAE")),
+    tuple(
+        finding
+        for share in (25, 50)
+        for finding in (
+            Finding(
+                f"the whole picture is better than {share}% of it",
+                "MAE",
+                "MAE",
+                _LIN,
+                second_measure=f"linear@{share}",
+            ),
+        )
+    ),
+    measures=(
+        *(f"linear@{share}" for share in _VISIBLE),
+        _LIN,
+        *(f"knn@{share}" for share in _VISIBLE),
+        "knn",
+    ),
+    source="section 3: trained on a quarter, used on the whole",
+)
+WALL_CLOCK = Table(
+    "What a step costs",
+    (
+        Arm("with mask tokens", {"encoder_mask_tokens": True, "decoder_depth": 8}, paper=_paper(84.2)),
+        Arm("without", {"decoder_depth": 8}, paper=_paper(84.9)),
+        Arm("without, 1 block", {"decoder_depth": 1}, paper=_paper(84.8)),
+    ),
+    tuple(_ahead("the encoder is better without mask tokens", "without", "with mask tokens", _FT)),
+    measures=(_FT,),
+    source="table 2: 2.8 and 3.7 times as fast",
+)
+TOKENS = Table(
+    "Pixels and tokens",
+    (
+        Arm("pixels", {"norm_pix_loss": False}, paper=_paper(85.1)),
+        Arm("pixels, normalised", {"norm_pix_loss": True}, paper=_paper(85.9)),
+        Arm("tokens", _WORDS, paper=_paper(85.7)),
+    ),
+    (
+        Finding("pixels do as well as tokens", "pixels, normalised", "tokens", _FT, "as good"),
+        *_ahead("normalised pixels are better than plain ones", "pixels, normalised", "pixels", _FT),
+    ),
+    source="table 7",
+)
+BERT = Table(
+    "A decoder, or none",
+    (
+        Arm(
+            "none, mask tokens in the encoder",
+            {"encoder_mask_tokens": True, "decoder_depth": 0},
+        ),
+        Arm("the paper's"),
+    ),
+    tuple(
+        _ahead("a decoder is better than none", "the paper's", "none, mask tokens in the encoder", _FT, _LIN)
+    ),
+    source="section 3, as BERT and BEiT do without",
+)
 
 _ABLATED = {"norm_pix_loss": False}  # the paper's ablations predict plain pixels
 
@@ -245,8 +348,12 @@ STUDIES: Mapping[str, Study] = {
         Study("mask-ratio", "How much should be hidden?", (ratio_table(),), _ABLATED),
         Study("schedule", "How long should it be trained?", (SCHEDULE,), _ABLATED),
         Study("partial", "How much of the encoder has to be tuned?", (PARTIAL,), _ABLATED),
-        Study("baselines", "Is it better than what was there before?", (BASELINES,)),
-        Study("decoder", "What decoder does it take?", (depth_table(), width_table()), _ABLATED),
+        Study("baselines", "Is it better than what was there before?", (BASELINES, PLAIN)),
+        Study("scaling", "Do gains grow with the model?", (SCALING,)),
+        Study("visible", "Do features of a quarter serve the whole picture?", (VISIBLE,)),
+        Study("wall-clock", "What do mask tokens cost?", (WALL_CLOCK,), _ABLATED),
+        Study("tokens", "Does it take tokens?", (TOKENS,)),
+        Study("decoder", "What decoder does it take?", (depth_table(), width_table(), BERT), _ABLATED),
         Study("targets", "What should be predicted?", (TARGETS,), _ABLATED),
         Study("augmentation", "What should be done to the pictures?", (AUGMENTATION, NEEDY), _ABLATED),
         Study("sampling", "Which patches should be hidden?", (SAMPLING,), _ABLATED),

@@ -189,13 +189,11 @@ def measures_of(table: Table, config: StudyConfig) -> tuple[str, ...]:
 def key_of(arm: Arm, config: PretrainConfig) -> str:
     """A name for a folder that another arm has only if its settings are the same."""
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _NOT_PLANNED}
-    if arm.start == "random":
+    if arm.start != "pretrain":
         values = {name: values[name] for name in ("model", "image_size", "in_chans")}
     told = json.dumps([arm.start, arm.length, values], sort_keys=True, default=list)
     digest = hashlib.blake2b(told.encode(), digest_size=4).hexdigest()
-    if arm.start == "random":
-        return f"random-{digest}"
-    return f"{config.objective}-{digest}"
+    return f"{config.objective if arm.start == 'pretrain' else arm.start}-{digest}"
 
 
 # ---------------------------------------------------------------------- length
@@ -269,7 +267,7 @@ def planned(
 
 
 def _with_images(planned: Planned, images: float) -> Planned:
-    if planned.arm.start == "random":
+    if planned.arm.start != "pretrain":
         return planned
     return planned._replace(steps=max(1, round(images / planned.config.batch_size)))
 

@@ -35,7 +35,7 @@ from quarterview.studies.plan import (
     read_budget,
 )
 from quarterview.studies.rule import Outcome, decide
-from quarterview.studies.study import Arm, Study, Table
+from quarterview.studies.study import Arm, Study, Table, parts_of
 from quarterview.train.journal import Journal, replace_text
 
 Right = Mapping[tuple[str, str], Mapping[int, np.ndarray]]
@@ -65,9 +65,9 @@ class Found(NamedTuple):
 
 def name_of(measure: str) -> str:
     """A measure in words."""
-    kind, _, blocks = measure.partition(":")
+    kind, blocks, visible = parts_of(measure)
     if not blocks:
-        return _NAMES[kind]
+        return _NAMES[kind] + (f", {visible}% visible" if visible else "")
     return f"{blocks} block{'' if blocks in ('1', '0.5') else 's'} tuned"
 
 
@@ -90,14 +90,18 @@ def tables_of(
         }
         outcomes, waiting = [], []
         for finding in its.findings:
-            if finding.measure not in measures:
+            asked = (finding.measure, finding.second_measure or finding.measure)
+            if not set(asked) <= set(measures):
                 continue
-            one, two = (right.get((keys[n], finding.measure), {}) for n in (finding.first, finding.second))
-            seeds = sorted(set(one) & set(two))
-            if seeds:
-                outcomes.append(decide(finding, _stack(one, seeds) > 0, _stack(two, seeds) > 0))
-            else:
+            arms_and_measures = [*zip((finding.first, finding.second), asked, strict=True)]
+            arms_and_measures += [*zip(finding.over or (), asked, strict=False)]
+            figures_of = [right.get((keys[name], measure), {}) for name, measure in arms_and_measures]
+            seeds = sorted(set.intersection(*(set(by_seed) for by_seed in figures_of)))
+            if not seeds:
                 waiting.append(finding.claim)
+                continue
+            one, two, *rest = (_stack(by_seed, seeds) for by_seed in figures_of)
+            outcomes.append(decide(finding, one, two, (rest[0], rest[1]) if rest else None))
         found.append(Found(its, measures, figures, tuple(outcomes), tuple(waiting)))
     return found
 

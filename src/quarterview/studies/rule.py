@@ -37,13 +37,22 @@ class Outcome:
     """The figures, and what it would take if it cannot be told."""
 
 
-def decide(finding: Finding, first: np.ndarray, second: np.ndarray) -> Outcome:
-    """Compare two arms.
+def decide(
+    finding: Finding,
+    first: np.ndarray,
+    second: np.ndarray,
+    over: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Outcome:
+    """Compare two arms, or what they gain over others.
 
     Args:
         first, second: bool [S, M], which test images the finding's two arms told right under each seed.
+        over: likewise of the arms that are taken off.
     """
-    difference = estimate(first.astype(np.float64) - second.astype(np.float64))
+    one, two = first.astype(np.float64), second.astype(np.float64)
+    if over is not None:
+        one, two = one - over[0], two - over[1]
+    difference = estimate(one - two)
     edge = 0.0 if finding.rule == "ahead" else -MARGIN
     seeds = len(difference.by_seed)
     answer: Answer = "cannot tell"
@@ -51,11 +60,16 @@ def decide(finding: Finding, first: np.ndarray, second: np.ndarray) -> Outcome:
         answer = "reproduced"
     elif seeds > 1 and difference.high < edge:
         answer = "not reproduced"
+    shown = signed if over is not None else _share
     figures = (
-        f"{finding.first} {first.mean():.1%}, {finding.second} {second.mean():.1%}: "
+        f"{finding.first} {shown(float(one.mean()))}, {finding.second} {shown(float(two.mean()))}: "
         f"{signed(difference.mean)} points, 95% interval {signed(difference.low)} to "
         f"{signed(difference.high)}, {seeds} seed{'s' if seeds > 1 else ''}"
     )
     if answer == "cannot tell":
         figures += "; " + narrower(difference, abs(difference.mean - edge))
     return Outcome(finding, answer, difference, figures)
+
+
+def _share(share: float) -> str:
+    return f"{share:.1%}"

@@ -12,7 +12,10 @@ from quarterview.pretraining import PretrainConfig
 from quarterview.recipes import from_values
 
 MEASURES = ("finetune", "linear", "knn")
-"""How an arm is judged. ``finetune:K`` trains the last K blocks alone."""
+"""How an arm is judged. ``finetune:K`` trains the last K blocks alone; ``linear@P`` and ``knn@P`` see P
+percent of the patches."""
+STARTS = ("pretrain", "random", "pixels", "pca", "kmeans")
+Start = Literal["pretrain", "random", "pixels", "pca", "kmeans"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,9 @@ class Arm:
     """In tables."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """In what it differs from the base: fields of a pre-training's configuration."""
-    start: Literal["pretrain", "random"] = "pretrain"
-    """random is the encoder of the base with its initial weights."""
+    start: Start = "pretrain"
+    """random is the encoder of the base with its initial weights. pixels, their principal components (pca)
+    and clusters of patches (kmeans) are no networks, and judged as frozen features alone."""
     length: float = 1.0
     """Of its schedule, as a share of the study's."""
     x: float | None = None
@@ -46,6 +50,10 @@ class Finding:
     measure: str
     """By which."""
     rule: Literal["ahead", "as good"] = "ahead"
+    second_measure: str | None = None
+    """By which the other arm is judged, if by another one."""
+    over: tuple[str, str] | None = None
+    """Arms whose figures are taken off first, one from each: what is compared are gains."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +82,12 @@ class Table:
         for measure in self.measures:
             check_measure(measure)
         for finding in self.findings:
-            for name in (finding.first, finding.second):
+            for name in (finding.first, finding.second, *(finding.over or ())):
                 if name not in names:
                     raise unknown(f"arm in a finding of {self.title}:", name, names)
-            if finding.measure not in self.measures:
-                raise unknown(f"measure in a finding of {self.title}:", finding.measure, self.measures)
+            for measure in (finding.measure, finding.second_measure or finding.measure):
+                if measure not in self.measures:
+                    raise unknown(f"measure in a finding of {self.title}:", measure, self.measures)
             if finding.rule not in ("ahead", "as good"):
                 raise unknown(f"rule in a finding of {self.title}:", finding.rule, ("ahead", "as good"))
 
@@ -97,11 +106,20 @@ class Study:
 
 def check_measure(measure: str) -> None:
     """Raises UserError if an arm cannot be judged so."""
-    kind, _, blocks = measure.partition(":")
-    if kind not in MEASURES or (blocks and kind != "finetune"):
-        raise unknown("measure", measure, [*MEASURES, "finetune:K"])
+    kind, blocks, visible = parts_of(measure)
+    if kind not in MEASURES or (blocks and kind != "finetune") or (visible and kind == "finetune"):
+        raise unknown("measure", measure, [*MEASURES, "finetune:K", "linear@P", "knn@P"])
     if blocks:
         count_blocks(blocks)
+    if visible and not (visible.isdigit() and 1 <= int(visible) <= 100):
+        raise UserError(f"measure {measure}; accepted: 1 to 100 percent of the patches, such as {kind}@25")
+
+
+def parts_of(measure: str) -> tuple[str, str, str]:
+    """A measure's kind, the blocks that are tuned, and the percentage of the patches that is visible."""
+    rest, _, visible = measure.partition("@")
+    kind, _, blocks = rest.partition(":")
+    return kind, blocks, visible
 
 
 # ---------------------------------------------------------------------- files
@@ -145,8 +163,8 @@ def _table(content: object, where: str) -> Table:
 
 def _arm(name: str, content: object, where: str) -> Arm:
     """An arm; its values are fields of pre-training, beside `length`, `start` and `x`."""
-    if content == "random":
-        return Arm(name, start="random")
+    if content in STARTS:
+        return Arm(name, start=content)  # type: ignore[arg-type]
     values = dict(_fields(content or {}, f"arm {name} of {where}", None))
     own = {key: values.pop(key) for key in ("length", "x") if key in values}
     for key, number in own.items():
@@ -160,10 +178,13 @@ def _arm(name: str, content: object, where: str) -> Arm:
 
 
 def _finding(content: object, where: str) -> Finding:
-    kinds = dict.fromkeys(("claim", "first", "second", "measure", "rule"), str)
-    given = _fields(content, f"a finding of {where}", kinds)
+    texts = dict.fromkeys(("claim", "first", "second", "measure", "rule", "second_measure"), str)
+    given = _fields(content, f"a finding of {where}", {**texts, "over": list})
+    over = given.pop("over", None)
+    if over is not None and len(over) != 2:
+        raise UserError(f"over {over} in a finding of {where}; accepted: two arms")
     try:
-        return Finding(**given)
+        return Finding(**given, over=None if over is None else (str(over[0]), str(over[1])))
     except TypeError:
         raise UserError(
             f"a finding of {where} says {', '.join(given) or 'nothing'}; accepted: claim, first, second, "
