@@ -64,3 +64,14 @@ def test_arms_that_never_differ(rule):
     right = np.random.default_rng(0).random((3, 5000)) < 0.7
     outcome = decide(Finding("same", "one", "two", "linear", rule), right, right)
     assert outcome.answer == ("reproduced" if rule == "as good" else "cannot tell")
+
+
+def test_gains_are_compared_over_their_own_starts():
+    large, small = told(4, 10_000, 0.5, 0.10, 0.002, 1)  # 10 points of gain
+    other, start = told(4, 10_000, 0.7, 0.04, 0.002, 2)  # 4
+    finding = Finding("the gain grows", "large", "other", "finetune", over=("small", "start"))
+    outcome = decide(finding, large, other, (small, start))
+    assert outcome.answer == "reproduced"
+    assert abs(outcome.difference.mean - 0.06) < 0.015
+    assert "large +" in outcome.sentence
+    assert decide(AHEAD, large, other).answer == "not reproduced"

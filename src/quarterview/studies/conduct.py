@@ -43,7 +43,7 @@ from quarterview.studies.plan import (
 from quarterview.studies.report import Progress, write_report
 from quarterview.studies.side_by_side import conduct_many, jobs_of
 from quarterview.studies.study import Study, read_study
-from quarterview.train.journal import Journal, duration, replace_text
+from quarterview.train.journal import Journal, duration, metrics, replace_text
 from quarterview.train.lock import lock
 from quarterview.train.record import provenance
 
@@ -221,4 +221,12 @@ def _report(
     facts = {**provenance(argv), "settings": to_plain(config), "took": duration(time.monotonic() - began)}
     done = sum(len(by_seed) for by_seed in right.values())
     asked = sum(len(one.measures) for one in arms) * config.seeds
-    return write_report(study, config, arms, right, Progress(done, asked), facts, out, journal)
+    rates = {one.key: rate for one in arms if (rate := _rate(out, one, config)) is not None}
+    return write_report(study, config, arms, right, rates, Progress(done, asked), facts, out, journal)
+
+
+def _rate(out: Path, one: Planned, config: StudyConfig) -> float | None:
+    """Images a second that training made: the median of the rows of all seeds."""
+    folders = [place(out, one.key, seed) / "pretrain" for seed in _seeds(config)]
+    rates = [row["images_per_s"] for folder in folders if folder.is_dir() for row in metrics(folder)]
+    return float(np.median(rates)) if rates else None

@@ -30,6 +30,7 @@ from quarterview.studies.plan import (
     StudyConfig,
     arm_config,
     base_of,
+    flops_an_image,
     key_of,
     measures_of,
     read_budget,
@@ -61,6 +62,10 @@ class Found(NamedTuple):
     outcomes: tuple[Outcome, ...]
     waiting: tuple[str, ...]
     """Claims whose arms were not both measured yet."""
+    rates: Mapping[str, float]
+    """Images a second that training made, by arm's name: the median of all rows of all seeds."""
+    operations: Mapping[str, float]
+    """Of a training step on an image, by closed form, by arm's name."""
 
 
 def name_of(measure: str) -> str:
@@ -72,15 +77,20 @@ def name_of(measure: str) -> str:
 
 
 def tables_of(
-    study: Study, config: StudyConfig, arms: Sequence[Planned], right: Right, tokenizer: str
+    study: Study,
+    config: StudyConfig,
+    arms: Sequence[Planned],
+    right: Right,
+    rates: Mapping[str, float],
+    tokenizer: str,
 ) -> list[Found]:
     """Every table with its figures and what they decide."""
     base = base_of(study, config)
-    known = {one.key for one in arms}
+    known = {one.key: one for one in arms}
     found = []
     for its in study.tables:
         keys = {arm.name: key_of(arm, arm_config(base, arm, tokenizer)) for arm in its.arms}
-        assert set(keys.values()) <= known
+        assert set(keys.values()) <= known.keys()
         measures = measures_of(its, config)
         figures = {
             (arm, measure): estimate(_stack(right[key, measure], sorted(right[key, measure])))
@@ -102,7 +112,18 @@ def tables_of(
                 continue
             one, two, *rest = (_stack(by_seed, seeds) for by_seed in figures_of)
             outcomes.append(decide(finding, one, two, (rest[0], rest[1]) if rest else None))
-        found.append(Found(its, measures, figures, tuple(outcomes), tuple(waiting)))
+        trained = {arm: known[key] for arm, key in keys.items() if known[key].steps}
+        found.append(
+            Found(
+                its,
+                measures,
+                figures,
+                tuple(outcomes),
+                tuple(waiting),
+                {arm: rates[one.key] for arm, one in trained.items() if one.key in rates},
+                {arm: flops_an_image(one.config) for arm, one in trained.items()},
+            )
+        )
     return found
 
 
@@ -119,6 +140,7 @@ def write_report(
     config: StudyConfig,
     arms: Sequence[Planned],
     right: Right,
+    rates: Mapping[str, float],
     progress: Progress,
     facts: Mapping[str, Any],
     out: Path,
@@ -127,13 +149,14 @@ def write_report(
     """Write ``report.html``, ``study.csv``, ``study.json`` and ``study.png`` into a folder.
 
     Args:
+        rates: images a second that training made, by arm.
         facts: where the figures come from.
         journal: if given, the tables and findings are said, too.
 
     Returns:
         The page.
     """
-    found = tables_of(study, config, arms, right, str(out / "tokenizer"))
+    found = tables_of(study, config, arms, right, rates, str(out / "tokenizer"))
     replace_text(out / "study.csv", as_csv(found))
     replace_text(
         out / "study.json", json.dumps(_as_json(study, found, arms, progress, facts), indent=1) + "\n"
@@ -184,6 +207,8 @@ def _as_json(
                 ],
                 "findings": [asdict(outcome) for outcome in its.outcomes],
                 "waiting": list(its.waiting),
+                "images_per_s": dict(its.rates),
+                "operations": dict(its.operations),
             }
             for its in found
         ],
@@ -195,10 +220,14 @@ def say(found: Sequence[Found], journal: Journal) -> None:
     """The tables and the findings, on the console."""
     for its in found:
         rows = [
-            [arm.name, *(_shown(its.figures.get((arm.name, m)), arm.paper.get(m)) for m in its.measures)]
+            [
+                arm.name,
+                *(_shown(its.figures.get((arm.name, m)), arm.paper.get(m)) for m in its.measures),
+                *_costs(its, arm.name),
+            ]
             for arm in its.table.arms
         ]
-        heads = ["", *(f"{name_of(m)} (paper)" for m in its.measures)]
+        heads = ["", *(f"{name_of(m)} (paper)" for m in its.measures), "images/s", "GFLOP/image"]
         journal.table(f"{its.table.title}, {its.table.source}".rstrip(", "), heads, rows)
         for outcome in its.outcomes:
             how = name_of(outcome.finding.measure)
@@ -251,22 +280,31 @@ def _section(found: Found, number: int) -> str:
         [
             escape(arm.name),
             *(f"{accuracy(found.figures.get((arm.name, m)))}{_paper(arm, m)}" for m in found.measures),
+            *_costs(found, arm.name),
         ]
         for arm in its.arms
     ]
     boxes = "".join(
         f'<section class="verdict {_MARKS[o.answer]}"><p class="word">{o.answer.capitalize()}</p>'
-        f"<p>{escape(o.finding.claim.capitalize())}, by {escape(name_of(o.finding.measure))}.</p>"
+        f"<p>{escape(o.finding.claim[:1].upper() + o.finding.claim[1:])}, by "
+        f"{escape(name_of(o.finding.measure))}.</p>"
         f"<p><small>{escape(o.sentence)}</small></p></section>"
         for o in found.outcomes
     )
     drawn = f"<figure>{curve(found, f'c{number}')}</figure>" if its.axis and found.figures else ""
     source = f" <small>He et al. 2021, {escape(its.source)}</small>" if its.source else ""
     caption = "Accuracy in percent, its 95% interval, and the paper's figure (ViT-L/16, ImageNet)"
-    heads = ["", *(name_of(measure) for measure in found.measures)]
+    heads = ["", *(name_of(measure) for measure in found.measures), "images/s", "GFLOP/image"]
     return (
         f"<section><h2>{escape(its.title)}{source}</h2>{drawn}{table(caption, heads, rows)}{boxes}</section>"
     )
+
+
+def _costs(found: Found, arm: str) -> list[str]:
+    """How fast an arm was trained, and its operations; dashes for what was not."""
+    if arm not in found.rates:
+        return ["–", "–"]
+    return [f"{found.rates[arm]:,.0f}", f"{found.operations[arm] / 1e9:.3g}"]
 
 
 def _paper(arm: Arm, measure: str) -> str:
