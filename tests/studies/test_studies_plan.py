@@ -69,7 +69,7 @@ def test_every_named_study_can_be_planned(name):
     arms = planned(unique_arms(STUDIES[name], config, "words"), config, {})
     assert len({one.key for one in arms}) == len(arms)
     for one in arms:
-        expected = 0 if one.arm.start == "random" else round(1e5 * one.arm.length / one.config.batch_size)
+        expected = 0 if one.arm.start != "pretrain" else round(1e5 * one.arm.length / one.config.batch_size)
         assert one.steps == expected
         assert one.measures
 
