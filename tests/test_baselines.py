@@ -163,6 +163,8 @@ def test_components_are_fitted_once(runs):
         ({"objective": "simclr", "accum_iter": 2}, "compares images of a batch"),
         ({"objective": "byol", "parallel": "fsdp"}, "ddp"),
         ({"objective": "mocov3", "init_from": "x"}, "init_from"),
+        ({"objective": "supervised", "batch_size": 15}, "even number"),
+        ({"objective": "denoising", "compile": True}, "compile"),
         ({"objective": "denoising", "encoder_mask_tokens": True}, "denoising hides nothing"),
         ({"objective": "denoising", "masks_per_image": 2}, "masks_per_image 2"),
         ({"mixup": 0.5}, "--objective supervised"),

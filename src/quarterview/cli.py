@@ -492,7 +492,7 @@ def parse(argv: Sequence[str]) -> Command:
 def _default(arguments: Sequence[str]) -> Any:
     """What the flags stand above: a recipe, an objective's defaults, the shape of weights to start from."""
     name = arguments[0] if arguments else ""
-    flags = ("--recipe", "--init-from", "--objective", "--tokenizer", "--out")
+    flags = ("--recipe", "--init-from", "--objective", "--target", "--tokenizer", "--out")
     given = {flag: word for flag, word in pairwise(arguments) if flag in flags}
     if name == "tokenizer":
         given["--objective"] = name
@@ -507,7 +507,6 @@ def _default(arguments: Sequence[str]) -> Any:
             values["lr"] = None  # else the recipe's own rate would go before the flag
     if "--objective" in given:
         values |= {"objective": given["--objective"], **DEFAULTS.get(given["--objective"], {})}
-        values |= {"tokenizer": given["--tokenizer"]} if "--tokenizer" in given else {}
     if "--init-from" in given and name == "pretrain":
         start = start_values(
             given["--init-from"], given.get("--out", ""), _after("--allow-partial", arguments)
@@ -515,6 +514,10 @@ def _default(arguments: Sequence[str]) -> Any:
         if "--recipe" in given:
             del start["image_size"]  # to which the weights are adapted
         values |= start
+    # Flags that the rest would make no sense without, or that make sense of it.
+    for flag in ("--target", "--tokenizer"):
+        if flag in given and name in ("pretrain", "bench"):
+            values[flag.removeprefix("--")] = given[flag]
     return kind(**values)
 
 

@@ -95,6 +95,11 @@ class PretrainConfig(
                 "denoising hides nothing and predicts pictures; accepted: the standard decoder, no mask "
                 "tokens in the encoder, and --target pixels or pca"
             )
+        if name == "supervised" and (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise UserError(
+                f"a batch of {self.batch_size} leaves an image without one to mix with; accepted: an even "
+                "number, or --mixup 0 --cutmix 0"
+            )
         if name == "denoising" and self.compile:
             raise UserError("compile with objective denoising; accepted: without it")
         if name in COMPARING and self.accum_iter > 1:
