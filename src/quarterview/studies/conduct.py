@@ -43,6 +43,7 @@ from quarterview.studies.plan import (
 from quarterview.studies.report import Progress, write_report
 from quarterview.studies.side_by_side import conduct_many, jobs_of
 from quarterview.studies.study import Study, read_study
+from quarterview.train.distributed import ranks
 from quarterview.train.journal import Journal, duration, metrics, replace_text
 from quarterview.train.lock import lock
 from quarterview.train.record import provenance
@@ -81,6 +82,8 @@ def conduct(name: str, config: StudyConfig, journal: Journal, argv: Sequence[str
     """
     if not (config.data and config.train and config.test and config.out):
         raise UserError("something is missing; accepted: study NAME --data … --train … --test … --out FOLDER")
+    if ranks() > 1:
+        raise UserError("a study under torchrun; accepted: without it, an arm on each GPU")
     study, out = open_study(name), Path(config.out)
     began = time.monotonic()
     with ExitStack() as held:
