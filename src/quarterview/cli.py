@@ -26,9 +26,11 @@ from quarterview.evaluate.embed import EmbedConfig
 from quarterview.evaluate.features import ProbeConfig
 from quarterview.evaluate.finetune import FinetuneConfig
 from quarterview.exchange.export import ExportConfig
+from quarterview.objectives.choice import DEFAULTS, ObjectiveKind
 from quarterview.pretraining import PretrainConfig, pretrain, start_values
 from quarterview.running import RunningConfig, check_shares
 from quarterview.speed.bench import BenchConfig
+from quarterview.studies.plan import StudyConfig
 from quarterview.train.journal import Journal
 
 _DESCRIPTION = """Learn to see from a quarter of the picture: masked autoencoders for anyone's images.
@@ -58,6 +60,13 @@ class Pretrain(PretrainConfig):
         if self.slurm is not None:
             return _submit(self.slurm, config, config.data, lambda ranks: dry_run.check(config, ranks), argv)
         return _EXIT_CODES[pretrain(config, ["quarterview", *argv]).status]
+
+
+@dataclass(frozen=True)
+class Tokenizer(Pretrain):
+    """Learn words for patches, for --target tokens: `quarterview tokenizer --data photos --out words`."""
+
+    objective: Annotated[ObjectiveKind, tyro.conf.Suppress] = "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -147,6 +156,20 @@ class Compare(CompareConfig):
 
         config = CompareConfig(**{f.name: getattr(self, f.name) for f in fields(CompareConfig)})
         return _EXIT_CODES[compare(config, Journal(), ["quarterview", *argv]).status]
+
+
+@dataclass(frozen=True)
+class StudyCommand(StudyConfig):
+    """The paper's ablations and comparisons on your images: `quarterview study mask-ratio --data …`."""
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ""
+    """A study's name (see `quarterview recipes`), or a YAML file."""
+
+    def execute(self, argv: Sequence[str]) -> int:
+        from quarterview.studies.conduct import conduct
+
+        config = StudyConfig(**{f.name: getattr(self, f.name) for f in fields(StudyConfig)})
+        return _EXIT_CODES[conduct(self.name, config, Journal(), ["quarterview", *argv]).status]
 
 
 @dataclass(frozen=True)
@@ -353,6 +376,8 @@ class Demo:
 
 Command = (
     Pretrain
+    | Tokenizer
+    | StudyCommand
     | Doctor
     | Compare
     | Bench
@@ -369,9 +394,12 @@ Command = (
     | Recipes
     | Demo
 )
-_COMMANDS: dict[str, Any] = {kind.__name__.lower(): kind for kind in get_args(Command)}
+_COMMANDS: dict[str, Any] = {
+    kind.__name__.lower().removesuffix("command"): kind for kind in get_args(Command)
+}
 _WITH_RECIPES: dict[str, tuple[Any, Callable[[str], Any]]] = {
     "pretrain": (Pretrain, recipes.read),
+    "tokenizer": (Tokenizer, recipes.read),
     "bench": (Bench, recipes.read),
     "finetune": (Finetune, recipes.read_finetune),
     "compare": (Compare, recipes.read_finetune),
@@ -462,10 +490,13 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def _default(arguments: Sequence[str]) -> Any:
-    """What the flags stand above: a recipe, and the architecture of the weights to start from."""
+    """What the flags stand above: a recipe, an objective's defaults, the shape of weights to start from."""
     name = arguments[0] if arguments else ""
-    given = {flag: word for flag, word in pairwise(arguments) if flag in ("--recipe", "--init-from", "--out")}
-    if name not in _WITH_RECIPES or not {"--recipe", "--init-from"} & given.keys():
+    flags = ("--recipe", "--init-from", "--objective", "--target", "--tokenizer", "--out")
+    given = {flag: word for flag, word in pairwise(arguments) if flag in flags}
+    if name == "tokenizer":
+        given["--objective"] = name
+    if name not in _WITH_RECIPES or not {"--recipe", "--init-from", "--objective"} & given.keys():
         return tyro.MISSING_NONPROP
     kind, read = _WITH_RECIPES[name]
     values: dict[str, Any] = {}
@@ -474,6 +505,8 @@ def _default(arguments: Sequence[str]) -> Any:
         values = {field.name: getattr(base, field.name) for field in fields(base)}
         if "--blr" in arguments and "--lr" not in arguments:
             values["lr"] = None  # else the recipe's own rate would go before the flag
+    if "--objective" in given:
+        values |= {"objective": given["--objective"], **DEFAULTS.get(given["--objective"], {})}
     if "--init-from" in given and name == "pretrain":
         start = start_values(
             given["--init-from"], given.get("--out", ""), _after("--allow-partial", arguments)
@@ -481,6 +514,10 @@ def _default(arguments: Sequence[str]) -> Any:
         if "--recipe" in given:
             del start["image_size"]  # to which the weights are adapted
         values |= start
+    # Flags that the rest would make no sense without, or that make sense of it.
+    for flag in ("--target", "--tokenizer"):
+        if flag in given and name in ("pretrain", "bench"):
+            values[flag.removeprefix("--")] = given[flag]
     return kind(**values)
 
 

@@ -1,6 +1,7 @@
 """What a run would be: its configuration, size, length and memory, without training anything."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from quarterview.errors import UserError
 from quarterview.model.config import MAEConfig
 from quarterview.model.mae import MaskedAutoencoder
 from quarterview.model.vit import Block, Recomputable, recompute_blocks
-from quarterview.pretraining import PretrainConfig
+from quarterview.objectives.choice import PREDICTING
+from quarterview.pretraining import VOCABULARY, PretrainConfig
 from quarterview.running import check_shares, to_plain
 from quarterview.train.distributed import choose_device
 from quarterview.train.journal import Journal
@@ -33,6 +35,11 @@ def show(config: PretrainConfig, journal: Journal) -> None:
     Raises:
         UserError: if the request cannot be met.
     """
+    if config.objective not in PREDICTING:
+        raise UserError(
+            f"a dry run with objective {config.objective}, of which no memory is known; accepted: "
+            f"{', '.join(PREDICTING)}"
+        )
     source = check(config)
     device = choose_device(config.device)
     precision = usable_precision(config.precision, device)
@@ -87,7 +94,7 @@ def measure(config: PretrainConfig, precision: str, device: torch.device) -> tup
         inputs[block] = (*given, *named.values())
 
     with FakeTensorMode(), precision_context(precision, torch.device("cpu"))():
-        model = MaskedAutoencoder(config.part(MAEConfig))
+        model = MaskedAutoencoder(replace(config.part(MAEConfig), vocabulary=config.vocabulary or VOCABULARY))
         images = torch.empty(config.batch_size // config.accum_iter, config.in_chans, *config.image_size)
         noise = torch.empty(len(images), config.masks_per_image, config.patches)
         if config.grad_checkpointing:

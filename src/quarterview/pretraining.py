@@ -5,34 +5,56 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import torch
+from torch import Tensor, nn
+
 from quarterview import runs
 from quarterview.data.cache import CachedSet
-from quarterview.data.loader import DataConfig, Loader
+from quarterview.data.loader import DataConfig, Loader, shares
 from quarterview.data.open import open_sources
 from quarterview.data.order import chosen_shuffle, shard_cache, stream_of
-from quarterview.data.source import Source, remarks
+from quarterview.data.source import Source, labels_of, remarks
 from quarterview.data.statistics import channel_statistics
 from quarterview.data.stream import SampleStream, default_holdout
+from quarterview.data.views import BYOL, SIMCLR, View, ViewConfig
 from quarterview.errors import UserError, check_types
 from quarterview.evaluate.online import OnlineProbeConfig, held_out_hooks, probe_hooks, probe_is_due
 from quarterview.exchange.facts import facts_of
+from quarterview.exchange.tokenizers import OpenTokenizer, open_tokenizer
 from quarterview.exchange.weights import check_start, load_into, metadata, read
+from quarterview.fitting import fit_components
+from quarterview.model.classifier import Classifier
 from quarterview.model.config import MAEConfig
-from quarterview.model.mae import fresh_model
-from quarterview.objectives.mae import MaskedAutoencoding, MaskingConfig
+from quarterview.model.encoder import Encoder
+from quarterview.model.mae import MaskedAutoencoder
+from quarterview.model.targets import PCATarget, TokenTarget
+from quarterview.objectives.choice import (
+    COMPARING,
+    DEFAULTS,
+    PREDICTING,
+    ObjectiveConfig,
+    fresh_objective,
+    model_config_of,
+)
+from quarterview.objectives.objective import Objective
 from quarterview.running import Run, RunningConfig, Site, carry_out, hold, settle, spread, to_plain
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal
 from quarterview.train.loop import Hook, LoopConfig, Trainer
 from quarterview.train.optim import OptimConfig, Schedule, adamw, warmup_steps
 
-Part = TypeVar("Part", MAEConfig, DataConfig, OptimConfig, LoopConfig, OnlineProbeConfig)
+Part = TypeVar("Part", MAEConfig, DataConfig, OptimConfig, LoopConfig, OnlineProbeConfig, ObjectiveConfig)
 
 
 @dataclass(frozen=True)
-class PretrainConfig(OnlineProbeConfig, OptimConfig, MaskingConfig, MAEConfig, DataConfig, RunningConfig):
+class PretrainConfig(
+    OnlineProbeConfig, OptimConfig, ObjectiveConfig, ViewConfig, MAEConfig, DataConfig, RunningConfig
+):
     """Everything about a pre-training run. Each field is a flag of ``quarterview pretrain``."""
 
+    tokenizer: str | None = None
+    """Of --target tokens: a run of quarterview tokenizer, or a folder of transformers' FlavaImageCodebook
+    (DALL-E's)."""
     init_from: str | None = None
     """Weights to start from: a run, a checkpoint, an official .pth file, a folder of transformers or timm,
     timm:NAME or hf:OWNER/NAME. Image size, patch size and channels may differ."""
@@ -40,7 +62,8 @@ class PretrainConfig(OnlineProbeConfig, OptimConfig, MaskingConfig, MAEConfig, D
     """Names of weights, such as decoder*, that `init_from` may lack, or that may be left out of it."""
 
     def __post_init__(self) -> None:
-        for part in (RunningConfig, DataConfig, MAEConfig, MaskingConfig, OptimConfig, OnlineProbeConfig):
+        parts = (RunningConfig, DataConfig, MAEConfig, ViewConfig, ObjectiveConfig, OptimConfig)
+        for part in (*parts, OnlineProbeConfig):
             part.__post_init__(self)
         names = self.allow_partial
         object.__setattr__(self, "allow_partial", (names,) if isinstance(names, str) else tuple(names))
@@ -50,6 +73,47 @@ class PretrainConfig(OnlineProbeConfig, OptimConfig, MaskingConfig, MAEConfig, D
                 f"{self.masks_per_image} masks per image with --mask grid, which hides every image alike; "
                 "accepted: 1, or a --predict-share below 1"
             )
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        """Refuse what an objective cannot do."""
+        name, tokens = self.objective, self.objective in PREDICTING and self.target == "tokens"
+        if tokens != (self.tokenizer is not None):
+            raise UserError(
+                f"target {self.target} and tokenizer {self.tokenizer}; accepted: --target tokens with "
+                "--tokenizer RUN, or neither"
+            )
+        wanted = DEFAULTS["beit"] if name == "beit" else {}
+        for field in ("target", "encoder_mask_tokens", "decoder_depth"):
+            if field in wanted and getattr(self, field) != wanted[field]:
+                raise UserError(
+                    f"{field} {getattr(self, field)} with objective beit; accepted: {wanted[field]}, or "
+                    "objective mae"
+                )
+        if name == "denoising" and (self.decoder == "cross" or self.encoder_mask_tokens or tokens):
+            raise UserError(
+                "denoising hides nothing and predicts pictures; accepted: the standard decoder, no mask "
+                "tokens in the encoder, and --target pixels or pca"
+            )
+        if name == "supervised" and (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise UserError(
+                f"a batch of {self.batch_size} leaves an image without one to mix with; accepted: an even "
+                "number, or --mixup 0 --cutmix 0"
+            )
+        if name == "denoising" and self.compile:
+            raise UserError("compile with objective denoising; accepted: without it")
+        if name in COMPARING and self.accum_iter > 1:
+            raise UserError(
+                f"accum_iter {self.accum_iter} with objective {name}, which compares images of a batch, so "
+                "that parts of it would be another task; accepted: 1, and --grad-checkpointing or a "
+                "smaller --batch-size to save memory"
+            )
+        if name in COMPARING and self.parallel == "fsdp":
+            raise UserError(f"parallel fsdp with objective {name}; accepted: ddp")
+        if name not in PREDICTING and self.init_from is not None:
+            raise UserError(f"init_from with objective {name}; accepted: with {', '.join(PREDICTING)}")
+        if name == "tokenizer" and self.probe_train:
+            raise UserError("a tokenizer has no features to probe; accepted: no probe_train")
 
     def part(self, kind: type[Part]) -> Part:
         """The fields of one of the configurations that this one is made of."""
@@ -71,16 +135,19 @@ def start_values(init_from: str, out: str, allow_partial: Sequence[str] = ()) ->
     names = ["model", "image_size", "in_chans"]
     if isinstance(weights.config, MAEConfig) and weights.has_decoder:
         names += ["decoder", "decoder_width", "decoder_depth", "decoder_heads"]
-        names += ["encoder_mask_tokens", "norm_pix_loss"]
+        names += ["encoder_mask_tokens", "target", "norm_pix_loss", "pca_components", "vocabulary"]
     return {name: getattr(weights.config, name) for name in names}
 
 
+VOCABULARY = 1024
+"""Words of a tokenizer that is made without being told how many."""
+
 MAY_CHANGE = (
-    *("data", "shard_cache_gib", "shard_cache_dir"),
+    *("data", "tokenizer", "shard_cache_gib", "shard_cache_dir"),
     *("probe_train", "probe_test", "probe_every", "probe_labels", "probe_k"),
 )
-"""What else a resumed run may do differently. `data` may have moved: its fingerprint must be the same. No
-weight depends on what is probed."""
+"""What else a resumed run may do differently. `data` and `tokenizer` may have moved: their fingerprints must
+be the same. No weight depends on what is probed."""
 
 
 def pretrain(config: PretrainConfig, argv: Sequence[str] = ()) -> Run:
@@ -173,32 +240,42 @@ def build(config: PretrainConfig, prepared: Prepared, site: Site) -> Trainer:
     """Model, objective, optimiser and loop of a run at its beginning."""
     world, journal, folder = site.world, site.journal, site.folder
     precision = settle(config, site)
-    model_config = replace(config.part(MAEConfig), mean=prepared.mean, std=prepared.std)
-    model = fresh_model(model_config, config.seed).to(world.device)
-    if config.init_from is not None and site.resumed is None:
-        for line in load_into(model, config.init_from, config.allow_partial):
-            journal.say(line)
-    if config.decoder_depth == 0 and not config.encoder_mask_tokens:
-        journal.warn(
-            "a decoder without blocks sees nothing of the picture unless --encoder-mask-tokens is given"
-        )
     trained = prepared.stream.trained
     total = config.total_steps(trained)
     warmup, warning = warmup_steps(config.warmup_epochs, trained / config.batch_size, total)
     if warning:
         journal.warn(warning)
-    objective = MaskedAutoencoding(model, config.seed, config.masks_per_image)
+    labels = labels_for(config, site.source)
+    tokenizer = open_tokenizer(config.tokenizer, site.known, world.device) if config.tokenizer else None
+    classes = 0 if labels is None else max(len(site.source.classes or ()), int(labels.max()) + 1)
+    model_config = model_config_of(
+        config,
+        prepared.mean,
+        prepared.std,
+        class_names=tuple(site.source.classes) if labels is not None and site.source.classes else None,
+        classes=classes,
+        vocabulary=tokenizer.vocabulary if tokenizer else config.vocabulary or VOCABULARY,
+    )
+    objective = fresh_objective(config, model_config, total, world.gather)
+    assert isinstance(objective, nn.Module)
+    objective.to(world.device)
+    if isinstance(objective.model, MaskedAutoencoder):
+        begin(objective.model, config, prepared, tokenizer, site)
+    if config.objective in COMPARING:
+        config = as_compared(config, world.size)
     watched = spread(objective, config, precision, site)
     loader = Loader(
         site.source,
         prepared.stream,
-        model_config.image_size,
+        config.image_size,
         prepared.mean,
         prepared.std,
         world.device,
         config.threads,
         prepared.cached,
         site.ledger,
+        labels=labels,
+        views=views_of(config),
     )
     return Trainer(
         objective,
@@ -215,11 +292,68 @@ def build(config: PretrainConfig, prepared: Prepared, site: Site) -> Trainer:
         clip_grad=config.clip_grad,
         state={
             "config": to_plain(config),
-            "resolved": resolved(prepared, site, total, warmup, precision),
+            "resolved": resolved(prepared, site, total, warmup, precision)
+            | ({"tokenizer_digest": tokenizer.digest} if tokenizer else {}),
             "origin": runs.origin(config.resume, site.resumed),
         },
         metadata=metadata(model_config),
     )
+
+
+def begin(
+    model: MaskedAutoencoder,
+    config: PretrainConfig,
+    prepared: Prepared,
+    tokenizer: OpenTokenizer | None,
+    site: Site,
+) -> None:
+    """Give a masked autoencoder its first weights and what its target needs; a resumed run has its own."""
+    if config.init_from is not None and site.resumed is None:
+        for line in load_into(model, config.init_from, config.allow_partial):
+            site.journal.say(line)
+    if config.decoder_depth == 0 and not config.encoder_mask_tokens and config.objective == "mae":
+        site.journal.warn(
+            "a decoder without blocks sees nothing of the picture unless --encoder-mask-tokens is given"
+        )
+    if isinstance(model.target, TokenTarget):
+        assert tokenizer is not None
+        model.target.use(tokenizer.for_images(model.config, site.world.device))
+    if isinstance(model.target, PCATarget) and site.resumed is None and not model.target.components.any():
+        fit_components(model, site.source, prepared.stream, config.threads, site.ledger)
+
+
+def as_compared(config: PretrainConfig, ranks: int) -> PretrainConfig:
+    """The configuration of a run that compares the images of a batch, each rank having all of the model.
+
+    Raises:
+        UserError: if the ranks' parts of a batch are not equal, or are too few to compare.
+    """
+    counts = {len(part) for part in shares(range(config.batch_size), ranks)}
+    if len(counts) > 1 or config.batch_size < 2:
+        raise UserError(
+            f"a batch of {config.batch_size} images for {ranks} ranks with objective {config.objective}; "
+            f"accepted: multiples of {2 * ranks}"
+        )
+    return replace(config, parallel="ddp")
+
+
+def views_of(config: PretrainConfig) -> tuple[View, ...]:
+    """How the one or two views of an image are made."""
+    if config.objective not in COMPARING:
+        return (config.view,)
+    if config.color_jitter or not config.view_colours:
+        return (config.view, config.view)
+    colours = (SIMCLR, SIMCLR) if config.objective == "simclr" else BYOL
+    return tuple(replace(config.view, colours=its) for its in colours)
+
+
+def labels_for(config: PretrainConfig, source: Source) -> Tensor | None:
+    """The classes of the images, if they are learned.
+
+    Raises:
+        UserError: if an image has none.
+    """
+    return torch.tensor(labels_of(source)) if config.objective == "supervised" else None
 
 
 def resolved(prepared: Prepared, site: Site, steps: int, warmup: int, precision: str) -> dict[str, Any]:
@@ -244,7 +378,7 @@ def resolved(prepared: Prepared, site: Site, steps: int, warmup: int, precision:
 
 
 def watchers(
-    config: PretrainConfig, objective: MaskedAutoencoding, loader: Loader, total: int, journal: Journal
+    config: PretrainConfig, objective: Objective, loader: Loader, total: int, journal: Journal
 ) -> list[Hook]:
     """What is looked at during a run, at its validations."""
     micro_batch = config.batch_size // config.accum_iter
@@ -254,12 +388,14 @@ def watchers(
     def due(step: int) -> bool:
         return probe_is_due(step, probe_steps, config.validation_every(total), total)
 
-    return [
-        *held_out_hooks(objective, loader, Path(config.out), micro_batch),
-        *probe_hooks(
-            objective.model, config.part(OnlineProbeConfig), config.seed, due, config.threads, journal
-        ),
-    ]
+    hooks: list[Hook] = []
+    if config.objective not in COMPARING:  # whose task is the whole batch's
+        hooks += held_out_hooks(objective, loader, Path(config.out), micro_batch)
+    if isinstance(objective.model, MaskedAutoencoder | Encoder | Classifier):
+        kind = "cls" if config.objective in COMPARING else "mean"  # what was trained to be compared
+        probe = config.part(OnlineProbeConfig)
+        hooks += probe_hooks(objective.model, kind, probe, config.seed, due, config.threads, journal)
+    return hooks
 
 
 def numbers(values: Sequence[float]) -> str:

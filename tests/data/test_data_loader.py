@@ -117,7 +117,10 @@ def test_chunks():
     batch = Batch(torch.randn(12, 3, 2, 2), ids, ids * 2, ids % 5)
     chunks = list(batch.chunks(3))
     assert [len(chunk.ids) for chunk in chunks] == [4, 4, 4]
-    assert same(Batch(*(torch.cat(tensors) for tensors in zip(*chunks, strict=True))), batch)
+    glued = zip(*(part[:4] for part in chunks), strict=True)
+    assert same(Batch(*(torch.cat(tensors) for tensors in glued)), batch)
+    seconds = batch._replace(second=torch.randn(12, 3, 2, 2))
+    assert torch.equal(torch.cat([part.second for part in seconds.chunks(5)]), seconds.second)
 
 
 def test_images_of_many_sizes_and_depths_make_a_batch(tmp_path):

@@ -274,6 +274,7 @@ def test_parts_make_the_same_store_in_any_order(photos, tmp_path):
     assert pack(PackConfig(**config, part="7/9"), Journal())  # nothing to do
 
 
+@pytest.mark.slow
 def test_a_killed_writer_is_gone_on_with(tmp_path):
     """A real process, really killed, and more than once."""
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (120, 90, 90, 3), dtype=np.uint8))

@@ -218,6 +218,7 @@ def life(settings: EmbedConfig) -> None:
     embed(settings, QUIET)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_the_bytes_are_the_same(run, photos, tmp_path):
     changes = {"shard_size": 6, "batch_size": 4, "features": "tokens"}
     embed(config(run, photos, tmp_path / "whole", **changes), QUIET)

@@ -228,7 +228,7 @@ def test_a_fine_tuned_run_can_be_read_and_says_what_it_found(run, tmp_path):
     model = load_classifier(tmp_path / "ft")
     assert model.config.classes == 10
     assert isinstance(load(tmp_path / "ft"), Classifier)
-    with pytest.raises(UserError, match="fine-tuned classifier"):
+    with pytest.raises(UserError, match="classifier, which cannot reconstruct"):
         load_autoencoder(tmp_path / "ft")
 
 

@@ -181,8 +181,8 @@ def test_a_classifier_is_drawn_without_reconstructions(tmp_path, pool):
     look.draw_look(tiny(), images, tmp_path / "mae.png", heads=0)
     difference = size(tmp_path / "mae.png")[1] - size(tmp_path / "classifier.png")[1]
     assert 200 < difference < 280  # two rows of 120 pixels, and other lines below
-    said = " ".join(look._caption(model, [0.5, 0.4]))
-    assert "no decoder" in said
+    said = " ".join(look._caption(model, [0.5, 0.4], False))
+    assert "predicts no pictures" in said
     assert ("not its cls token" in said) == (pool == "mean")
 
 

@@ -182,7 +182,7 @@ def hooks(train, test, k=3):
     model = create_model(
         "mae_vit_32x1x2_patch4", image_size=16, decoder_width=16, decoder_depth=1, decoder_heads=2
     ).eval()
-    return probe_hooks(model, config, 0, lambda step: step != 7, 1, Journal())
+    return probe_hooks(model, "mean", config, 0, lambda step: step != 7, 1, Journal())
 
 
 def test_images_that_cannot_be_read_are_told_of(tmp_path, capsys):

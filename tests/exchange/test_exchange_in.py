@@ -19,7 +19,7 @@ from quarterview import cli
 from quarterview.errors import UserError
 from quarterview.exchange.architecture import IMAGENET_MEAN
 from quarterview.exchange.transformers import export_transformers
-from quarterview.exchange.weights import load_autoencoder, metadata, read
+from quarterview.exchange.weights import load, load_autoencoder, metadata, read
 from quarterview.model.classifier import Classifier, ClassifierConfig
 from quarterview.model.mae import MaskedAutoencoder, create_model
 from quarterview.model.positions import sincos_2d
@@ -100,7 +100,8 @@ def test_an_official_checkpoint_with_decoder(model, images, tmp_path, capsys):
 def test_an_official_encoder_gets_a_fresh_decoder_and_says_so(model, images, tmp_path, capsys):
     encoder = {k: v for k, v in model.state_dict().items() if not k.startswith(("decoder", "mask_token"))}
     path = official(tmp_path / "mae_pretrain_vit_tiny.pth", encoder)
-    opened = load_autoencoder(path)
+    opened = load(path)
+    assert isinstance(opened, MaskedAutoencoder)
     assert (opened.config.decoder_width, opened.config.decoder_depth) == (512, 8)
     assert "there is no decoder: it is freshly initialised" in capsys.readouterr().out
     theirs = ViTModel(

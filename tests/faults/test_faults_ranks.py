@@ -458,3 +458,29 @@ def test_who_is_patient_gets_the_folder_of_one_that_dies(tmp_path):
             pass
         process.join()
         assert process.exitcode == -signal.SIGKILL
+
+
+# ---------------------------------------------------------------------- views that are compared
+
+
+@pytest.mark.parametrize(
+    "kind", ["mocov3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("simclr", "byol"))]
+)
+def test_ranks_compare_the_images_of_the_whole_batch(tmp_path, kind):
+    changes = {"objective": kind, "head_width": 48, "head_out": 16, "steps": 8, "checkpoint_every": None}
+    for size in (1, 2):
+        assert train(config(tmp_path / str(size), **changes), size, tmp_path / f"log{size}") == [0] * size
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    np.testing.assert_allclose(two, one, rtol=1e-4)
+    a, b = tensors(tmp_path / "1"), tensors(tmp_path / "2")
+    for name in a:
+        if not name.endswith("bias"):  # some have no gradient, but noise that AdamW makes large
+            torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=1e-3)
+    norms = [[row["grad_norm"] for row in metrics(tmp_path / name)] for name in ("1", "2")]
+    np.testing.assert_allclose(norms[1], norms[0], rtol=1e-3)
+
+
+def test_unequal_parts_of_a_batch_cannot_be_compared(tmp_path):
+    given = config(tmp_path / "run", objective="byol", head_width=8, head_out=8, batch_size=18)
+    assert train(given, 2, tmp_path) == [2, 2]
+    assert "multiples of 4" in said(tmp_path)

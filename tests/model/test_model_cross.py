@@ -326,7 +326,7 @@ def test_the_default_decoder_of_vit_base_costs_less(predicted, times):
             patches = torch.empty(1, 196, 768)
             visible, hidden, some = (torch.empty(1, n, dtype=torch.int64) for n in (49, 147, wanted))
         with FlopCounterMode(display=False) as whole, torch.no_grad():
-            model._predict(patches, visible, hidden, some)
+            model.predict(patches, visible, hidden, some)
         with FlopCounterMode(display=False) as encoder, torch.no_grad():
             model._encode(patches, visible)
         return whole.get_total_flops() - encoder.get_total_flops()

@@ -1,8 +1,11 @@
 import pytest
 import torch
+from sklearn.decomposition import PCA
 from torch import Tensor
 
-from quarterview.model.targets import NORM_EPS, PixelTarget, patch_statistics
+from quarterview.errors import UserError
+from quarterview.model.mae import create_model
+from quarterview.model.targets import NORM_EPS, PatchMoments, PCATarget, PixelTarget, patch_statistics
 
 
 def truth_of(target: PixelTarget, patches: Tensor) -> Tensor:
@@ -75,3 +78,128 @@ def test_pixels_come_back_from_the_truth_and_its_statistics(normalised):
     patches = 2 + 3 * torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
     pixels = target.to_pixels(truth_of(target, patches), *patch_statistics(patches))
     torch.testing.assert_close(pixels, patches, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- principal components
+
+
+def correlated(count: int, numbers: int = 12) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(count, 5) @ torch.randn(5, numbers) + 0.1 * torch.randn(count, numbers) + 3
+
+
+def test_components_are_scikit_learns_however_the_patches_come():
+    patches = correlated(500)
+    reference = PCA(4).fit(patches.double().numpy())
+    for sizes in ([500], [1, 99, 400], [250, 250]):
+        moments = PatchMoments(12)
+        for part in patches.split(sizes):
+            moments.add(part)
+        mean, components = moments.principal(4)
+        torch.testing.assert_close(mean, torch.tensor(reference.mean_), rtol=1e-8, atol=1e-8)
+        theirs = torch.tensor(reference.components_)
+        signs = (components * theirs).sum(1).sign()
+        torch.testing.assert_close(components, theirs * signs[:, None], rtol=1e-6, atol=1e-7)
+        assert (components.gather(1, components.abs().argmax(1, keepdim=True)) > 0).all()
+
+
+def test_the_target_is_what_scikit_learn_transforms_to():
+    patches = correlated(400)
+    moments = PatchMoments(12)
+    moments.add(patches.view(20, 20, 12))
+    target = PCATarget(12, 3)
+    assert target.width == 3
+    target.fit(moments)
+    reference = PCA(3).fit(patches.double().numpy())
+    theirs = torch.tensor(reference.transform(patches.double().numpy())).float()
+    made = target(torch.empty(1), patches[None], None)[0]
+    signs = (made * theirs).sum(0).sign()
+    torch.testing.assert_close(made, theirs * signs, rtol=1e-4, atol=1e-4)
+    wanted = torch.tensor([[3, 7]])
+    torch.testing.assert_close(target(torch.empty(1), patches[None], wanted), made[None, [3, 7]])
+    torch.testing.assert_close(target.loss(made + 2, made), torch.full((400,), 4.0))
+
+
+def test_all_components_are_the_picture():
+    patches = correlated(300)
+    moments = PatchMoments(12)
+    moments.add(patches)
+    target = PCATarget(12, 12)
+    target.fit(moments)
+    made = target(torch.empty(1), patches[None], None)
+    torch.testing.assert_close(target.to_pixels(made, made, made)[0], patches, rtol=1e-4, atol=1e-4)
+
+
+def test_more_components_than_patches_are_refused():
+    moments = PatchMoments(12)
+    moments.add(correlated(5))
+    with pytest.raises(ValueError, match="5 patches"):
+        moments.principal(5)
+
+
+# ---------------------------------------------------------------------- tokens
+
+
+class Counting:
+    """A tokenizer that gives each patch its own word."""
+
+    vocabulary = 16
+
+    def tokens(self, images: Tensor) -> Tensor:
+        return torch.arange(16).expand(len(images), -1)
+
+
+def test_tokens_are_judged_by_cross_entropy_of_the_hidden_patches():
+    torch.manual_seed(0)
+    options = {"target": "tokens", "vocabulary": 16, "decoder_depth": 0, "encoder_mask_tokens": True}
+    model = create_model("mae_vit_16x2x2_patch4", image_size=16, mask_ratio=0.4, mask="block", **options)
+    model.target.use(Counting())
+    images = torch.randn(3, 3, 16, 16)
+    out = model(images)
+    assert out.pred.shape == (3, 7, 16)
+    assert torch.equal(out.predicted.sort(1).values, out.mask.nonzero()[:, 1].view(3, 7))
+    expected = 0.0
+    for image in range(3):
+        for row, patch in enumerate(out.predicted[image].tolist()):
+            logits = out.pred[image, row].double()
+            expected -= (logits[patch] - logits.exp().sum().log()).item() / 21
+    torch.testing.assert_close(out.loss.item(), expected, rtol=1e-5, atol=0)
+    visible = model.encode(images)  # BEiT's features are of a full encoder without anything hidden
+    assert visible.shape == (3, 17, 16)
+    assert not any(name.startswith("target") for name in model.state_dict())
+
+
+def test_tokens_of_several_masks_are_made_once():
+    made = []
+
+    class Watched(Counting):
+        def tokens(self, images: Tensor) -> Tensor:
+            made.append(len(images))
+            return super().tokens(images)
+
+    model = create_model(
+        "mae_vit_16x2x2_patch4", image_size=16, target="tokens", vocabulary=16, decoder_width=16
+    )
+    model.target.use(Watched())
+    noise = torch.rand(3, 2, 16)
+    images = torch.randn(3, 3, 16, 16)
+    both = model(images, noise=noise)
+    assert made == [3]
+    apart = [model(images, noise=noise[:, i]).loss for i in (0, 1)]
+    torch.testing.assert_close(both.loss, sum(apart) / 2)
+
+
+def test_tokens_without_a_tokenizer_are_refused_and_features_are_not():
+    model = create_model("mae_vit_16x2x2_patch4", image_size=16, target="tokens", vocabulary=16)
+    with pytest.raises(UserError, match="no tokenizer"):
+        model(torch.randn(1, 3, 16, 16))
+    assert model.encode(torch.randn(1, 3, 16, 16)).shape == (1, 17, 16)
+    with pytest.raises(UserError, match="16 words for a model of 8"):
+        create_model("mae_vit_16x2x2_patch4", image_size=16, target="tokens", vocabulary=8).target.use(
+            Counting()
+        )
+    with pytest.raises(UserError, match="vocabulary"):
+        create_model("mae_vit_16x2x2_patch4", image_size=16, target="tokens")
+    model.target.use(Counting())
+    with pytest.raises(UserError, match="nothing to reconstruct"):
+        model.reconstruct(torch.randn(1, 3, 16, 16))

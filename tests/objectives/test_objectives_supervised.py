@@ -75,7 +75,7 @@ def test_what_is_dropped_depends_on_the_sample_alone(model, batch):
 def test_batches_that_cannot_be_used_are_refused(model, batch):
     with pytest.raises(ValueError, match="without labels"):
         Supervised(model, PLAIN, 0)(batch._replace(labels=None))
-    odd = Batch(*(x[:5] for x in batch))
+    odd = next(batch.split(5))
     with pytest.raises(ValueError, match="in pairs"):
         Supervised(model, SupervisedConfig(), 0)(odd)
 

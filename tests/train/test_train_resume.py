@@ -244,7 +244,10 @@ def survive(tmp_path: Path, kills: int, changes: dict, workers: list[int], seed:
     assert not list((tmp_path / "parts" / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize(("cache", "workers"), [("device", [0]), ("none", [2, 0, 1])])
+@pytest.mark.parametrize(
+    ("cache", "workers"),
+    [("device", [0]), pytest.param("none", [2, 0, 1], marks=pytest.mark.slow)],
+)
 def test_killed_three_times_and_resumed_is_the_same_run(tmp_path, cache, workers):
     survive(tmp_path, 3, {"cache": cache}, workers, seed=len(workers))
 

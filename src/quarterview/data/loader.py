@@ -16,19 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from quarterview.data.augment import (
-    crop_resize,
-    crop_resize_batch,
-    eval_box,
-    normalise,
-    random_crops,
-    to_float,
-)
+from quarterview.data.augment import crop_resize, crop_resize_batch, eval_box, normalise, to_float
 from quarterview.data.cache import CachedSet
-from quarterview.data.fetch import Report, attempt_picture, opened, read_many
+from quarterview.data.fetch import Report, attempt, attempt_picture, opened, read_many
 from quarterview.data.policy import PRETRAINING, AugmentConfig, erase, randaugment
-from quarterview.data.source import Source
+from quarterview.data.source import Croppable, Source
 from quarterview.data.stream import SampleStream
+from quarterview.data.views import View, boxes_of, distort
 from quarterview.data.workers import watched
 from quarterview.errors import RunError, UserError, check_types
 
@@ -108,6 +102,8 @@ class Batch(NamedTuple):
     """int64 [B], on the device: the epoch each sample is seen in."""
     labels: Tensor | None = None
     """int64 [B], on the device: the class of each picture, from a loader that was given labels."""
+    second: Tensor | None = None
+    """float32 [B, C, H, W], another view of each image, from a loader that makes two."""
 
     def split(self, size: int) -> Iterator["Batch"]:
         """Cut into parts of `size`; the last may be shorter."""
@@ -146,6 +142,7 @@ class Loader:
         report: called once for every image that was broken or converted.
         augment: what is done to training images.
         labels: int64 [N], the class of each image, or None.
+        views: how the one or two views of each training image are made; by default one, as `augment` says.
     """
 
     def __init__(
@@ -161,9 +158,12 @@ class Loader:
         report: Callable[[Report], None],
         augment: AugmentConfig = PRETRAINING,
         labels: Tensor | None = None,
+        views: Sequence[View] = (),
     ) -> None:
         self.source, self.stream, self.image_size = source, stream, image_size
         self.augment, self.labels = augment, labels
+        self.views = tuple(views) or (View(crop_min=augment.crop_min, flip=augment.flip),)
+        assert len(self.views) <= 2
         self.fill = tuple(mean)
         # On the device already, so that no batch has to wait for the host.
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
@@ -181,7 +181,9 @@ class Loader:
                 yield self._from_cache(torch.arange(part.start, part.stop))
             return
         loader = DataLoader(
-            _StreamedSamples(self.source, self.stream, self.image_size, self.augment, self.fill),
+            _StreamedSamples(
+                self.source, self.stream, self.image_size, self.augment.randaugment, self.fill, self.views
+            ),
             batch_sampler=_Parts(parts),
             num_workers=self.workers,
             collate_fn=_collate,
@@ -196,7 +198,8 @@ class Loader:
                 pixels, ids, epochs, shown, reports = collated
                 for report in reports:
                     self.report(report)
-                yield self._augmented(self._to_device(pixels, ids, epochs), shown)
+                pixels, ids, epochs = (x.to(self.device, non_blocking=True) for x in (pixels, ids, epochs))
+                yield self._batch([to_float(view) for view in pixels.unbind(1)], ids, epochs, shown)
 
     def held_out(self) -> Batch | None:
         """The held-out images, cut to the largest central box; broken ones are left out."""
@@ -209,38 +212,37 @@ class Loader:
         if not kept:
             return None
         ids = torch.tensor([sample for sample, _ in kept])
-        return self._to_device(stack([pixels for _, pixels in kept]), ids, torch.zeros_like(ids))
-
-    def _to_device(self, pixels: Tensor, ids: Tensor, epochs: Tensor) -> Batch:
-        pixels, ids, epochs = (x.to(self.device, non_blocking=True) for x in (pixels, ids, epochs))
-        return Batch(normalise(to_float(pixels), self.mean, self.std), ids, epochs)
+        pixels, ids = (x.to(self.device) for x in (stack([pixels for _, pixels in kept]), ids))
+        labels = None if self.labels is None else self.labels[[sample for sample, _ in kept]].to(self.device)
+        images = normalise(to_float(pixels), self.mean, self.std)
+        return Batch(images, ids, torch.zeros_like(ids), labels)
 
     def _from_cache(self, positions: Tensor) -> Batch:
         assert self.cached is not None
         epochs, ids = self.stream.at(positions)
-        images = self.cached.images
-        sizes = torch.tensor(images.shape[2:]).expand(len(ids), 2)
-        boxes, flips = random_crops(self.stream.seed, epochs, ids, sizes, scale=(self.augment.crop_min, 1.0))
         shown = self.cached.rows(self.stream, epochs, ids)
-        rows, boxes, flips = (
-            x.to(self.device, non_blocking=True) for x in (shown, boxes, flips & self.augment.flip)
-        )
-        crops = crop_resize_batch(images[rows], boxes, flips, self.image_size)
-        batch = Batch(
-            normalise(crops / 255, self.mean, self.std),
-            ids.to(self.device, non_blocking=True),
-            epochs.to(self.device, non_blocking=True),
-        )
-        return self._augmented(batch, shown)
+        images = self.cached.images[shown.to(self.device, non_blocking=True)]
+        sizes = torch.tensor(images.shape[2:]).expand(len(ids), 2)
+        crops = []
+        for number, view in enumerate(self.views):
+            placed = boxes_of(view, number, self.image_size, self.stream.seed, epochs, ids, sizes)
+            boxes, flips = (x.to(self.device, non_blocking=True) for x in placed)
+            crops.append(crop_resize_batch(images, boxes, flips, self.image_size) / 255)
+        ids, epochs = (x.to(self.device, non_blocking=True) for x in (ids, epochs))
+        return self._batch(crops, ids, epochs, shown)
 
-    def _augmented(self, batch: Batch, shown: Tensor) -> Batch:
-        """With what is done on the device, and the labels of the pictures that are `shown`."""
+    def _batch(self, crops: Sequence[Tensor], ids: Tensor, epochs: Tensor, shown: Tensor) -> Batch:
+        """Crops float [B, C, H, W] in [0, 1] of each view, with what is done on the device, and the labels of
+        the pictures that are `shown`."""
+        finished = []
+        for number, (view, images) in enumerate(zip(self.views, crops, strict=True)):
+            if view.colours is not None:
+                images = distort(images, view.colours, number, self.stream.seed, epochs, ids)  # noqa: PLW2901
+            finished.append(normalise(images, self.mean, self.std))
         if self.augment.erase:
-            erased = erase(batch.images, self.augment.erase, self.stream.seed, batch.epochs, batch.ids)
-            batch = batch._replace(images=erased)
-        if self.labels is not None:
-            batch = batch._replace(labels=self.labels[shown].to(self.device, non_blocking=True))
-        return batch
+            finished[0] = erase(finished[0], self.augment.erase, self.stream.seed, epochs, ids)
+        labels = None if self.labels is None else self.labels[shown].to(self.device, non_blocking=True)
+        return Batch(finished[0], ids, epochs, labels, *finished[1:])
 
 
 def central(pixels: Tensor, image_size: Sequence[int], crop_pct: float = 1.0) -> Tensor:
@@ -274,11 +276,12 @@ class _StreamedSamples(Dataset):
         source: Source,
         stream: SampleStream,
         image_size: Sequence[int],
-        augment: AugmentConfig,
+        policy: str | None,
         fill: tuple[float, ...],
+        views: Sequence[View],
     ) -> None:
         self.source, self.stream, self.image_size = source, stream, image_size
-        self.augment, self.fill = augment, fill
+        self.policy, self.fill, self.views = policy, fill, views
 
     def __getitems__(self, positions: Sequence[int]) -> "list[_Sample] | list[Exception]":
         try:
@@ -302,31 +305,49 @@ class _StreamedSamples(Dataset):
         samples: list[_Sample | None] = [None] * len(slots)
         while missing := [place for place, sample in enumerate(samples) if sample is None]:
             sizes = torch.tensor([images[place][1].size for place in missing])
-            boxes, flips = random_crops(
-                *(self.stream.seed, epochs[missing], ids[missing], sizes), scale=(self.augment.crop_min, 1.0)
-            )
-            for place, box, flip in zip(missing, boxes.tolist(), flips.tolist(), strict=True):
-                shown, image = images[place]
-                picture = attempt_picture(
-                    *(self.source, shown, partial(image.crop, box, self.image_size), reports[place])
+            placed = [
+                boxes_of(
+                    *(view, number, self.image_size, self.stream.seed, epochs[missing], ids[missing], sizes)
                 )
-                if picture is None:  # what had opened well could not be decoded
+                for number, view in enumerate(self.views)
+            ]
+            for row, place in enumerate(missing):
+                shown, image = images[place]
+                boxes = [boxes[row].tolist() for boxes, _ in placed]
+                views = self._views(image, shown, boxes, reports[place])
+                if views is None:  # what had opened well could not be decoded
                     images[place] = next(tries[place])
-                else:
-                    pixels = self._augmented(picture.pixels, flip and self.augment.flip, *slots[place])
-                    samples[place] = _Sample(pixels, *slots[place], shown, reports[place])
+                    continue
+                turned = [
+                    self._augmented(pixels, bool(flips[row]), *slots[place])
+                    for pixels, (_, flips) in zip(views, placed, strict=True)
+                ]
+                samples[place] = _Sample(torch.stack(turned), *slots[place], shown, reports[place])
         return [sample for sample in samples if sample is not None]
+
+    def _views(
+        self, image: Croppable, shown: int, boxes: Sequence[Sequence[int]], reports: list[Report]
+    ) -> list[Tensor] | None:
+        """The boxes of an image, resized; None if it is broken. What was done to it is told once."""
+        first = attempt_picture(self.source, shown, partial(image.crop, boxes[0], self.image_size), reports)
+        others = [
+            attempt(self.source, shown, partial(image.crop, box, self.image_size), reports)
+            for box in boxes[1:]
+            if first is not None
+        ]
+        pictures = [picture.pixels for picture in (first, *others) if picture is not None]
+        return pictures if len(pictures) == len(boxes) else None
 
     def _augmented(self, pixels: Tensor, flip: bool, sample: int, epoch: int) -> Tensor:
         pixels = pixels.flip(2) if flip else pixels
-        policy = self.augment.randaugment
-        if policy is None:
+        if self.policy is None:
             return pixels
-        return randaugment(pixels, policy, self.fill, self.stream.seed, epoch, sample)
+        return randaugment(pixels, self.policy, self.fill, self.stream.seed, epoch, sample)
 
 
 class _Sample(NamedTuple):
     pixels: Tensor
+    """[views, C, H, W]"""
     id: int
     epoch: int
     shown: int

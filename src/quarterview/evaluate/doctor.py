@@ -87,7 +87,7 @@ def figures_of(run: Examined) -> dict[str, Any]:
     """All that was measured, as JSON holds it."""
     losses = run.losses or {}
     return {
-        "space": "normalised pixels" if run.model.norm_pix_loss else "pixels",
+        "space": "normalised pixels" if run.model.normalises_patches else "pixels",
         "on": "held-out images" if run.held_out else "training images",
         "judged": len(next(iter(losses.values()))) if losses else 0,
         "losses": {name: float(values.mean()) for name, values in losses.items()},

@@ -77,6 +77,13 @@ def read_record(folder: Path) -> Record:
         raise UserError(
             f"{folder} says nothing of how it was trained; accepted: a run of `quarterview pretrain`"
         )
+    trained = (values.get("objective", "mae"), values.get("target", "pixels"))
+    if trained != ("mae", "pixels"):
+        raise UserError(
+            f"{folder} was trained for {trained[0]} of {trained[1]}, and the doctor compares predictions "
+            "of pixels with inpainters; accepted: runs of --objective mae --target pixels, and for "
+            "others quarterview knn or linear"
+        )
     return Record(
         folder,
         part(MAEConfig, values),

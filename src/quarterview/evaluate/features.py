@@ -22,7 +22,9 @@ from quarterview.data.source import Source, labels_of
 from quarterview.errors import UserError, check_types
 from quarterview.evaluate.results import results_folder, write_result
 from quarterview.exchange.weights import load, read
+from quarterview.model import masking
 from quarterview.model.classifier import Classifier
+from quarterview.model.mae import MaskedAutoencoder
 from quarterview.train.distributed import choose_device
 from quarterview.train.loop import precision_context, usable_precision
 
@@ -265,6 +267,24 @@ def encoder_features(model: Backbone, kind: FeatureKind) -> Encoder:
     return encode
 
 
+def partly_visible(model: MaskedAutoencoder, share: float, seed: int) -> Encoder:
+    """The mean of the patch tokens, of images of which a share of the patches is seen, chosen at random.
+
+    What each image shows depends on its place among those that have been given, and on the seed.
+    """
+    given, kept = 0, max(1, int(model.config.patches * share))
+
+    def encode(images: Tensor) -> Tensor:
+        nonlocal given
+        places = torch.arange(given, given + len(images), device=images.device)
+        given += len(images)
+        noise = draws.uniform(seed, "visible", 0, places, model.config.patches)
+        mask = masking.mask_from_noise(noise, kept)
+        return model.encode(as_trained(model, images), mask)[:, 1:].mean(dim=1)
+
+    return encode
+
+
 def class_scores(model: Classifier, weights: Mapping[str, Tensor] | None = None) -> Encoder:
     """What a classifier says of whole images: float [B, classes].
 
@@ -322,11 +342,16 @@ def tokens_after(model: Backbone, images: Tensor, block: int | None = None) -> T
 
 def pixel_features(images: Tensor) -> Tensor:
     """The pixels themselves, of images shrunk to at most 32 on the longer side."""
+    return shrunk(images).flatten(1)
+
+
+def shrunk(images: Tensor) -> Tensor:
+    """Images [B, C, H, W] shrunk to at most 32 on the longer side."""
     shrink = max(images.shape[2:]) / PIXEL_SIDE
-    if shrink > 1:
-        size = [max(1, round(side / shrink)) for side in images.shape[2:]]
-        images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
-    return images.flatten(1)
+    if shrink <= 1:
+        return images
+    size = [max(1, round(side / shrink)) for side in images.shape[2:]]
+    return F.interpolate(images, size=size, mode="bilinear", antialias=True)
 
 
 # ---------------------------------------------------------------------- over many images

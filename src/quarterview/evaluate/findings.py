@@ -367,7 +367,7 @@ def progress(run: Examined, explained: bool) -> list[Finding]:
     elif not explained:
         seen = f"better than a constant, not yet than {run.best}: {figures}"
         found.append(Finding("caution", "young", seen, *_YOUNG))
-    if run.model.norm_pix_loss:
+    if run.model.normalises_patches:
         found.append(normalised(run))
     return found
 
@@ -384,7 +384,7 @@ def nothing_learned(run: Examined, figures: str) -> Finding:
     if short:
         cause = f"{h.step} updates are too few"
         return Finding("ailment", "nothing learned", seen, cause, "more --epochs or --steps")
-    flat = run.pictures.flat if run.pictures and run.model.norm_pix_loss else 0.0
+    flat = run.pictures.flat if run.pictures and run.model.normalises_patches else 0.0
     if flat > 0.5:
         cause = f"{flat:.0%} of the patches are flat, so that normalised targets are mostly noise"
         return Finding("ailment", "nothing learned", seen, cause, "--no-norm-pix-loss")

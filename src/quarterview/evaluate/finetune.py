@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from quarterview import draws, runs
+from quarterview import runs
 from quarterview.data.cache import CachedSet
 from quarterview.data.loader import Loader
 from quarterview.data.open import open_sources
@@ -39,7 +39,13 @@ from quarterview.exchange.weights import (
     read_config,
     read_header,
 )
-from quarterview.model.classifier import Classifier, ClassifierConfig, Pool, freeze_all_but
+from quarterview.model.classifier import (
+    Classifier,
+    ClassifierConfig,
+    Pool,
+    freeze_all_but,
+    fresh_classifier,
+)
 from quarterview.objectives.supervised import Supervised, SupervisedConfig
 from quarterview.running import Run, RunningConfig, Site, carry_out, hold, settle, spread, to_plain
 from quarterview.train import checkpoint
@@ -402,12 +408,6 @@ def start_of(config: FinetuneConfig) -> ClassifierConfig:
         raise UserError(f"--model {config.model}, but {config.run} is {theirs.model}; accepted: neither")
     size = config.image_size or theirs.image_size
     return ClassifierConfig(theirs.model, size, theirs.in_chans, theirs.mean, theirs.std, pool=config.pool)
-
-
-def fresh_classifier(config: ClassifierConfig, seed: int) -> Classifier:
-    """A classifier with the initial weights that belong to a seed."""
-    with draws.seeded(seed, "init"):
-        return Classifier(config)
 
 
 class Judge:

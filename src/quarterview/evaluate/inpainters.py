@@ -103,7 +103,7 @@ def inpainted_losses(model: MaskedAutoencoder, images: Tensor, mask: Tensor) -> 
         predictions[ZERO].append(torch.zeros_like(truths[-1]))
     truth = torch.cat(truths)
     found = {name: torch.cat(parts) for name, parts in predictions.items()}
-    if model.config.norm_pix_loss:
+    if model.config.normalises_patches:
         found = {name: guess * best_factor(guess, truth) for name, guess in found.items()}
     return {name: model.target.loss(guess, truth).mean(dim=1) for name, guess in found.items()}
 

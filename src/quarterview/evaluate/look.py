@@ -26,7 +26,7 @@ from quarterview.evaluate.panel import (
     read_pictures,
     shown,
 )
-from quarterview.exchange.weights import load
+from quarterview.exchange.weights import open_model, read
 from quarterview.model.classifier import Classifier
 from quarterview.model.mae import MaskedAutoencoder
 from quarterview.model.vit import Attention
@@ -161,6 +161,7 @@ def draw_look(
     title: str = "",
     seed: int = 0,
     heads: int = HEADS_MOST,
+    completes: bool = True,
 ) -> None:
     """Write a PNG with a column for each image.
 
@@ -172,6 +173,7 @@ def draw_look(
     Args:
         images: float [B, C, H, W], normalised.
         seed: of the masks.
+        completes: whether a masked autoencoder has the decoder that it was trained with.
     """
     config = model.config
     original = shown(images, config.mean, config.std)
@@ -186,24 +188,25 @@ def draw_look(
         colours, share = principal_colours(some)
         rows[name] = colours.transpose(1, 2).unflatten(2, config.grid)
         shares.append(share)
-    sentences = [*([title] if title else []), *_caption(model, shares)]
-    if isinstance(model, MaskedAutoencoder):
+    autoencoder = isinstance(model, MaskedAutoencoder) and completes and model.config.target != "tokens"
+    sentences = [*([title] if title else []), *_caption(model, shares, autoencoder)]
+    if isinstance(model, MaskedAutoencoder) and autoencoder:
         rows |= completed_rows(model, images, keyed_noise(model, len(images), seed))
     draw_rows(rows, "\n".join([*sentences, *channels_caption(config.in_chans)]), path)
 
 
-def _caption(model: MaskedAutoencoder | Classifier, shares: Sequence[float]) -> list[str]:
+def _caption(model: MaskedAutoencoder | Classifier, shares: Sequence[float], autoencoder: bool) -> list[str]:
     sentences = [
         "Attention: from the cls token of the last block to the patches, brightest where most.",
         "Rollout: the same through all blocks (Abnar and Zuidema 2020).",
         f"Tokens: three principal components of all patch tokens, {shares[0]:.0%} of their variance;",
         f"less position: after removing what depends on the place alone, {shares[1]:.0%} of the rest.",
     ]
-    if isinstance(model, MaskedAutoencoder):
+    if isinstance(model, MaskedAutoencoder) and autoencoder:
         return [*sentences, *completed_caption(model)]
-    if model.config.pool == "mean":
+    if isinstance(model, Classifier) and model.config.pool == "mean":
         sentences.append("This classifier reads the mean of its patch tokens and not its cls token.")
-    return [*sentences, "No reconstruction: this model has no decoder."]
+    return [*sentences, "No reconstruction: this model predicts no pictures."]
 
 
 def _heat(original: Tensor, weights: Tensor, grid: Sequence[int]) -> Tensor:
@@ -248,8 +251,9 @@ def look(run: str, images: Sequence[str], out: str, seed: int = 0, heads: int = 
     """
     if heads < 0:
         raise UserError(f"{heads} heads; accepted: 0 or more")
-    model = load(run)
+    weights = read(run)
+    model = open_model(weights)
     config = model.config
     batch = read_pictures(images, config.in_chans, config.image_size)
     mean, std = config.mean or (0.0,) * config.in_chans, config.std or (1.0,) * config.in_chans
-    draw_look(model, normalise(batch, mean, std), Path(out), Path(run).name, seed, heads)
+    draw_look(model, normalise(batch, mean, std), Path(out), Path(run).name, seed, heads, weights.has_decoder)

@@ -19,11 +19,11 @@ from quarterview.data.loader import Batch, Loader, central, stack
 from quarterview.data.open import open_sources
 from quarterview.data.source import Source, labels_of
 from quarterview.errors import UserError, check_types
-from quarterview.evaluate.features import choose_labelled, encoder_features
+from quarterview.evaluate.features import Backbone, FeatureKind, choose_labelled, encoder_features
 from quarterview.evaluate.knn import knn_predict
 from quarterview.evaluate.panel import draw_panel
-from quarterview.model.mae import MaskedAutoencoder
 from quarterview.objectives.mae import MaskedAutoencoding
+from quarterview.objectives.objective import Objective
 from quarterview.train.journal import Journal
 from quarterview.train.loop import Hook
 
@@ -34,10 +34,9 @@ _ROUNDING = 1e-9
 # ---------------------------------------------------------------------- held-out images
 
 
-def held_out_hooks(
-    objective: MaskedAutoencoding, loader: Loader, folder: Path, micro_batch: int
-) -> list[Hook]:
-    """The validation loss and the panel, both on the held-out images with masks that never change."""
+def held_out_hooks(objective: Objective, loader: Loader, folder: Path, micro_batch: int) -> list[Hook]:
+    """The validation loss and, of masked autoencoders whose target is a picture, the panel: both on the
+    held-out images with masks that never change."""
     held_out = loader.held_out()
     if held_out is None:
         return []
@@ -47,13 +46,15 @@ def held_out_hooks(
         return {"val_loss": float(torch.stack(losses).sum() / len(held_out.ids))}
 
     def panel(step: int) -> dict[str, float]:
+        assert isinstance(objective, MaskedAutoencoding)
         few = Batch(held_out.images[:8], held_out.ids[:8], held_out.epochs[:8])
         noise = objective.noise(few.epochs, few.ids)[:, 0]
         path = folder / "samples" / f"step-{step:08d}.png"
         draw_panel(objective.model, few.images, noise, path, f"step {step}")
         return {}
 
-    return [val_loss, panel]
+    drawn = isinstance(objective, MaskedAutoencoding) and objective.model.config.target != "tokens"
+    return [val_loss, panel] if drawn else [val_loss]
 
 
 # ---------------------------------------------------------------------- labelled images
@@ -96,14 +97,15 @@ class OnlineProbeConfig:
 
 
 def probe_hooks(
-    model: MaskedAutoencoder,
+    model: Backbone,
+    kind: FeatureKind,
     config: OnlineProbeConfig,
     seed: int,
     due: Callable[[int], bool],
     threads: int,
     journal: Journal,
 ) -> list[Hook]:
-    """The accuracy of a k-nearest-neighbour vote on the mean patch tokens; nothing if it is not asked for.
+    """The accuracy of a k-nearest-neighbour vote on features of a kind; nothing if it is not asked for.
 
     Args:
         seed: of the choice of labelled images.
@@ -135,7 +137,7 @@ def probe_hooks(
             f"probe_train and probe_test are the same images, {config.probe_test}, so that each would be its "
             "own neighbour; accepted: two sets"
         )
-    encode = encoder_features(model, "mean")
+    encode = encoder_features(model, kind)
 
     def features(images: Tensor) -> Tensor:
         parts = images.split(_PROBED_AT_ONCE)

@@ -83,7 +83,7 @@ def _shown_range(mean: Sequence[float], std: Sequence[float]) -> tuple[float, fl
 def completed_caption(model: MaskedAutoencoder) -> list[str]:
     """What a person should know who looks at `completed_rows`."""
     sentences = ["Reconstruction: visible patches as they are, hidden ones predicted."]
-    if model.config.norm_pix_loss:
+    if model.config.normalises_patches:
         sentences.append(
             "Patches are predicted up to brightness and contrast, guessed here from visible ones nearby."
         )

@@ -1,6 +1,5 @@
 """The page of a comparison: one file that opens without a network, by light or dark, on a phone."""
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,13 +7,19 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from quarterview.evaluate.page import (
+    COLOURS,
+    PLAIN,
+    STYLE,
+    accuracy,
+    drawing_style,
+    facts_list,
+    svg_of,
+    table,
+)
 from quarterview.evaluate.verdict import Comparison, Contrast, Estimate, Verdict, signed
 from quarterview.train.journal import replace_text
 
-_INK = "#010203"
-"""Drawn in this colour, and then said to be whatever colour the text of the page has."""
-_COLOURS = ("#2f7de1", "#d9822b", "#2e9e5b", "#b04fc4", "#c9485b", "#1f9aa8", "#8a8f3c")
-_PLAIN = "#8b8f96"
 _DODGE = 0.03  # arms at the same count stand beside each other, by this share of the count's size
 
 
@@ -74,7 +79,7 @@ def render(page: Page) -> str:
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(page.verdicts[0].answer.capitalize())}: did pre-training help?</title>",
-        f"<style>{_STYLE}</style></head><body><main>",
+        f"<style>{STYLE}</style></head><body><main>",
         "<h1>Did pre-training help?</h1>",
         *(_verdict(verdict) for verdict in page.verdicts),
         _legend(colours),
@@ -90,7 +95,7 @@ def colours_of(page: Page) -> dict[str, str]:
     """A colour for each arm: greys would do for the baselines, but they are what everything hangs on."""
     names = [*page.arms, *dict.fromkeys(p.arm for p in page.points if p.arm not in page.arms)]
     return {
-        name: _PLAIN if name == "raw pixels" else _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)
+        name: PLAIN if name == "raw pixels" else COLOURS[i % len(COLOURS)] for i, name in enumerate(names)
     }
 
 
@@ -127,7 +132,7 @@ def _section(page: Page, protocol: str, colours: Mapping[str, str]) -> str:
     by_arm = {(p.arm, p.labels): p.accuracy for p in points}
     name = page.protocols[protocol]
     rows = [
-        [escape(arm), *(_accuracy(by_arm.get((arm, n))) for n in counts)]
+        [escape(arm), *(accuracy(by_arm.get((arm, n))) for n in counts)]
         for arm in colours
         if any(p.arm == arm for p in points)
     ]
@@ -148,15 +153,8 @@ def _section(page: Page, protocol: str, colours: Mapping[str, str]) -> str:
         f"<section><h2>{escape(name.capitalize())}</h2>"
         f'<figure aria-label="Accuracy over labelled images, {escape(name)}">'
         f"{plot(points, colours, protocol)}</figure>"
-        f"{_table('Accuracy, %', heads, rows)}{_table('Difference, points', heads, differences)}</section>"
+        f"{table('Accuracy, %', heads, rows)}{table('Difference, points', heads, differences)}</section>"
     )
-
-
-def _accuracy(found: Estimate | None) -> str:
-    if found is None:
-        return "–"
-    low, high = found.as_share
-    return f"{100 * found.mean:.1f}<br><small>{100 * low:.1f} to {100 * high:.1f}</small>"
 
 
 def _difference(found: Estimate, worthwhile: float | None) -> str:
@@ -168,19 +166,6 @@ def _difference(found: Estimate, worthwhile: float | None) -> str:
     return (
         f'<span class="cell {kind}">{signed(found.mean)}</span>'
         f"<br><small>{signed(found.low)} to {signed(found.high)}</small>"
-    )
-
-
-def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of cells that are HTML already; it scrolls by itself where the screen is narrow."""
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
-    body = "".join(
-        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
-        for first, *rest in rows
-    )
-    return (
-        f'<div class="scroll"><table><caption>{escape(caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -221,14 +206,10 @@ def _compared(page: Page, record: Mapping[str, Any]) -> str:
         )
     facts |= {f"note {i}": note for i, note in enumerate(record["results"]["notes"], 1)}
     return (
-        f"<section><h2>What was compared</h2><dl>{_facts(facts)}</dl>"
+        f"<section><h2>What was compared</h2><dl>{facts_list(facts)}</dl>"
         "<details><summary>The whole recipe: the same for all, but that random weights have the layer decay "
-        f"{settings['scratch_layer_decay']:g}</summary><dl>{_facts(settings)}</dl></details></section>"
+        f"{settings['scratch_layer_decay']:g}</summary><dl>{facts_list(settings)}</dl></details></section>"
     )
-
-
-def _facts(facts: Mapping[str, Any]) -> str:
-    return "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
 
 
 # ---------------------------------------------------------------------- plots
@@ -240,19 +221,11 @@ def plot(points: Sequence[Point], colours: Mapping[str, str], salt: str) -> str:
     Args:
         salt: makes the names inside the drawing differ from those of others on the page.
     """
-    style = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": salt,
-        "font.size": 11,
-        **dict.fromkeys(
-            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK
-        ),
-    }
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, NullLocator
 
-    with rc_context(style):
+    with rc_context(drawing_style(salt)):
         figure = Figure(figsize=(7, 3.6))
         axes = figure.subplots()
         arms = [arm for arm in colours if any(p.arm == arm for p in points)]
@@ -283,41 +256,8 @@ def plot(points: Sequence[Point], colours: Mapping[str, str], salt: str) -> str:
         axes.set_xlim(counts[0] / 1.4, counts[-1] * 1.4)
         axes.set_xlabel("labelled images")
         axes.set_ylabel("accuracy, %")
-        axes.grid(axis="y", color=_PLAIN, alpha=0.3, linewidth=0.7)
+        axes.grid(axis="y", color=PLAIN, alpha=0.3, linewidth=0.7)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         figure.tight_layout()
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    svg = drawn.getvalue()
-    return svg[svg.index("<svg") :].replace(_INK, "currentColor")
-
-
-_STYLE = """
-:root{color-scheme:light dark;--back:#fff;--ink:#1c1f23;--soft:#5b626b;--line:#d9dde2;
---yes:#177245;--no:#b3261e;--maybe:#8a6100;--yes-back:#e4f4ea;--no-back:#fbe9e7;--maybe-back:#fdf3d7}
-@media (prefers-color-scheme:dark){:root{--back:#14171a;--ink:#e6e8ea;--soft:#a0a7b0;--line:#343a41;
---yes:#6fd39b;--no:#ff9d94;--maybe:#f0c75e;--yes-back:#143323;--no-back:#3d1b18;--maybe-back:#352a0c}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--back);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
-main{max-width:48rem;margin:0 auto;padding:1rem}
-h1{font-size:1.6rem;margin:.5rem 0 1rem}h2{font-size:1.2rem;margin:2rem 0 .5rem}
-p,dd,li{overflow-wrap:anywhere}
-.verdict{border-left:.4rem solid;border-radius:.3rem;padding:.6rem 1rem;margin:.8rem 0}
-.verdict p{margin:.2rem 0}.word{font-size:1.3rem;font-weight:700}
-.yes{border-color:var(--yes);background:var(--yes-back)}.no{border-color:var(--no);background:var(--no-back)}
-.maybe{border-color:var(--maybe);background:var(--maybe-back)}
-.yes .word,.cell.yes{color:var(--yes)}.no .word,.cell.no{color:var(--no)}
-.maybe .word,.cell.maybe{color:var(--maybe)}
-.cell{padding:0 .35rem;border-radius:.25rem;font-weight:600}
-.legend{list-style:none;display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;padding:0;margin:1.2rem 0 0}
-.swatch{display:inline-block;width:.8rem;height:.8rem;border-radius:50%;margin-right:.4rem}
-figure{margin:.5rem 0}svg{width:100%;height:auto;display:block}svg text{font-family:inherit}
-.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;margin:.6rem 0}
-caption{text-align:left;color:var(--soft);padding:.2rem 0}
-th,td{padding:.35rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap;
-font-variant-numeric:tabular-nums}
-th{font-weight:600}th[scope=row],th:first-child{text-align:left;white-space:normal;overflow-wrap:anywhere}
-small,dt{color:var(--soft)}dt{font-size:.85rem;margin-top:.5rem}dd{margin:0}
-summary{cursor:pointer;margin-top:.8rem}
-"""
+        return svg_of(figure)

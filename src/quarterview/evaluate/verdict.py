@@ -31,6 +31,7 @@ import numpy as np
 
 Answer = Literal["helped", "did not help", "cannot tell"]
 LEVEL = 0.95
+_NO_DIFFERENCE = 1e-4
 _MOST_SEEDS = 50
 """Nobody is told to run more."""
 
@@ -282,7 +283,14 @@ def needed(found: Estimate, worthwhile: float) -> str:
     It is decided when the interval excludes either 0 from below or the smallest gain worth having
     from above, whichever is nearer to hand.
     """
-    seeds, target = len(found.by_seed), max(found.mean, worthwhile - found.mean) ** 2
+    return narrower(found, max(found.mean, worthwhile - found.mean))
+
+
+def narrower(found: Estimate, half: float) -> str:
+    """What would make an interval reach less than so far from its mean, if that stays where it is."""
+    if half < _NO_DIFFERENCE:
+        return "as far as can be seen the two are alike, which no number of seeds would settle"
+    seeds, target = len(found.by_seed), half**2
     if seeds == 1:
         return "with one seed nothing is known of what another would give: --seeds 3 or more would tell"
     test = quantile(found.images) ** 2 * found.test_variance

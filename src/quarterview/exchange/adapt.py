@@ -28,7 +28,7 @@ def adapt(
     name = "patch_embed.proj.weight"
     tensors[name] = resize_patches(adapt_channels(tensors[name], ours.in_chans), patch)
     for name in ("decoder_pred.weight", "decoder_pred.bias"):
-        if name in tensors:
+        if name in tensors and getattr(theirs, "target", "pixels") == "pixels":
             tensors[name] = resize_prediction(tensors[name], before, theirs.in_chans, patch, ours.in_chans)
     for name in ("pos_embed", "decoder_pos_embed"):
         if name in tensors and theirs.grid != ours.grid:

@@ -22,7 +22,7 @@ from quarterview.model.positions import sincos_2d
 from quarterview.model.vit import LAYER_NORM_EPS, MLP_RATIO, SIZES
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DECODER = ("decoder*", "mask_token")
+DECODER = ("decoder*", "mask_token", "target.*")
 """The names of a decoder's tensors."""
 _OTHERS = {  # how networks are recognised that are not ours to read, by a part of a name
     "layer1.0.conv1": "a ResNet",

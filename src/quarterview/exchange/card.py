@@ -43,7 +43,7 @@ def card(
         f"## Load it\n\n```python\n{target.load}\n```",
         *(f"- {note}" for note in target.notes),
         "## Images\n\n" + _table(_images(model, facts)),
-        "## Model\n\n" + _table(_architecture(model)),
+        "## Model\n\n" + _table(_architecture(model, facts)),
         "## Where it comes from\n\n" + _origin(facts),
         "## Licence\n\n" + _licence(facts),
         "## Checked\n\n" + _checked(target, differences, versions),
@@ -90,7 +90,7 @@ def _images(model: Model, facts: Facts) -> Iterator[tuple[str, str]]:
         yield "mean, std", "not recorded with these weights; 0 and 1 are written, which change nothing"
 
 
-def _architecture(model: Model) -> Iterator[tuple[str, str]]:
+def _architecture(model: Model, facts: Facts) -> Iterator[tuple[str, str]]:
     config, shape = model.config, model.config.shape
     yield "encoder", f"{shape.width} wide, {shape.depth} blocks, {shape.heads} heads"
     yield "patches", f"{shape.patch_size} × {shape.patch_size} pixels, {config.patches} an image, and cls"
@@ -100,13 +100,13 @@ def _architecture(model: Model) -> Iterator[tuple[str, str]]:
         yield "head", f"{model.config.classes} classes, read from {read}"
         if model.config.class_names:
             yield "classes", ", ".join(model.config.class_names)
-    else:
+    elif facts.decoder:
         mae = model.config
         size = f"{mae.decoder_width} wide, {mae.decoder_depth} blocks, {mae.decoder_heads} heads"
         yield "decoder", f"{mae.decoder}, {size}"
         predicted = f", {mae.predict_share:.0%} of those predicted" if mae.predict_share < 1 else ""
         yield "masks", f"{mae.mask}, {mae.mask_ratio:.0%} hidden{predicted}"
-        yield "target", "pixels normalised by patch" if mae.norm_pix_loss else "pixels"
+        yield "target", mae.described_target
 
 
 def _origin(facts: Facts) -> str:

@@ -1,7 +1,7 @@
 """`quarterview export`: a model of ours, as others open it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -12,7 +12,8 @@ from quarterview.exchange.facts import Facts, facts_of
 from quarterview.exchange.folder import check_folder, write_folder
 from quarterview.exchange.transformers import Part
 from quarterview.exchange.verify import Exported, Model
-from quarterview.exchange.weights import load
+from quarterview.exchange.weights import open_model, read
+from quarterview.model.config import MAEConfig
 from quarterview.train.journal import Journal
 
 To = Literal["timm", "transformers", "onnx", "safetensors", "torch-export"]
@@ -58,7 +59,11 @@ def export(config: ExportConfig, journal: Journal) -> Exported:
         RunError: if the target's forward differs from ours by more than `verify.LIMIT`.
     """
     check_folder(Path(config.out))
-    model, facts = load(config.run, config.ema), facts_of(config.run, config.ema, config.licence)
+    weights = read(config.run, config.ema)
+    facts = facts_of(config.run, config.ema, config.licence)
+    if isinstance(weights.config, MAEConfig) and not weights.has_decoder:
+        config, facts = _without_decoder(config), replace(facts, decoder=False)
+    model = open_model(weights)
     done = _export(model, config, facts)
     for name, value in done.differences.items():
         journal.say(f"{name}: differs from our forward by at most {value:.1e} of the largest number")
@@ -71,6 +76,17 @@ def export(config: ExportConfig, journal: Journal) -> Exported:
             f"the weights started from {facts.started_from}, whose licence is not recorded; --licence says it"
         )
     return done
+
+
+def _without_decoder(config: ExportConfig) -> ExportConfig:
+    """The export of an encoder alone.
+
+    Raises:
+        UserError: if it takes a decoder.
+    """
+    if "mae" in config.parts:
+        raise UserError(f"{config.run} has no decoder, which the part mae is for; accepted: --parts vit")
+    return replace(config, parts=("vit",)) if config.to == "transformers" else config
 
 
 def _export(model: Model, config: ExportConfig, facts: Facts) -> Exported:

@@ -15,7 +15,7 @@ _STARTS = ("init_from", "run")  # what a run's configuration calls the weights t
 _SCRATCH = "scratch"
 _PLACES = (  # where things lay and ran, which says nothing of the weights
     *("out", "data", "train", "test", "probe_train", "probe_test", "resume", "device", "cache", "workers"),
-    *("init_from", "run", "log_every", "eval_every", "checkpoint_every", "checkpoint_minutes"),
+    *("init_from", "run", "tokenizer", "log_every", "eval_every", "checkpoint_every", "checkpoint_minutes"),
     *("keep_checkpoints", "probe_every"),
 )
 _LOSSES = ("loss", "val_loss")
@@ -51,6 +51,8 @@ class Facts:
     """What the weights were at the beginning; empty for random ones."""
     start: "Facts | None" = None
     """What is known of those."""
+    decoder: bool = True
+    """Whether a masked autoencoder's decoder is among them."""
 
     @property
     def crop_pct(self) -> float | None:

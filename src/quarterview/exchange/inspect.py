@@ -16,7 +16,7 @@ _TENSORS_SHOWN = 20
 _PARTS = {
     "embedding": ("patch_embed", "cls_token", "pos_embed"),
     "blocks": ("blocks", "norm", "fc_norm"),
-    "decoder": ("decoder", "mask_token"),
+    "decoder": ("decoder", "mask_token", "target"),
     "head": ("head",),
 }
 """Where a parameter belongs, by how its name begins."""
@@ -81,7 +81,7 @@ def _task(config: MAEConfig, weights: Weights) -> list[tuple[str, str]]:
             f"{config.decoder_heads} heads",
         ),
         ("masks", f"{config.mask}, {config.mask_ratio:.0%} hidden, {visible} patches visible{predicted}"),
-        ("target", "pixels normalised by patch" if config.norm_pix_loss else "pixels"),
+        ("target", config.described_target),
     ]
 
 

@@ -1,6 +1,7 @@
 """To one safetensors file: every weight under our names, and a header that says what it is."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -8,8 +9,10 @@ from quarterview.exchange.card import Target
 from quarterview.exchange.facts import Facts
 from quarterview.exchange.folder import staged
 from quarterview.exchange.verify import Exported, Model, accept, compare, outputs, versions
-from quarterview.exchange.weights import load, metadata
+from quarterview.exchange.weights import decoder_names, load, metadata
 from quarterview.model.classifier import Classifier
+from quarterview.model.config import ViTConfig
+from quarterview.model.mae import MaskedAutoencoder
 from quarterview.train.checkpoint import save_weights
 
 FILE = "model.safetensors"
@@ -37,7 +40,11 @@ def export_safetensors(model: Model, path: str | Path, facts: Facts | None = Non
 def write(model: Model, file: Path, facts: Facts) -> Mapping[str, float]:
     """Write the file, open it again and compare."""
     licence = {"license": facts.licence} if facts.licence else {}
-    save_weights(file, dict(model.state_dict()), {**metadata(model.config), **licence})
+    weights, config = dict(model.state_dict()), model.config
+    if isinstance(model, MaskedAutoencoder) and not facts.decoder:
+        config = ViTConfig(**{field.name: getattr(config, field.name) for field in fields(ViTConfig)})
+        weights = {name: value for name, value in weights.items() if name not in decoder_names(model.config)}
+    save_weights(file, weights, {**metadata(config), **licence})
     differences = compare(model, partial(outputs, load(file)))
     accept("safetensors", differences)
     return differences

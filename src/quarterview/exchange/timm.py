@@ -25,7 +25,7 @@ _ENTRIES = {  # timm's names of the shapes; every number is in model_args, so an
     "large": "vit_large_patch16_224",
     "huge": "vit_huge_patch14_224",
 }
-_WITHOUT_DECODER = ("decoder", "mask_token")
+_WITHOUT_DECODER = ("decoder", "mask_token", "target.")
 
 
 def export_timm(model: Model, folder: str | Path, facts: Facts | None = None) -> Exported:

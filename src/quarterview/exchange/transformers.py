@@ -140,6 +140,8 @@ def _limits(model: Model, part: str) -> Iterator[str]:
         yield "a decoder without blocks"
     if config.predict_all:
         yield "predictions of visible patches"
+    if config.target != "pixels":
+        yield f"predictions of {config.described_target}"
     if config.mask != "random":
         yield f"{config.mask} masks (only random ones)"
 
@@ -205,7 +207,7 @@ def _config(model: Model, part: Part) -> Any:
 
 def renamed(model: Model, part: Part) -> dict[str, Tensor]:
     """The weights of one part under the names of transformers' checkpoints."""
-    left = () if part == "mae" else ("decoder", "mask_token")
+    left = () if part == "mae" else ("decoder", "mask_token", "target.")
     ours = {name: value for name, value in model.state_dict().items() if not name.startswith(left)}
     theirs = dict(item for name, value in ours.items() for item in _rename(name, value))
     if part == "vit":

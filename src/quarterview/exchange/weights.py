@@ -22,13 +22,19 @@ from quarterview.exchange.adapt import adapt
 from quarterview.exchange.architecture import DECODER, recognise
 from quarterview.exchange.foreign import ACCEPTED, fetch, header_entry, read_foreign
 from quarterview.model.classifier import Classifier, ClassifierConfig
-from quarterview.model.config import MAEConfig
+from quarterview.model.config import MAEConfig, ViTConfig
 from quarterview.model.mae import MaskedAutoencoder, fresh_model
+from quarterview.model.tokenizer import DiscreteVAE, TokenizerConfig
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal
 
 METADATA_KEY = "quarterview"
-_KINDS = {"mae": MAEConfig, "classifier": ClassifierConfig}
+_KINDS = {
+    "mae": MAEConfig,
+    "classifier": ClassifierConfig,
+    "tokenizer": TokenizerConfig,
+    "encoder": ViTConfig,  # last, for the first two are such, too
+}
 _SCHEMES = ("timm:", "hf:")
 
 
@@ -109,12 +115,16 @@ def read(given: str | Path, ema: bool = False, allow_partial: Sequence[str] = ()
         file = find_weights(path, ema)
         config = read_header(file)
         kind = "masked autoencoder" if isinstance(config, MAEConfig) else "classifier"
+        tensors, missing = load_file(file), ()
+        if isinstance(config, MAEConfig) and "decoder_pred.weight" not in tensors:
+            kind, missing = "encoder", decoder_names(config)
         return Weights(
             text,
             f"Quarterview's {kind}",
             config,
-            load_file(file),
+            tensors,
             file,
+            missing=missing,
             licence=header_entry(file, "license"),
         )
     if ema:
@@ -143,7 +153,7 @@ def _is_ours(path: Path) -> bool:
 # ---------------------------------------------------------------------- our own files
 
 
-def metadata(config: MAEConfig | ClassifierConfig) -> dict[str, str]:
+def metadata(config: ViTConfig | TokenizerConfig) -> dict[str, str]:
     """The header that makes a weights file of ours self-describing."""
     kind = next(name for name, its in _KINDS.items() if isinstance(config, its))
     return {METADATA_KEY: json.dumps({"kind": kind, "config": asdict(config)}), "format": "pt"}
@@ -173,8 +183,32 @@ def find_weights(path: str | Path, ema: bool = False) -> Path:
     return file
 
 
+def decoder_names(config: MAEConfig) -> tuple[str, ...]:
+    """The names of a masked autoencoder's tensors that are not its encoder's."""
+    with torch.device("meta"):
+        names = MaskedAutoencoder(config).state_dict()
+    return tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in DECODER))
+
+
 def read_header(file: Path) -> MAEConfig | ClassifierConfig:
     """What the header of a weights file of ours says that it holds.
+
+    An encoder alone, which was trained by comparing views, is that of a masked autoencoder with a decoder
+    of the usual shape.
+
+    Raises:
+        UserError: if it is no such file, or a tokenizer's.
+    """
+    config = read_any_header(file)
+    if isinstance(config, TokenizerConfig):
+        raise UserError(f"{file} is a tokenizer, which has no features; accepted: --tokenizer {file}")
+    if isinstance(config, MAEConfig | ClassifierConfig):
+        return config
+    return MAEConfig(**asdict(config))
+
+
+def read_any_header(file: Path) -> ViTConfig | TokenizerConfig:
+    """Likewise, of whatever was trained.
 
     Raises:
         UserError: if it is no such file.
@@ -224,7 +258,15 @@ def load(
     Raises:
         UserError: as `read`.
     """
-    weights = read(given, ema, allow_partial)
+    return open_model(read(given, ema, allow_partial))
+
+
+def open_model(weights: Weights) -> MaskedAutoencoder | Classifier:
+    """The model that holds weights; what foreign ones were and lack is said.
+
+    Raises:
+        UserError: as `build`.
+    """
     if not weights.ours:
         journal = Journal()
         for line in weights.manifest:
@@ -256,15 +298,40 @@ def build(weights: Weights) -> MaskedAutoencoder | Classifier:
 
 
 def load_autoencoder(given: str | Path, ema: bool = False) -> MaskedAutoencoder:
-    """Likewise, of a masked autoencoder.
+    """Likewise, of a masked autoencoder with its decoder.
 
     Raises:
         UserError: if there is no such model.
     """
-    model = load(given, ema)
-    if not isinstance(model, MaskedAutoencoder):
-        raise UserError(f"{given} is a fine-tuned classifier; accepted: a pre-trained masked autoencoder")
+    weights = read(given, ema)
+    if isinstance(weights.config, ClassifierConfig) or not weights.has_decoder:
+        raise UserError(
+            f"{given} is {weights.kind}, which cannot reconstruct; accepted: a masked autoencoder with "
+            "its decoder"
+        )
+    model = open_model(weights)
+    assert isinstance(model, MaskedAutoencoder)
     return model
+
+
+def load_tokenizer(given: str | Path) -> DiscreteVAE:
+    """The tokenizer of a run of ours, in evaluation mode.
+
+    Raises:
+        UserError: if there is none.
+    """
+    file = find_weights(given)
+    config = read_any_header(file)
+    if not isinstance(config, TokenizerConfig):
+        raise UserError(f"{given} is no tokenizer; accepted: a run of quarterview tokenizer")
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in DiscreteVAE(config).state_dict().items()}
+    tensors = load_file(file)
+    if {name: tensor.shape for name, tensor in tensors.items()} != expected:
+        raise UserError(f"{given} has other weights than its header says; accepted: a whole tokenizer")
+    model = DiscreteVAE(config)
+    model.load_state_dict(tensors)
+    return model.eval().requires_grad_(False)
 
 
 def load_classifier(given: str | Path, ema: bool = False) -> Classifier:
@@ -302,7 +369,9 @@ def load_encoder(model: Classifier, given: str | Path, ema: bool = False) -> lis
             f"{ours.in_chans}, the classifier's"
         )
     tensors, notes = adapt(weights.tensors, theirs, ours)
-    left = {name for name in tensors if name.startswith(("decoder", "mask_token", "head.", "fc_norm."))}
+    left = {
+        name for name in tensors if name.startswith(("decoder", "mask_token", "target.", "head.", "fc_norm."))
+    }
     new = {"head.weight", "head.bias"}
     if ours.pool == "mean":
         left |= {name for name in tensors if name.startswith("norm.")}
@@ -386,5 +455,7 @@ def _differences(weights: Weights, ours: MAEConfig) -> dict[str, list[str]]:
 
     theirs = weights.config
     encoder = differ(theirs.shape, ours.shape, ("width", "depth", "heads"))
-    decoder = ("decoder", "decoder_width", "decoder_depth", "decoder_heads", "encoder_mask_tokens")
+    decoder = ("decoder", "decoder_width", "decoder_depth", "decoder_heads", "encoder_mask_tokens", "target")
+    if ours.target != "pixels":  # whose predictions are not those of another patch
+        decoder = (*decoder, "predicted_numbers", "shape", "in_chans")
     return {"encoder": encoder, "decoder": differ(theirs, ours, decoder) if weights.has_decoder else []}

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from quarterview import draws
 from quarterview.errors import UserError, check_types
 from quarterview.model.config import ViTConfig
 from quarterview.model.positions import sincos_2d
@@ -100,6 +101,12 @@ class Classifier(nn.Module):
         features = self.features(images, scales)
         with torch.autocast(images.device.type, enabled=False):  # in bf16 the best two logits are often equal
             return self.head(features.float())
+
+
+def fresh_classifier(config: ClassifierConfig, seed: int) -> Classifier:
+    """A classifier with the initial weights that belong to a seed."""
+    with draws.seeded(seed, "init"):
+        return Classifier(config)
 
 
 def drop_path_scales(uniforms: Tensor, rate: float) -> Tensor:

@@ -9,6 +9,7 @@ from quarterview.model.masking import MaskKind
 from quarterview.model.vit import ViTShape, check_width, parse_model_name
 
 DecoderKind = Literal["standard", "cross"]
+TargetKind = Literal["pixels", "pca", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,15 @@ class MAEConfig(ViTConfig):
     """Share of the patches that is hidden."""
     mask: MaskKind = "random"
     """How hidden patches are chosen: random, block (BEiT's rectangles) or grid (a regular lattice)."""
+    target: TargetKind = "pixels"
+    """What is predicted of a patch: its pixels, its largest principal components (pca), or the tokens that a
+    tokenizer has for it, by cross-entropy (table 1d)."""
     norm_pix_loss: bool = True
-    """Predict pixels normalised by each patch's own mean and deviation, rather than plain pixels."""
+    """Of --target pixels: normalise them by each patch's own mean and deviation."""
+    pca_components: int = 96
+    """Of --target pca: how many are predicted; all where a patch has fewer numbers."""
+    vocabulary: int | None = None
+    """Of --target tokens: how many different tokens there are; by default those of the tokenizer."""
     decoder: DecoderKind = "standard"
     """The paper's decoder of all tokens, or cross: hidden patches look at visible ones alone, and at every
     layer of the encoder (CrossMAE, Fu et al. 2024), which costs less."""
@@ -99,13 +107,49 @@ class MAEConfig(ViTConfig):
         if not 0 <= self.decoder_depth < 1000:
             raise UserError(f"a decoder of {self.decoder_depth} blocks; accepted: 0 to 999")
         check_width("the decoder", self.decoder_width, self.decoder_heads)
-        if self.norm_pix_loss and patch == self.in_chans == 1:
+        if self.target == "pixels" and self.norm_pix_loss and patch == self.in_chans == 1:
             raise UserError("a patch of one number cannot be normalised; accepted: --no-norm-pix-loss")
+        if self.pca_components < 1:
+            raise UserError(f"{self.pca_components} principal components; accepted: 1 or more")
+        if self.vocabulary is not None and self.vocabulary < 2:
+            raise UserError(f"a vocabulary of {self.vocabulary}; accepted: 2 or more")
         self._check_decoder()
         try:
             masking.keep_count(self.patches, self.mask_ratio)
         except ValueError as error:
             raise UserError(str(error)) from None
+
+    @property
+    def normalises_patches(self) -> bool:
+        """Whether each patch is predicted up to its own mean and deviation."""
+        return self.target == "pixels" and self.norm_pix_loss
+
+    @property
+    def predicted_numbers(self) -> int:
+        """How many numbers are predicted of a patch.
+
+        Raises:
+            UserError: if they are tokens, and it is not said how many there are.
+        """
+        numbers = self.shape.patch_size**2 * self.in_chans
+        if self.target == "pca":
+            return min(self.pca_components, numbers)
+        if self.target == "pixels":
+            return numbers
+        if self.vocabulary is None:
+            raise UserError(
+                "a model of tokens without a vocabulary; accepted: --tokenizer, or --vocabulary N"
+            )
+        return self.vocabulary
+
+    @property
+    def described_target(self) -> str:
+        """What is predicted of a patch, in words."""
+        if self.target == "pca":
+            return f"{self.predicted_numbers} principal components of patches"
+        if self.target == "tokens":
+            return f"tokens, of {self.vocabulary}"
+        return "pixels normalised by patch" if self.norm_pix_loss else "pixels"
 
     def _check_decoder(self) -> None:
         if not 0 < self.predict_share <= 1:

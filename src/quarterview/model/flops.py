@@ -54,7 +54,7 @@ def flops(config: MAEConfig) -> Flops:
         patch_embedding=_linear(kept, numbers, shape.width),
         encoder=shape.depth * block_flops(encoded, shape.width),
         decoder=decoder,
-        prediction=_linear(predicted, width, numbers),
+        prediction=_linear(predicted, width, config.predicted_numbers),
     )
 
 

@@ -22,7 +22,7 @@ from quarterview.model import masking
 from quarterview.model.config import MAEConfig
 from quarterview.model.cross import CrossDecoder
 from quarterview.model.positions import sincos_2d
-from quarterview.model.targets import PixelTarget, Target, nearness, patch_statistics, take
+from quarterview.model.targets import Target, nearness, patch_statistics, take, target_of
 from quarterview.model.vit import LAYER_NORM_EPS, Block, PatchEmbed, init_weights, patchify
 
 
@@ -30,11 +30,12 @@ class MAEOutput(NamedTuple):
     """What `MaskedAutoencoder.forward` returns."""
 
     loss: Tensor
-    """float32 scalar: the mean squared error over predicted patches."""
+    """float32 scalar: the error of predicted patches, on average."""
     mask: Tensor
     """bool [N, L], True where hidden."""
     pred: Tensor
-    """float [N, Q, P], a row for each predicted patch in ascending patch index."""
+    """float [N, Q, P], a row for each predicted patch in ascending patch index; of other targets than
+    pixels as many numbers as `target.width`."""
     predicted: Tensor
     """int64 [N, Q], which patches those are: the hidden ones, L - V a mask; all with `predict_all`; a
     random part of the hidden ones in training mode with a `predict_share` below 1."""
@@ -49,7 +50,6 @@ class MaskedAutoencoder(nn.Module):
         shape = config.shape
         self.patch_size, self.grid = shape.patch_size, config.grid
         self.kept = masking.keep_count(config.patches, config.mask_ratio)
-        patch_numbers = shape.patch_size**2 * config.in_chans
 
         self.patch_embed = PatchEmbed(shape.patch_size, config.in_chans, shape.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.width))
@@ -70,7 +70,7 @@ class MaskedAutoencoder(nn.Module):
             else nn.ModuleList(Block(width, config.decoder_heads) for _ in range(config.decoder_depth))
         )
         self.decoder_norm = nn.Identity() if headless else nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.target: Target = PixelTarget(patch_numbers, normalised=config.norm_pix_loss)
+        self.target: Target = target_of(config)
         self.decoder_pred = nn.Linear(width, self.target.width)
 
         self.apply(init_weights)
@@ -175,8 +175,9 @@ class MaskedAutoencoder(nn.Module):
 
     # ------------------------------------------------------------------ decode
 
-    def _predict(self, patches: Tensor, visible: Tensor, hidden: Tensor, wanted: Tensor) -> Tensor:
-        """Predictions of the wanted patches, from the visible ones: float [N, Q, P]."""
+    def predict(self, patches: Tensor, visible: Tensor, hidden: Tensor, wanted: Tensor) -> Tensor:
+        """Predictions of patches int64 [N, Q], from visible ones [N, V] of patches [B, L, p*p*C]: float
+        [N, Q, P]. `wanted` is `hidden`, a part of it by a cross decoder, or all; `hidden` may be none."""
         if self.config.decoder == "cross":
             layers: list[Tensor] = []
             layers.append(self._encode(patches, visible, layers=layers))
@@ -226,7 +227,7 @@ class MaskedAutoencoder(nn.Module):
         visible, hidden = masking.split(mask, kept)
         predicted = self._choose_predicted(hidden, noise)
 
-        pred = self._predict(patches, visible, hidden, predicted)
+        pred = self.predict(patches, visible, hidden, predicted)
 
         with torch.autocast(images.device.type, enabled=False):  # targets and loss in float32
             if len(predicted) == len(images):
@@ -264,7 +265,7 @@ class MaskedAutoencoder(nn.Module):
         patches = self.patchify(self._check_images(images))
         mask, kept, _ = self._choose_mask(images, None, mask)
         visible, hidden = masking.split(mask, kept)
-        pred = self._predict(patches, visible, hidden, wanted=hidden)  # all of them, in training mode too
+        pred = self.predict(patches, visible, hidden, wanted=hidden)  # all of them, in training mode too
         patches = patches.float()
         mean, std = patch_statistics(take(patches, visible))
         weights = nearness(hidden, visible, self.grid[1])  # [B, L - V, V]

@@ -1,8 +1,8 @@
 """What the decoder learns to predict.
 
 A target is a module: it says how many numbers it wants for a patch, makes them from the true
-patches, and judges predictions. Pixels are here; PCA, HOG and token targets join behind the same
-three names.
+patches, and judges predictions: pixels, principal components, or the tokens of a tokenizer
+(He et al. 2021, table 1d).
 """
 
 from typing import Protocol
@@ -10,6 +10,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from quarterview.errors import UserError
+from quarterview.model.config import MAEConfig
 
 NORM_EPS = 1e-6
 
@@ -69,14 +72,151 @@ class PixelTarget(nn.Module):
         return pred.float() * std + mean if self.normalised else pred.float()
 
 
+class PCATarget(nn.Module):
+    """The coefficients of the patch along the principal components of all patches, the largest first.
+
+    They are fitted before training (see `PatchMoments`) and kept with the weights; until then all are 0.
+    """
+
+    mean: Tensor
+    """float [P], of the patches."""
+    components: Tensor
+    """float [k, P], orthonormal rows."""
+
+    def __init__(self, numbers: int, components: int) -> None:
+        super().__init__()
+        self.width = components
+        self.register_buffer("mean", torch.zeros(numbers))
+        self.register_buffer("components", torch.zeros(components, numbers))
+
+    def forward(self, images: Tensor, patches: Tensor, wanted: Tensor | None) -> Tensor:
+        patches = (patches if wanted is None else take(patches, wanted)).float()
+        return (patches - self.mean) @ self.components.T
+
+    def loss(self, pred: Tensor, truth: Tensor) -> Tensor:
+        return F.mse_loss(pred.float(), truth, reduction="none").mean(dim=-1)
+
+    def to_pixels(self, pred: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        return pred.float() @ self.components + self.mean
+
+    def fit(self, moments: "PatchMoments") -> None:
+        """Take the components of patches that were seen."""
+        mean, components = moments.principal(self.width)
+        self.mean.copy_(mean)
+        self.components.copy_(components)
+
+
+class PatchMoments:
+    """What principal components are made of, gathered a batch at a time in float64."""
+
+    def __init__(self, numbers: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(numbers, dtype=torch.float64)
+        self.scatter = torch.zeros(numbers, numbers, dtype=torch.float64)
+
+    def add(self, patches: Tensor) -> None:
+        """See patches, float [..., P]."""
+        x = patches.detach().flatten(0, -2).double().cpu()
+        count, mean = len(x), x.mean(0)
+        step = mean - self.mean
+        total = self.count + count
+        self.scatter += (x - mean).T @ (x - mean) + torch.outer(step, step) * self.count * count / total
+        self.mean += step * count / total
+        self.count = total
+
+    def principal(self, count: int) -> tuple[Tensor, Tensor]:
+        """The mean float64 [P] and the first components float64 [count, P].
+
+        Each component's largest number is positive, so that the same patches give the same signs.
+
+        Raises:
+            ValueError: if fewer patches were seen than components are asked for.
+        """
+        if self.count <= count:
+            raise ValueError(f"{count} principal components of {self.count} patches; accepted: fewer")
+        vectors = torch.linalg.eigh(self.scatter).eigenvectors.flip(1)[:, :count].T  # [count, P]
+        largest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
+        return self.mean, vectors * largest.sign()
+
+
+class Tokenizer(Protocol):
+    """Something that names each patch of a picture by one of a fixed number of words."""
+
+    @property
+    def vocabulary(self) -> int:
+        """How many words there are."""
+        ...
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """float [B, C, H, W], normalised as the model's images are -> int64 [B, L], by row."""
+        ...
+
+
+class TokenTarget(nn.Module):
+    """The words that a tokenizer has for the patches of the whole picture, told by cross-entropy (BEiT).
+
+    The tokenizer is none of the model's weights: what is trained can be used without it, but not
+    trained further.
+    """
+
+    tokenizer: Tokenizer | None
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.width = vocabulary
+        self.tokenizer = None
+
+    def use(self, tokenizer: Tokenizer) -> None:
+        """Take the tokens from `tokenizer`, which lies where the images do.
+
+        Raises:
+            UserError: if it has another number of words.
+        """
+        if tokenizer.vocabulary != self.width:
+            raise UserError(f"a tokenizer of {tokenizer.vocabulary} words for a model of {self.width}")
+        object.__setattr__(self, "tokenizer", tokenizer)  # not registered as a part of the model
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, patches: Tensor, wanted: Tensor | None) -> Tensor:
+        if self.tokenizer is None:
+            raise UserError("the model predicts tokens, and no tokenizer is at hand; accepted: --tokenizer")
+        tokens = self.tokenizer.tokens(images)  # [B, L]
+        if tokens.shape != patches.shape[:2]:
+            raise UserError(
+                f"a tokenizer of {tokens.shape[1]} tokens for pictures of {patches.shape[1]} patches"
+            )
+        return tokens if wanted is None else take(tokens, wanted)
+
+    def loss(self, pred: Tensor, truth: Tensor) -> Tensor:
+        return F.cross_entropy(pred.float().movedim(-1, 1), truth, reduction="none")
+
+    def to_pixels(self, pred: Tensor, mean: Tensor, std: Tensor) -> None:
+        return None
+
+
+def target_of(config: MAEConfig) -> PixelTarget | PCATarget | TokenTarget:
+    """The target that a configuration asks for.
+
+    Raises:
+        UserError: if it predicts tokens and does not say how many words there are.
+    """
+    if config.target == "pca":
+        return PCATarget(config.shape.patch_size**2 * config.in_chans, config.predicted_numbers)
+    if config.target == "tokens":
+        return TokenTarget(config.predicted_numbers)
+    return PixelTarget(config.predicted_numbers, normalised=config.norm_pix_loss)
+
+
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` [N, K] of x [B, L, D]: [N, K, D].
+    """Rows `index` [N, K] of x [B, L, D]: [N, K, D]; or, of x [B, L], numbers [N, K].
 
     N is a multiple of B: each image in x serves N / B lists of rows, which follow one another. So an
     image with several masks is held once.
     """
     if len(x) == 1:
         return x[0][index]
+    if x.ndim == 2:
+        return x.gather(1, index.reshape(len(x), -1)).view(index.shape)
     rows = index.reshape(len(x), -1, 1).expand(-1, -1, x.shape[2])  # [B, N / B * K, D]
     return x.gather(1, rows).view(*index.shape, x.shape[2])
 

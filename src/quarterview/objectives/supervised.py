@@ -37,7 +37,7 @@ class SupervisedConfig:
 
 
 class Supervised(nn.Module):
-    """Cross-entropy against the labels of a batch.
+    """Cross-entropy against the labels of a batch, in evaluation mode without any regularisation.
 
     Raises:
         ValueError: if a batch has no labels, or an odd number of images where they are mixed.
@@ -50,6 +50,8 @@ class Supervised(nn.Module):
     def forward(self, batch: Batch) -> Loss:
         if batch.labels is None:
             raise ValueError("a batch without labels; accepted: batches of a loader that was given labels")
+        if not self.training:
+            return Loss(F.cross_entropy(self.model(batch.images), batch.labels), {})
         images, targets = batch.images, self._targets(batch.labels)
         if self.config.mixup or self.config.cutmix:
             if len(images) % 2:

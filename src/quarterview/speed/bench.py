@@ -54,6 +54,11 @@ class BenchConfig(PretrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_types(self, BenchConfig)
+        if (self.objective, self.target) != ("mae", "pixels"):
+            raise UserError(
+                f"objective {self.objective} and target {self.target}; accepted: bench times masked "
+                "autoencoders of pixels"
+            )
         if not self.seconds > 0:
             raise UserError(f"{self.seconds} seconds; accepted: a number above 0")
         if self.images is not None and self.images < 1:
@@ -116,7 +121,7 @@ def bench(config: BenchConfig, journal: Journal, argv: Sequence[str] = ()) -> Fi
     precision = usable_precision(config.precision, device)
     pretraining = PretrainConfig(**{f.name: getattr(config, f.name) for f in fields(PretrainConfig)})
     journal.say(f"timing {config.model} on {device} in {precision}, for about {2 * config.seconds:.0f} s")
-    loader = _loader(pretraining, device)
+    loader = loader_of(pretraining, device)
     batch = _batch(pretraining, device, loader)
     step = _step(pretraining, device, precision)
     whole, parts = _times(step, batch, device, config.seconds)
@@ -126,7 +131,7 @@ def bench(config: BenchConfig, journal: Journal, argv: Sequence[str] = ()) -> Fi
         _dtype(precision),
         device,
     )
-    data_s = _data_time(loader, pretraining, config.seconds) if loader is not None else None
+    data_s = reading_time(loader, pretraining, config.seconds) if loader is not None else None
     images = config.images or (loader.stream.trained if loader is not None else IMAGENET)
     # Reading goes on beside a GPU's work, but takes the cores away from a CPU's.
     each = whole if data_s is None else max(whole, data_s) if device.type == "cuda" else whole + data_s
@@ -156,7 +161,8 @@ def bench(config: BenchConfig, journal: Journal, argv: Sequence[str] = ()) -> Fi
 # ---------------------------------------------------------------------- what is timed
 
 
-def _loader(config: PretrainConfig, device: torch.device) -> Loader | None:
+def loader_of(config: PretrainConfig, device: torch.device) -> Loader | None:
+    """A loader of a run's images, held on the device if the run would hold them; None without --data."""
     if not config.data:
         return None
     source = open_sources(config.data, config.in_chans, shard_cache(config))
@@ -228,7 +234,7 @@ def _parts(step: Step, batch: Batch, device: torch.device) -> tuple[float, float
     return forward, backward, timed(lambda: step.apply(losses[-1].detach()), device)
 
 
-def _data_time(loader: Loader, config: PretrainConfig, seconds: float) -> float:
+def reading_time(loader: Loader, config: PretrainConfig, seconds: float) -> float:
     """Seconds a batch, when nothing else is done, once what workers made while they started is used up."""
     size = config.batch_size
     times: list[float] = []

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,6 +78,11 @@ class World:
             value /= self.size
         return value
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows [B, …] of all ranks, in their order. Gradients flow back to the rank whose row it is, of
+        every rank's loss; all have the same number of rows."""
+        return rows if self.size == 1 else _Gather.apply(rows)
+
     def wait(self) -> None:
         """Until every rank has come here, however long one of them works."""
         if self.size > 1:
@@ -122,6 +128,22 @@ class World:
     def all_same(self, text: str) -> bool:
         """Whether every rank says the same here."""
         return len(set(self.collect(text))) == 1
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.rows = len(rows)
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        summed = gradients[0].contiguous().clone()
+        dist.all_reduce(summed)
+        first = dist.get_rank() * ctx.rows
+        return summed[first : first + ctx.rows]
 
 
 class Vote:

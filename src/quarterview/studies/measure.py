@@ -1,0 +1,249 @@
+"""Judge one arm under one seed: which of the test images does it tell right, by each measure."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quarterview import recipes
+from quarterview.data.open import open_sources
+from quarterview.data.source import Source, labels_of
+from quarterview.errors import UserError
+from quarterview.evaluate.features import (
+    BackboneConfig,
+    Encoder,
+    choose_labelled,
+    class_scores,
+    encoder_features,
+    extract,
+    partly_visible,
+    pixel_features,
+)
+from quarterview.evaluate.finetune import SCRATCH, count_blocks, finetune
+from quarterview.evaluate.knn import nearest, vote
+from quarterview.evaluate.linear import check_classes, choose_strength, fit
+from quarterview.exchange.weights import load, load_classifier
+from quarterview.model.config import MAEConfig
+from quarterview.model.mae import MaskedAutoencoder, fresh_model
+from quarterview.objectives.choice import COMPARING
+from quarterview.pretraining import PretrainConfig
+from quarterview.studies.plain_features import patch_clusters, picture_components
+from quarterview.studies.plan import StudyConfig
+from quarterview.studies.study import Start, parts_of
+from quarterview.train.distributed import choose_device
+
+NEIGHBOURS = 20
+
+
+class Images(NamedTuple):
+    """The labelled images that all arms are judged on."""
+
+    train: Source
+    train_labels: Tensor
+    test: Source
+    test_labels: Tensor
+
+
+class StoppedError(Exception):
+    """A signal stopped a run."""
+
+    def __init__(self, signal: str) -> None:
+        super().__init__(signal)
+        self.signal = signal
+
+
+def open_images(config: StudyConfig, channels: int) -> Images:
+    """Open the labelled images.
+
+    Raises:
+        UserError: if they have no labels, or train and test have other classes.
+    """
+    train, test = open_sources(config.train, channels), open_sources(config.test, channels)
+    if train.classes and test.classes and list(train.classes) != list(test.classes):
+        raise UserError("--train and --test have different classes; accepted: the same")
+    images = Images(train, torch.tensor(labels_of(train)), test, torch.tensor(labels_of(test)))
+    check_classes(images.train_labels)
+    return images
+
+
+def frozen(
+    encoders: Mapping[str, Encoder],
+    shape: BackboneConfig,
+    measures: Sequence[str],
+    images: Images,
+    config: StudyConfig,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """bool [M] by measure, of features that are left as they are.
+
+    Args:
+        encoders: by the percentage of the patches that they see, as measures name it.
+        shape: of their images.
+        measures: ``linear``, ``knn``, ``linear@P`` and ``knn@P``.
+    """
+    device = choose_device(config.device)
+    chosen = choose_labelled(images.train_labels, min(config.labels, len(images.train)), seed)
+    train, kept = extract(encoders, images.train, chosen.tolist(), shape, device)
+    test, seen = extract(encoders, images.test, range(len(images.test)), shape, device)
+    labels, truth = images.train_labels[kept], images.test_labels[seen]
+    found: dict[str, np.ndarray] = {}
+    for measure in measures:
+        kind, _, visible = parts_of(measure)
+        features, others = train[visible], test[visible]
+        if kind == "linear":
+            strength = choose_strength(features.numpy(), labels.numpy(), seed)
+            predicted = fit(features.numpy(), labels.numpy(), strength).predict(others.numpy())
+            found[measure] = np.equal(predicted, truth.numpy())
+        else:
+            similarity, index = nearest(features, others, min(NEIGHBOURS, len(labels)), device)
+            found[measure] = (vote(similarity, labels[index], "weighted") == truth).numpy()
+    return found
+
+
+def tuned(
+    run: str,
+    pretraining: PretrainConfig,
+    measure: str,
+    images: Images,
+    config: StudyConfig,
+    seed: int,
+    out: Path,
+) -> np.ndarray:
+    """bool [M], after fine-tuning under the recipe `small`.
+
+    Args:
+        run: what is fine-tuned, or ``scratch``.
+        measure: ``finetune``, or ``finetune:K`` for the last K blocks.
+
+    Raises:
+        StoppedError: if a signal came.
+    """
+    recipe = recipes.read_finetune("small")
+    values: dict[str, Any] = {
+        **{"run": run, "train": config.train, "test": config.test, "out": str(out), "seed": seed},
+        **{"labels": min(config.labels, len(images.train)), "steps": config.tune_steps},
+        **{"blocks": (measure.partition(":")[2] or "all",), "workers": config.workers},
+        **{"device": config.device, "precision": pretraining.precision},
+    }
+    if run == SCRATCH:
+        network = {name: getattr(pretraining, name) for name in ("model", "image_size", "in_chans")}
+        values |= {**network, "layer_decay": 1.0}
+    result = finetune(replace(recipe, **values))
+    if result.run.status != "complete":
+        raise StoppedError(result.run.status)
+    device = choose_device(config.device)
+    model = load_classifier(out).to(device)
+    scores, seen = extract(
+        {"": class_scores(model)},
+        images.test,
+        range(len(images.test)),
+        model.config,
+        device,
+        precision=pretraining.precision,
+    )
+    return (scores[""].argmax(dim=1) == images.test_labels[seen]).numpy()
+
+
+def judge(
+    run: str | None,
+    start: Start,
+    pretraining: PretrainConfig,
+    measures: Sequence[str],
+    images: Images,
+    config: StudyConfig,
+    seed: int,
+    folder: Path,
+) -> dict[str, np.ndarray]:
+    """Every measure of one arm under one seed; those that are in the folder are not taken again.
+
+    Args:
+        run: the folder of a pre-training; None for what needs none.
+        folder: where ``judged.npz`` and the runs of fine-tuning are kept.
+    """
+    found = read_judged(folder)
+    missing = [measure for measure in measures if measure not in found]
+    still = [measure for measure in missing if not measure.startswith("finetune")]
+    if still:
+        shape, encoders = _encoders(run, start, pretraining, still, config, seed)
+        found |= frozen(encoders, shape, still, images, config, seed)
+        write_judged(folder, found)
+    for measure in missing:
+        if measure.startswith("finetune"):
+            out = folder / measure.replace(":", "-")
+            found[measure] = tuned(run or SCRATCH, pretraining, measure, images, config, seed, out)
+            write_judged(folder, found)
+    return found
+
+
+def _encoders(
+    run: str | None,
+    start: Start,
+    pretraining: PretrainConfig,
+    measures: Sequence[str],
+    config: StudyConfig,
+    seed: int,
+) -> tuple[BackboneConfig, dict[str, Encoder]]:
+    """What makes the features of an arm, by the percentage of the patches that it sees.
+
+    Features are the mean of the patch tokens, and the cls token of methods that train that one alone.
+    """
+    shares = sorted({parts_of(measure)[2] for measure in measures})
+    model = _model(run, pretraining, seed)
+    if start in ("pixels", "pca", "kmeans"):
+        source = open_sources(config.data, pretraining.in_chans)
+        plain = {
+            "pixels": lambda: pixel_features,
+            "pca": lambda: picture_components(source, pretraining.image_size, seed),
+            "kmeans": lambda: patch_clusters(source, pretraining.image_size, seed),
+        }
+        return model.config, {"": plain[start]()}
+    model.to(choose_device(config.device))
+    kind = "cls" if pretraining.objective in COMPARING and run is not None else "mean"
+    encoders = {
+        share: partly_visible(model, int(share) / 100, seed) if share else encoder_features(model, kind)
+        for share in shares
+    }
+    return model.config, encoders
+
+
+def _model(run: str | None, pretraining: PretrainConfig, seed: int) -> MaskedAutoencoder:
+    """The encoder of a run, or with the initial weights that belong to a seed, in a masked autoencoder."""
+    if run is not None:
+        model = load(run)
+        assert isinstance(model, MaskedAutoencoder)
+        return model
+    half = (0.5,) * pretraining.in_chans  # mean and deviation
+    network = (pretraining.model, pretraining.image_size, pretraining.in_chans, half, half)
+    return fresh_model(MAEConfig(*network, decoder_depth=0, encoder_mask_tokens=True), seed).eval()
+
+
+def read_judged(folder: Path) -> dict[str, np.ndarray]:
+    """What was measured already, by measure."""
+    file = folder / "judged.npz"
+    if not file.is_file():
+        return {}
+    with np.load(file, allow_pickle=False) as stored:
+        return {name: stored[name] for name in stored.files}
+
+
+def write_judged(folder: Path, found: Mapping[str, np.ndarray]) -> None:
+    """Keep what was measured, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".judged.partial.npz"
+    np.savez(partial, **{name: np.asarray(right, bool) for name, right in found.items()})  # type: ignore[arg-type]
+    partial.replace(folder / "judged.npz")
+
+
+def check_measures(start: Start, measures: Sequence[str], depth: int) -> None:
+    """Raises UserError if an arm cannot be judged so: it has no network, or fewer blocks than that."""
+    for measure in measures:
+        kind, blocks, visible = parts_of(measure)
+        if start in ("pixels", "pca", "kmeans") and (kind == "finetune" or visible):
+            raise UserError(f"{measure} of {start}, which is no network; accepted: linear, knn")
+        if blocks and depth < count_blocks(blocks) < math.inf:
+            raise UserError(f"{measure} of an encoder of {depth} blocks; accepted: at most {depth}")

@@ -1,0 +1,362 @@
+"""The paper's studies, as tables of differences, with its own figures beside them.
+
+All figures are of He et al. 2021 (arXiv 2111.06377): ViT-L/16 on ImageNet, 800 epochs, top-1 in percent.
+Arms are those of the paper as far as a small model has them; its decoder of 512 × 8 is for an encoder that
+is five times as wide.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from quarterview.objectives.choice import DEFAULTS
+from quarterview.studies.study import Arm, Finding, Study, Table
+
+_HEAD = 32  # a head of the decoder is so wide
+_FT, _LIN = "finetune", "linear"
+_WORDS = {"target": "tokens", "tokenizer": "study"}
+"""A tokenizer that the study trains first."""
+
+
+def _paper(finetune: float | None = None, linear: float | None = None) -> dict[str, float]:
+    return {k: v for k, v in ((_FT, finetune), (_LIN, linear)) if v is not None}
+
+
+def _ahead(claim: str, first: str, second: str, *measures: str) -> list[Finding]:
+    return [Finding(claim, first, second, measure) for measure in measures]
+
+
+DEPTHS: Mapping[int, tuple[float, float]] = {
+    **{1: (84.8, 65.5), 2: (84.9, 70.0), 4: (84.9, 71.9), 8: (84.9, 73.5), 12: (84.4, 73.3)}
+}
+WIDTHS: Mapping[int, tuple[float, float]] = {
+    **{128: (84.9, 69.1), 256: (84.8, 71.3), 512: (84.9, 73.5), 768: (84.4, 73.1), 1024: (84.3, 73.1)}
+}
+RATIOS: Mapping[int, tuple[float, float]] = {
+    **{10: (83.2, 54.6), 20: (83.4, 58.9), 30: (83.4, 61.7), 40: (84.7, 67.0), 50: (84.9, 69.9)},
+    **{60: (85.0, 71.8), 70: (84.9, 73.2), 75: (84.9, 73.5), 80: (84.5, 71.8), 90: (83.0, 66.1)},
+}
+BLOCKS: Mapping[str, tuple[float | None, float | None]] = {
+    **{"0": (73.5, 77.6), "0.5": (79.1, None), "1": (81.0, 79.9), "2": (83.1, 80.8), "4": (84.2, 81.6)},
+    **{"6": (84.4, 81.9), "all": (84.9, 84.1)},
+}
+"""Of figure 9: MAE, MoCo v3."""
+
+
+def depth_table(depths: Sequence[int] = (1, 2, 4, 8)) -> Table:
+    """Table 1a."""
+    return Table(
+        "Decoder depth",
+        tuple(Arm(f"{n} blocks", {"decoder_depth": n}, x=n, paper=_paper(*DEPTHS[n])) for n in depths),
+        (
+            Finding("a one-block decoder suffices for fine-tuning", "1 blocks", "8 blocks", _FT, "as good"),
+            *_ahead("a deep decoder serves the linear probe", "8 blocks", "1 blocks", _LIN),
+        ),
+        source="table 1a",
+        axis="blocks of the decoder",
+    )
+
+
+def width_table(widths: Sequence[int] = (64, 128, 256, 512)) -> Table:
+    """Table 1b."""
+    return Table(
+        "Decoder width",
+        tuple(
+            Arm(
+                str(n),
+                {"decoder_width": n, "decoder_heads": n // _HEAD},
+                x=n,
+                paper=_paper(*WIDTHS[n]) if n in WIDTHS else {},
+            )
+            for n in widths
+        ),
+        (
+            Finding("a narrow decoder suffices for fine-tuning", "128", "512", _FT, "as good"),
+            *_ahead("a wide decoder serves the linear probe", "512", "128", _LIN),
+        ),
+        source="table 1b",
+        axis="width of the decoder",
+    )
+
+
+MASK_TOKENS = Table(
+    "Mask tokens in the encoder",
+    (
+        Arm("with mask tokens", {"encoder_mask_tokens": True}, paper=_paper(84.2, 59.6)),
+        Arm("without", paper=_paper(84.9, 73.5)),
+    ),
+    tuple(_ahead("the encoder is better without mask tokens", "without", "with mask tokens", _FT, _LIN)),
+    source="table 1c",
+)
+TARGETS = Table(
+    "Target",
+    (
+        Arm("pixels", paper=_paper(84.9, 73.5)),
+        Arm("pixels, normalised", {"norm_pix_loss": True}, paper=_paper(85.4, 73.9)),
+        Arm("principal components", {"target": "pca"}, paper=_paper(84.6, 72.3)),
+        Arm("tokens", _WORDS, paper=_paper(85.3, 71.6)),
+    ),
+    (
+        *_ahead("normalising the pixels helps", "pixels, normalised", "pixels", _FT, _LIN),
+        Finding("pixels do as well as tokens", "pixels, normalised", "tokens", _FT, "as good"),
+        *_ahead("components are worse than pixels", "pixels", "principal components", _FT, _LIN),
+    ),
+    source="table 1d",
+)
+AUGMENTATION = Table(
+    "Augmentation",
+    (
+        Arm("none", {"crop": "none"}, paper=_paper(84.0, 65.7)),
+        Arm("crop, fixed size", {"crop": "fixed"}, paper=_paper(84.7, 73.1)),
+        Arm("crop, random size", paper=_paper(84.9, 73.5)),
+        Arm("crop and colour jitter", {"color_jitter": 0.4}, paper=_paper(84.3, 71.9)),
+    ),
+    (
+        Finding("augmentation matters little", "none", "crop, random size", _FT, "as good"),
+        *_ahead("colour jitter harms", "crop, random size", "crop and colour jitter", _FT, _LIN),
+        *_ahead("a crop serves the linear probe", "crop, random size", "none", _LIN),
+    ),
+    source="table 1e",
+)
+_NEEDY = tuple(
+    arm
+    for name, objective in (("SimCLR", "simclr"), ("BYOL", "byol"))
+    for arm in (
+        Arm(name, {"objective": objective, **DEFAULTS[objective]}),
+        Arm(f"{name}, crop only", {"objective": objective, **DEFAULTS[objective], "view_colours": False}),
+    )
+)
+NEEDY = Table(
+    "Augmentation where views are compared",
+    _NEEDY,
+    tuple(
+        finding
+        for name in ("SimCLR", "BYOL")
+        for finding in _ahead(f"{name} needs more than a crop", name, f"{name}, crop only", _LIN)
+    ),
+    measures=(_LIN, "knn"),
+    source="section 4.1: with a crop alone BYOL loses 13 points and SimCLR 28",
+)
+SAMPLING = Table(
+    "Mask sampling",
+    (
+        Arm("random 75%", paper=_paper(84.9, 73.5)),
+        Arm("block 50%", {"mask": "block", "mask_ratio": 0.5}, paper=_paper(83.9, 72.3)),
+        Arm("block 75%", {"mask": "block"}, paper=_paper(82.8, 63.9)),
+        Arm("grid 75%", {"mask": "grid"}, paper=_paper(84.0, 66.0)),
+    ),
+    (
+        *_ahead("random masks are better than blocks", "random 75%", "block 75%", _FT, _LIN),
+        *_ahead("random masks are better than a grid", "random 75%", "grid 75%", _FT, _LIN),
+        *_ahead("blocks are better at half than at three quarters", "block 50%", "block 75%", _FT, _LIN),
+    ),
+    source="table 1f",
+)
+
+
+def ratio_table(ratios: Sequence[int] = (10, 25, 50, 75, 90)) -> Table:
+    """Figure 5."""
+    return Table(
+        "Mask ratio",
+        tuple(
+            Arm(f"{n}%", {"mask_ratio": n / 100}, x=n, paper=_paper(*RATIOS[n]) if n in RATIOS else {})
+            for n in ratios
+        ),
+        (
+            *_ahead("a high ratio is better than a low one", "75%", "10%", _FT, _LIN),
+            *_ahead("hiding almost all is too much", "75%", "90%", _FT, _LIN),
+            Finding("half and three quarters serve fine-tuning alike", "75%", "50%", _FT, "as good"),
+            *_ahead("three quarters serve the linear probe better than half", "75%", "50%", _LIN),
+        ),
+        source="figure 5",
+        axis="patches hidden, %",
+    )
+
+
+SCHEDULE = Table(
+    "Schedule length",
+    (
+        Arm("1/8", length=1 / 8, x=1 / 8, paper=_paper(82.3, 57.3)),
+        Arm("1/4", length=1 / 4, x=1 / 4, paper=_paper(83.3, 64.4)),
+        Arm("1/2", length=1 / 2, x=1 / 2, paper=_paper(84.3, 69.7)),
+        Arm("1", x=1.0, paper=_paper(84.9, 73.5)),
+    ),
+    (
+        *_ahead("longer is better", "1", "1/4", _FT, _LIN),
+        *_ahead("twice as long still helps", "1", "1/2", _FT, _LIN),
+    ),
+    source="figure 7, 100 to 800 epochs",
+    axis="length of the schedule",
+)
+PARTIAL = Table(
+    "Partial fine-tuning",
+    (
+        Arm(
+            "MAE",
+            paper={f"finetune:{b}" if b != "all" else _FT: mae for b, (mae, _) in BLOCKS.items() if mae},
+        ),
+        Arm(
+            "MoCo v3",
+            {"objective": "mocov3", **DEFAULTS["mocov3"]},
+            paper={f"finetune:{b}" if b != "all" else _FT: moco for b, (_, moco) in BLOCKS.items() if moco},
+        ),
+    ),
+    (
+        Finding("MoCo v3 is ahead with a frozen encoder", "MoCo v3", "MAE", "finetune:0"),
+        Finding("MAE is ahead once a block is tuned", "MAE", "MoCo v3", "finetune:1"),
+        Finding("MAE is ahead with four blocks tuned", "MAE", "MoCo v3", "finetune:4"),
+        Finding("MAE is ahead with all blocks tuned", "MAE", "MoCo v3", _FT),
+    ),
+    measures=("finetune:0", "finetune:0.5", "finetune:1", "finetune:2", "finetune:4", _FT),
+    source="figure 9",
+)
+BASELINES = Table(
+    "Baselines",
+    (
+        Arm("random weights", start="random", paper=_paper(82.6)),
+        Arm("denoising", {"objective": "denoising"}),
+        Arm("SimCLR", {"objective": "simclr", **DEFAULTS["simclr"]}),
+        Arm("BYOL", {"objective": "byol", **DEFAULTS["byol"]}),
+        Arm("MoCo v3", {"objective": "mocov3", **DEFAULTS["mocov3"]}, paper=_paper(84.1, 77.6)),
+        Arm("BEiT", {"objective": "beit", **DEFAULTS["beit"], **_WORDS}, paper=_paper(85.2, 52.1)),
+        Arm("MAE", {"norm_pix_loss": True}, paper=_paper(85.9, 75.8)),
+    ),
+    (
+        *_ahead("MAE is ahead of random weights", "MAE", "random weights", _FT, _LIN),
+        *_ahead("MAE is ahead of BEiT", "MAE", "BEiT", _FT, _LIN),
+        *_ahead("BEiT is ahead of MoCo v3", "BEiT", "MoCo v3", _FT),
+        *_ahead("MoCo v3 is ahead of random weights", "MoCo v3", "random weights", _FT, _LIN),
+        *_ahead("MoCo v3 is ahead of MAE with a frozen encoder", "MoCo v3", "MAE", _LIN),
+        *_ahead("hiding patches is better than noise", "MAE", "denoising", _FT, _LIN),
+    ),
+    measures=(_FT, _LIN, "knn"),
+    source="tables 3 and 12, figure 9",
+)
+PLAIN = Table(
+    "What was there before networks",
+    (
+        Arm("pixels", start="pixels"),
+        Arm("components of pixels", start="pca"),
+        Arm("clusters of patches", start="kmeans"),
+        Arm("random weights", start="random"),
+        Arm("MAE", {"norm_pix_loss": True}),
+    ),
+    tuple(
+        finding
+        for name in ("pixels", "components of pixels", "clusters of patches")
+        for finding in _ahead(f"MAE is ahead of {name}", "MAE", name, _LIN)
+    ),
+    measures=(_LIN, "knn"),
+)
+_SIZES = ("tiny", "small", "base")
+SCALING = Table(
+    "Size of the model",
+    tuple(
+        arm
+        for name in _SIZES
+        for arm in (
+            Arm(f"{name}, random weights", {"model": f"mae_vit_{name}_patch4"}, start="random"),
+            Arm(f"{name}, MAE", {"model": f"mae_vit_{name}_patch4"}),
+        )
+    ),
+    tuple(
+        Finding(
+            f"the gain of {larger} is larger than that of {smaller}",
+            f"{larger}, MAE",
+            f"{smaller}, MAE",
+            _FT,
+            over=(f"{larger}, random weights", f"{smaller}, random weights"),
+        )
+        for smaller, larger in (("tiny", "small"), ("small", "base"), ("tiny", "base"))
+    ),
+    measures=(_FT,),
+    source="figure 8: the gain grows from 1.3 (ViT-B) to 3.3 (L) and 3.8 (H)",
+)
+_VISIBLE = (10, 25, 50, 75)
+VISIBLE = Table(
+    "Patches that are visible when features are used",
+    (Arm("random weights", start="random"), Arm("MAE")),
+    tuple(
+        finding
+        for share in (25, 50)
+        for finding in (
+            Finding(
+                f"the whole picture is better than {share}% of it",
+                "MAE",
+                "MAE",
+                _LIN,
+                second_measure=f"linear@{share}",
+            ),
+        )
+    ),
+    measures=(
+        *(f"linear@{share}" for share in _VISIBLE),
+        _LIN,
+        *(f"knn@{share}" for share in _VISIBLE),
+        "knn",
+    ),
+    source="section 3: trained on a quarter, used on the whole",
+)
+WALL_CLOCK = Table(
+    "What a step costs",
+    (
+        Arm("with mask tokens", {"encoder_mask_tokens": True, "decoder_depth": 8}, paper=_paper(84.2)),
+        Arm("without", {"decoder_depth": 8}, paper=_paper(84.9)),
+        Arm("without, 1 block", {"decoder_depth": 1}, paper=_paper(84.8)),
+    ),
+    tuple(_ahead("the encoder is better without mask tokens", "without", "with mask tokens", _FT)),
+    measures=(_FT,),
+    source="table 2: 2.8 and 3.7 times as fast",
+)
+TOKENS = Table(
+    "Pixels and tokens",
+    (
+        Arm("pixels", {"norm_pix_loss": False}, paper=_paper(85.1)),
+        Arm("pixels, normalised", {"norm_pix_loss": True}, paper=_paper(85.9)),
+        Arm("tokens", _WORDS, paper=_paper(85.7)),
+    ),
+    (
+        Finding("pixels do as well as tokens", "pixels, normalised", "tokens", _FT, "as good"),
+        *_ahead("normalised pixels are better than plain ones", "pixels, normalised", "pixels", _FT),
+    ),
+    source="table 7",
+)
+BERT = Table(
+    "A decoder, or none",
+    (
+        Arm(
+            "none, mask tokens in the encoder",
+            {"encoder_mask_tokens": True, "decoder_depth": 0},
+        ),
+        Arm("the paper's"),
+    ),
+    tuple(
+        _ahead("a decoder is better than none", "the paper's", "none, mask tokens in the encoder", _FT, _LIN)
+    ),
+    source="section 3, as BERT and BEiT do without",
+)
+
+_ABLATED = {"norm_pix_loss": False}  # the paper's ablations predict plain pixels
+
+STUDIES: Mapping[str, Study] = {
+    study.name: study
+    for study in (
+        Study(
+            "table1",
+            "Which parts of the method matter?",
+            (depth_table(), width_table(), MASK_TOKENS, TARGETS, AUGMENTATION, SAMPLING),
+            _ABLATED,
+        ),
+        Study("mask-ratio", "How much should be hidden?", (ratio_table(),), _ABLATED),
+        Study("schedule", "How long should it be trained?", (SCHEDULE,), _ABLATED),
+        Study("partial", "How much of the encoder has to be tuned?", (PARTIAL,), _ABLATED),
+        Study("baselines", "Is it better than what was there before?", (BASELINES, PLAIN)),
+        Study("scaling", "Do gains grow with the model?", (SCALING,)),
+        Study("visible", "Do features of a quarter serve the whole picture?", (VISIBLE,)),
+        Study("wall-clock", "What do mask tokens cost?", (WALL_CLOCK,), _ABLATED),
+        Study("tokens", "Does it take tokens?", (TOKENS,)),
+        Study("decoder", "What decoder does it take?", (depth_table(), width_table(), BERT), _ABLATED),
+        Study("targets", "What should be predicted?", (TARGETS,), _ABLATED),
+        Study("augmentation", "What should be done to the pictures?", (AUGMENTATION, NEEDY), _ABLATED),
+        Study("sampling", "Which patches should be hidden?", (SAMPLING,), _ABLATED),
+    )
+}
+"""By name."""

@@ -1,0 +1,218 @@
+"""What a study is: arms that differ in few settings from one base, and what the paper found of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from quarterview.errors import UserError, unknown
+from quarterview.evaluate.finetune import count_blocks
+from quarterview.plain_yaml import MOST_BYTES, read_yaml
+from quarterview.pretraining import PretrainConfig
+from quarterview.recipes import from_values
+
+MEASURES = ("finetune", "linear", "knn")
+"""How an arm is judged. ``finetune:K`` trains the last K blocks alone; ``linear@P`` and ``knn@P`` see P
+percent of the patches."""
+STARTS = ("pretrain", "random", "pixels", "pca", "kmeans")
+Start = Literal["pretrain", "random", "pixels", "pca", "kmeans"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to pre-train, or none."""
+
+    name: str
+    """In tables."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """In what it differs from the base: fields of a pre-training's configuration."""
+    start: Start = "pretrain"
+    """random is the encoder of the base with its initial weights. pixels, their principal components (pca)
+    and clusters of patches (kmeans) are no networks, and judged as frozen features alone."""
+    length: float = 1.0
+    """Of its schedule, as a share of the study's."""
+    x: float | None = None
+    """Its place on the axis of a curve."""
+    paper: Mapping[str, float] = field(default_factory=dict)
+    """The paper's figures in percent, by measure, where it has such an arm."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the paper says of two arms."""
+
+    claim: str
+    """In words."""
+    first: str
+    """The arm that is ahead, or as good."""
+    second: str
+    """The other one."""
+    measure: str
+    """By which."""
+    rule: Literal["ahead", "as good"] = "ahead"
+    second_measure: str | None = None
+    """By which the other arm is judged, if by another one."""
+    over: tuple[str, str] | None = None
+    """Arms whose figures are taken off first, one from each: what is compared are gains."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table or a curve of the paper."""
+
+    title: str
+    """What is varied."""
+    arms: tuple[Arm, ...]
+    """In the order of the rows."""
+    findings: tuple[Finding, ...] = ()
+    """What is decided."""
+    measures: tuple[str, ...] = ("finetune", "linear")
+    """How every arm is judged."""
+    source: str = ""
+    """Where the paper has it."""
+    axis: str | None = None
+    """What a curve is drawn over; None for a table alone."""
+
+    def __post_init__(self) -> None:
+        names = [arm.name for arm in self.arms]
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise UserError(
+                f"{self.title}: arms {', '.join(names)}; accepted: two or more with different names"
+            )
+        for measure in self.measures:
+            check_measure(measure)
+        for finding in self.findings:
+            for name in (finding.first, finding.second, *(finding.over or ())):
+                if name not in names:
+                    raise unknown(f"arm in a finding of {self.title}:", name, names)
+            for measure in (finding.measure, finding.second_measure or finding.measure):
+                if measure not in self.measures:
+                    raise unknown(f"measure in a finding of {self.title}:", measure, self.measures)
+            if finding.rule not in ("ahead", "as good"):
+                raise unknown(f"rule in a finding of {self.title}:", finding.rule, ("ahead", "as good"))
+
+
+@dataclass(frozen=True)
+class Study:
+    """Tables that are measured together; arms that are alike are run once."""
+
+    name: str
+    purpose: str
+    """What it asks."""
+    tables: tuple[Table, ...]
+    base: Mapping[str, Any] = field(default_factory=dict)
+    """In what all arms differ from the recipe."""
+
+
+def check_measure(measure: str) -> None:
+    """Raises UserError if an arm cannot be judged so."""
+    kind, blocks, visible = parts_of(measure)
+    if kind not in MEASURES or (blocks and kind != "finetune") or (visible and kind == "finetune"):
+        raise unknown("measure", measure, [*MEASURES, "finetune:K", "linear@P", "knn@P"])
+    if blocks:
+        count_blocks(blocks)
+    if visible and not (visible.isdigit() and 1 <= int(visible) <= 100):
+        raise UserError(f"measure {measure}; accepted: 1 to 100 percent of the patches, such as {kind}@25")
+
+
+def parts_of(measure: str) -> tuple[str, str, str]:
+    """A measure's kind, the blocks that are tuned, and the percentage of the patches that is visible."""
+    rest, _, visible = measure.partition("@")
+    kind, _, blocks = rest.partition(":")
+    return kind, blocks, visible
+
+
+# ---------------------------------------------------------------------- files
+
+
+def read_study(path: str | Path) -> Study:
+    """A study from a YAML file; docs/studies.md says what may stand in it.
+
+    Raises:
+        UserError: if it cannot be read, or something in it is unknown.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            content = read_yaml(file.read(MOST_BYTES + 1))
+    except OSError as error:
+        raise UserError(f"study {path} cannot be read: {error}") from None
+    except ValueError as error:
+        raise UserError(f"study {path} is no YAML: {error}") from None
+    where = f"study {path}"
+    given = _fields(content, where, {"purpose": str, "base": dict, "tables": list})
+    tables = given.get("tables") or []
+    if not tables:
+        raise UserError(f"{where} has no tables; accepted: a list of them under `tables`")
+    base = given.get("base") or {}
+    from_values(f"{where}, base", base, PretrainConfig)
+    return Study(path.stem, given.get("purpose", ""), tuple(_table(t, where) for t in tables), base)
+
+
+def _table(content: object, where: str) -> Table:
+    kinds = {"title": str, "arms": dict, "findings": list, "measures": list, "axis": str, "source": str}
+    given = _fields(content, f"a table of {where}", kinds)
+    title = given.get("title", "")
+    arms = tuple(
+        _arm(str(name), values, f"{where}, {title}") for name, values in (given.get("arms") or {}).items()
+    )
+    findings = tuple(_finding(f, f"{where}, {title}") for f in given.get("findings") or [])
+    measures = tuple(map(str, given.get("measures") or Table.measures))
+    return Table(title, arms, findings, measures, given.get("source", ""), given.get("axis"))
+
+
+def _arm(name: str, content: object, where: str) -> Arm:
+    """An arm; its values are fields of pre-training, beside `length`, `start` and `x`."""
+    if content in STARTS:
+        return Arm(name, start=content)  # type: ignore[arg-type]
+    values = dict(_fields(content or {}, f"arm {name} of {where}", None))
+    own = {key: values.pop(key) for key in ("length", "x") if key in values}
+    for key, number in own.items():
+        if not isinstance(number, int | float) or number <= 0:
+            raise UserError(f"{key} {number} of arm {name} in {where}; accepted: a number above 0")
+    accepted = set(PretrainConfig.__dataclass_fields__)
+    for key in values:
+        if key not in accepted:
+            raise unknown(f"field of arm {name} in {where}:", str(key), sorted(accepted))
+    return Arm(name, values, **own)
+
+
+def _finding(content: object, where: str) -> Finding:
+    texts = dict.fromkeys(("claim", "first", "second", "measure", "rule", "second_measure"), str)
+    given = _fields(content, f"a finding of {where}", {**texts, "over": list})
+    over = given.pop("over", None)
+    if over is not None and len(over) != 2:
+        raise UserError(f"over {over} in a finding of {where}; accepted: two arms")
+    try:
+        return Finding(**given, over=None if over is None else (str(over[0]), str(over[1])))
+    except TypeError:
+        raise UserError(
+            f"a finding of {where} says {', '.join(given) or 'nothing'}; accepted: claim, first, second, "
+            "measure, and rule"
+        ) from None
+
+
+def _fields(content: object, where: str, kinds: Mapping[str, type] | None) -> dict[str, Any]:
+    """A table of YAML whose names and kinds of values are known.
+
+    Raises:
+        UserError: if it is something else.
+    """
+    if not isinstance(content, dict):
+        raise UserError(f"{where} is no table of fields; accepted: lines such as `title: Mask ratio`")
+    for key, value in content.items():
+        if kinds is None:
+            break
+        if key not in kinds:
+            raise unknown(f"field in {where}:", str(key), kinds)
+        if value is not None and not isinstance(value, kinds[key]):
+            raise UserError(f"{key} in {where} is {value!r}; accepted: {_SPOKEN[kinds[key]]}")
+    return {str(key): value for key, value in content.items() if value is not None}
+
+
+_SPOKEN = {str: "a text", dict: "a table of fields", list: "a list"}
+
+
+def arms_of(tables: Sequence[Table]) -> list[tuple[Table, Arm]]:
+    """Every arm of every table, in order."""
+    return [(table, arm) for table in tables for arm in table.arms]

@@ -1,0 +1,238 @@
+"""Views of images: boxes by kind, colours against torchvision's, and the loader's pairs."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms.v2 import functional as tv
+
+from quarterview import draws
+from quarterview.data.augment import eval_box, random_crops
+from quarterview.data.cache import CachedSet, load_all
+from quarterview.data.loader import Loader
+from quarterview.data.open import open_source
+from quarterview.data.stream import SampleStream
+from quarterview.data.views import (
+    BYOL,
+    SIMCLR,
+    Colours,
+    View,
+    ViewConfig,
+    blurred,
+    boxes_of,
+    distort,
+    scale_brightness,
+    scale_contrast,
+    scale_saturation,
+    turn_hue,
+)
+from quarterview.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def images():
+    torch.manual_seed(0)
+    pictures = torch.rand(8, 3, 9, 11)
+    pictures[0] = 0.25  # grey
+    pictures[1, 1:] = 0.0  # red alone
+    pictures[2] = 1.0
+    return pictures
+
+
+def numbers(count):
+    return torch.arange(count), torch.zeros(count, dtype=torch.int64)
+
+
+# ---------------------------------------------------------------------- colours
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "factors"),
+    [
+        (scale_brightness, tv.adjust_brightness, torch.linspace(0, 1.9, 8)),
+        (scale_contrast, tv.adjust_contrast, torch.linspace(0, 1.9, 8)),
+        (scale_saturation, tv.adjust_saturation, torch.linspace(0, 1.9, 8)),
+        (turn_hue, tv.adjust_hue, torch.linspace(-0.5, 0.5, 8)),
+    ],
+)
+def test_each_change_is_torchvisions(images, ours, theirs, factors):
+    changed = ours(images, factors.view(-1, 1, 1, 1))
+    for image, factor, mine in zip(images, factors, changed, strict=True):
+        torch.testing.assert_close(mine, theirs(image, float(factor)), rtol=1e-4, atol=2e-5)
+
+
+def test_a_blur_is_a_gaussian_away_from_the_edges():
+    torch.manual_seed(0)
+    images, sigma = torch.rand(3, 3, 40, 44), torch.tensor([0.1, 1.0, 2.0])
+    for image, deviation, mine in zip(images, sigma, blurred(images, sigma), strict=True):
+        theirs = tv.gaussian_blur(image, [25, 25], [float(deviation)] * 2)
+        torch.testing.assert_close(mine[:, 12:-12, 12:-12], theirs[:, 12:-12, 12:-12], rtol=1e-4, atol=1e-5)
+    flat = torch.full((3, 3, 8, 8), 0.3)
+    torch.testing.assert_close(blurred(flat, sigma), flat)
+
+
+def test_nothing_asked_for_is_nothing_done(images):
+    ids, epochs = numbers(8)
+    torch.testing.assert_close(distort(images, Colours(), 0, 0, epochs, ids), images)
+
+
+def test_shares_are_of_images():
+    ids, epochs = numbers(4000)
+    images = torch.rand(4000, 3, 2, 2)
+    jittered = distort(images, Colours((0.4, 0.4, 0.2, 0.1)), 0, 0, epochs, ids)
+    assert abs(float((jittered != images).flatten(1).any(1).float().mean()) - 0.8) < 0.03
+    grey = distort(images, Colours(grey=0.2), 0, 0, epochs, ids)
+    assert abs(float((grey[:, 0] == grey[:, 1]).flatten(1).all(1).float().mean()) - 0.2) < 0.03
+    solar = distort(images, Colours(solarise=0.2), 0, 0, epochs, ids)
+    changed = (solar != images).flatten(1).any(1)
+    assert abs(float(changed.float().mean()) - 0.2 * (1 - 0.5**12)) < 0.03
+    assert solar[changed].max() <= 0.5
+    soft = distort(images, Colours(blur=0.1), 0, 0, epochs, ids)
+    assert abs(float(((soft - images).abs() > 1e-6).flatten(1).any(1).float().mean()) - 0.1) < 0.03
+
+
+@given(
+    st.integers(0, 2**31),
+    st.integers(0, 9),
+    st.lists(st.integers(0, 10**9), min_size=2, max_size=6, unique=True),
+)
+def test_colours_belong_to_the_sample(seed, epoch, ids):
+    ids = torch.tensor(ids)
+    epochs = torch.full_like(ids, epoch)
+    images = torch.rand(len(ids), 3, 6, 5, generator=torch.Generator().manual_seed(0))
+    for colours in (SIMCLR, *BYOL):
+        together = distort(images, colours, 0, seed, epochs, ids)
+        assert together.min() >= 0
+        assert together.max() <= 1 + 1e-6
+        alone = distort(images[:1], colours, 0, seed, epochs[:1], ids[:1])
+        torch.testing.assert_close(alone[0], together[0], rtol=0, atol=1e-6)
+
+
+def test_other_channels_than_three_change_in_brightness_and_contrast():
+    ids, epochs = numbers(6)
+    for channels in (1, 2, 5):
+        images = torch.rand(6, channels, 4, 4)
+        out = distort(images, Colours((0.8, 0.8, 0.8, 0.2), jitter_share=1.0, grey=1.0), 0, 0, epochs, ids)
+        assert out.shape == images.shape
+        assert not torch.equal(out, images)
+
+
+# ---------------------------------------------------------------------- boxes
+
+
+def test_random_boxes_are_those_of_before():
+    ids, epochs = numbers(50)
+    sizes = torch.tensor([[30, 50]]).expand(50, 2)
+    boxes, flips = boxes_of(View(), 0, (16, 16), 7, epochs, ids, sizes)
+    expected = random_crops(7, epochs, ids, sizes)
+    assert torch.equal(boxes, expected[0])
+    assert torch.equal(flips, expected[1])
+    second, _ = boxes_of(View(), 1, (16, 16), 7, epochs, ids, sizes)
+    assert not torch.equal(second, boxes)
+    assert not boxes_of(View(flip=False), 0, (16, 16), 7, epochs, ids, sizes)[1].any()
+
+
+@given(st.integers(8, 80), st.integers(8, 80), st.sampled_from([(16, 16), (8, 24)]))
+def test_fixed_boxes_have_one_size_and_lie_anywhere_inside(height, width, image_size):
+    ids, epochs = numbers(200)
+    sizes = torch.tensor([[height, width]]).expand(200, 2)
+    boxes, flips = boxes_of(View("fixed"), 0, image_size, 3, epochs, ids, sizes)
+    _, _, h, w = eval_box(height, width, image_size, 224 / 256)
+    assert boxes[:, 2:].unique(dim=0).tolist() == [[h, w]]
+    assert boxes[:, :2].min() >= 0
+    for axis, room in ((0, height - h), (1, width - w)):
+        assert boxes[:, axis].max() <= room
+        if room < 10:
+            assert boxes[:, axis].unique().tolist() == list(range(room + 1))
+    assert 0.3 < float(flips.float().mean()) < 0.7
+
+
+def test_no_crop_is_the_central_box_unflipped():
+    ids, epochs = numbers(9)
+    sizes = torch.tensor([[30, 50]]).expand(9, 2)
+    boxes, flips = boxes_of(View("none"), 0, (16, 16), 3, epochs, ids, sizes)
+    assert boxes.unique(dim=0).tolist() == [[0, 10, 30, 30]]
+    assert not flips.any()
+
+
+# ---------------------------------------------------------------------- the loader
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "photos"
+    path.mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(24):
+        pixels = generator.integers(60, 190, (5, 6, 3), dtype=np.uint8).repeat(5, 0).repeat(5, 1)
+        Image.fromarray(pixels).save(path / f"{i:02d}.png")
+    (path / "07.png").write_bytes(b"no image at all")
+    return path
+
+
+def make(folder, views, cached=False, workers=0):
+    source = open_source(str(folder), 3)
+    stream = SampleStream(len(source), 0, 5)
+    held = load_all(source, CPU, 1 << 30, 2, lambda _: None) if cached else None
+    assert not cached or isinstance(held, CachedSet)
+    half = (0.5,) * 3
+    return Loader(source, stream, (16, 16), half, half, CPU, workers, held, lambda _: None, views=views)
+
+
+@pytest.mark.parametrize("colours", [None, Colours((0.4, 0.4, 0.2, 0.0))], ids=["plain", "colours"])
+def test_two_views_come_from_cache_and_stream_alike(folder, colours):
+    views = (View(colours=colours), View(colours=colours))
+    for one, two in zip(
+        make(folder, views).batches([range(12), range(12, 24)]),
+        make(folder, views, cached=True).batches([range(12), range(12, 24)]),
+        strict=True,
+    ):
+        for a, b in ((one.images, two.images), (one.second, two.second)):
+            assert a.shape == b.shape == (12, 3, 16, 16)
+            assert ((a - b) / 2 * 255).abs().max() < 4  # uint8 rounds after each axis
+        assert (one.images - one.second).abs().max() > 0.1
+
+
+def test_the_first_of_two_views_is_that_of_one(folder):
+    for cached in (False, True):
+        (one,) = make(folder, (), cached).batches([range(12)])
+        (two,) = make(folder, (View(), View()), cached).batches([range(12)])
+        assert one.second is None
+        assert torch.equal(one.images, two.images)
+
+
+def test_workers_make_the_same_views(folder):
+    views = (View(colours=BYOL[0]), View(colours=BYOL[1]))
+    (one,) = make(folder, views).batches([range(24)])
+    (two,) = make(folder, views, workers=2).batches([range(24)])
+    assert torch.equal(one.images, two.images)
+    assert torch.equal(one.second, two.second)
+
+
+def test_views_are_drawn_apart():
+    assert (
+        draws.uniform(0, "crop", 0, torch.arange(3), 2)
+        .ne(draws.uniform(0, "crop 2", 0, torch.arange(3), 2))
+        .all()
+    )
+
+
+# ---------------------------------------------------------------------- settings
+
+
+def test_the_flags_make_the_view():
+    assert ViewConfig().view == View()
+    assert ViewConfig(color_jitter=0.4).view.colours == Colours((0.4, 0.4, 0.4, 0.1), jitter_share=1.0)
+    assert ViewConfig(crop="fixed").view.crop == "fixed"
+
+
+@pytest.mark.parametrize(
+    "values", [{"crop_min": 0.0}, {"crop_min": 1.1}, {"color_jitter": -0.1}, {"crop": "big"}]
+)
+def test_impossible_views_are_refused(values):
+    with pytest.raises(UserError):
+        ViewConfig(**values)

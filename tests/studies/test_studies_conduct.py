@@ -1,0 +1,209 @@
+"""A whole study on generated shapes: it is resumed, it is judged as it says, and its report tells it."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quarterview.cli import run
+from quarterview.errors import UserError
+from quarterview.evaluate.verdict import estimate
+from quarterview.studies.conduct import conduct, open_study
+from quarterview.studies.measure import read_judged
+from quarterview.studies.plan import StudyConfig
+from quarterview.train import checkpoint
+from quarterview.train.journal import Journal
+
+STUDY = """
+purpose: Is <this> a study?
+base: {decoder_depth: 1, decoder_width: 32, decoder_heads: 2, workers: 0, precision: fp32}
+tables:
+  - title: Ratios
+    axis: ratio
+    measures: [linear]
+    arms:
+      low: {mask_ratio: 0.25, x: 25}
+      high: {mask_ratio: 0.75, x: 75}
+    findings:
+      - {claim: more is better, first: high, second: low, measure: linear}
+  - title: Targets & starts
+    measures: [linear, knn, "finetune:1"]
+    arms:
+      default: {}
+      words: {target: tokens, tokenizer: study}
+      none: random
+    findings:
+      - {claim: training helps, first: default, second: none, measure: knn}
+  - title: Plain
+    measures: [knn]
+    arms: {pixels: pixels, components: pca, clusters: kmeans, default: {}}
+  - title: Visible
+    measures: [linear, "linear@50"]
+    arms: {default: {}, none: random}
+    findings:
+      - {claim: all, first: default, second: default, measure: linear, second_measure: "linear@50"}
+      - {claim: gains, first: default, second: default, measure: linear, over: [none, none]}
+"""
+
+
+def config(out: Path, **changes) -> StudyConfig:
+    values = {
+        **{"data": ("shapes:96:size=16",), "train": ("shapes:80:size=16:seed=1",)},
+        **{"test": ("shapes:60:size=16:seed=2",), "out": str(out), "budget": "64images", "seeds": 2},
+        **{"model": "mae_vit_32x2x2_patch4", "image_size": 16, "batch_size": 16, "labels": 40},
+        **{"tune_steps": 3, "device": "cpu", "workers": 0},
+    }
+    return StudyConfig(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("study") / "mine.yaml"
+    path.write_text(STUDY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, study) -> Path:
+    """The folder of a study that is complete."""
+    out = tmp_path_factory.mktemp("done") / "out"
+    studied = conduct(str(study), config(out), Journal(quiet=True))
+    assert studied.status == "complete"
+    assert studied.report == out / "report.html"
+    return out
+
+
+def judged(out: Path) -> dict[str, dict[str, np.ndarray]]:
+    return {folder.name: read_judged(folder) for folder in sorted((out / "runs").iterdir())}
+
+
+def test_each_arm_is_trained_and_judged_under_each_seed(done):
+    # `high` and `default` are one arm, for nothing in them differs.
+    folders = judged(done)
+    assert len(folders) == 2 * 7
+    wanted = {"pixels": {"knn"}, "pca": {"knn"}, "kmeans": {"knn"}}
+    wanted["random"] = {"linear", "knn", "finetune:1", "linear@50"}
+    for name, found in folders.items():
+        kind = name.split("-")[0]
+        assert kind == "mae" or found.keys() == wanted[kind]
+        assert all(right.shape == (60,) and right.dtype == bool for right in found.values())
+        trained = done / "runs" / name / "pretrain" / "checkpoints"
+        assert trained.exists() == (kind == "mae")
+        if trained.exists():
+            assert checkpoint.read_state(checkpoint.newest(trained))["step"] == 4
+    assert (done / "tokenizer" / "checkpoints").is_dir()
+
+
+def test_the_report_tells_what_was_judged(done):
+    content = json.loads((done / "study.json").read_text())
+    folders = judged(done)
+    ratios, targets, plain, visible = content["tables"]
+    assert [figure["arm"] for figure in plain["figures"]] == ["pixels", "components", "clusters", "default"]
+    assert visible["findings"][1]["difference"]["mean"] == 0  # its own gain over its own
+    assert set(visible["images_per_s"]) == {"default"}
+    assert visible["operations"]["default"] > 0
+    keys = {figure["arm"]: figure for figure in targets["figures"] if figure["measure"] == "knn"}
+    random = [found["knn"] for name, found in folders.items() if name.startswith("random")]
+    assert keys["none"]["mean"] == pytest.approx(np.mean(random))
+    expected = estimate(np.stack(random).astype(float))
+    assert (keys["none"]["low"], keys["none"]["high"]) == pytest.approx((expected.low, expected.high))
+    assert [finding["finding"]["claim"] for finding in ratios["findings"]] == ["more is better"]
+    shared = {
+        f["arm"]: f["mean"]
+        for table in (ratios, targets)
+        for f in table["figures"]
+        if f["measure"] == "linear"
+    }
+    assert shared["high"] == shared["default"]
+    with (done / "study.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * (2 + 3 * 3 + 4 + 2 * 2)
+    assert {row["test_images"] for row in rows} == {"60"}
+    page = (done / "report.html").read_text()
+    assert "Is &lt;this&gt; a study?" in page
+    assert "Targets &amp; starts" in page
+    assert not [word for word in ('src="', 'href="http', "url(h", "<script", "@import") if word in page]
+    assert page.count("<svg") == 1
+    assert (done / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_done_is_not_done_again(done, study):
+    before = {path: path.stat().st_mtime_ns for path in (done / "runs").rglob("*") if path.is_file()}
+    assert conduct(str(study), config(done), Journal(quiet=True)).status == "complete"
+    assert before == {path: path.stat().st_mtime_ns for path in (done / "runs").rglob("*") if path.is_file()}
+
+
+def test_another_study_in_the_folder_is_refused(done, study):
+    with pytest.raises(UserError, match="labels"):
+        conduct(str(study), config(done, labels=50), Journal(quiet=True))
+
+
+@pytest.mark.slow
+def test_seeds_may_be_added_and_two_at_a_time_are_the_same(done, study, tmp_path):
+    out = tmp_path / "out"
+    assert conduct(str(study), config(out, seeds=1), Journal(quiet=True)).status == "complete"
+    assert len(judged(out)) == 7
+    page = (out / "report.html").read_text()
+    assert "with one seed nothing is known" in page
+    assert conduct(str(study), config(out, seeds=2, jobs=2), Journal(quiet=True)).status == "complete"
+    one, two = judged(done), judged(out)
+    assert one.keys() == two.keys()
+    for name, found in one.items():
+        assert all(np.array_equal(right, two[name][measure]) for measure, right in found.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_stopped_study_goes_on(done, study, tmp_path, jobs):
+    out = tmp_path / "out"
+    flags = {**vars(config(out)), "jobs": jobs}
+    words = [
+        part
+        for name, value in flags.items()
+        if value not in (None, ())
+        for part in (f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value]))
+    ]
+    command = [sys.executable, "-m", "quarterview", "study", str(study), *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not any((out / "runs").glob("*/pretrain/metrics.jsonl")) and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert len([found for found in judged(out).values() if found]) < 14
+    assert conduct(str(study), config(out), Journal(quiet=True)).status == "complete"
+    one, two = judged(done), judged(out)
+    for name, found in one.items():
+        assert all(np.array_equal(right, two[name][measure]) for measure, right in found.items())
+
+
+@pytest.mark.slow
+def test_a_budget_of_minutes(study, tmp_path):
+    out = tmp_path / "out"
+    began = time.monotonic()
+    asked = config(out, budget="60s", seeds=1, measures=("linear", "knn"))
+    assert conduct(str(study), asked, Journal(quiet=True)).status == "complete"
+    took = time.monotonic() - began
+    assert 15 < took < 180
+    plan = json.loads((out / "plan.json").read_text())["steps"]
+    assert len(set(plan.values()) - {0}) == 1  # equal epochs, but for arms without any
+    assert max(plan.values()) > 4
+
+
+def test_wrong_requests(tmp_path, study):
+    with pytest.raises(UserError, match="table1"):
+        open_study("tabel1")
+    with pytest.raises(UserError, match="something is missing"):
+        conduct(str(study), replace(config(tmp_path), data=()), Journal(quiet=True))
+    with pytest.raises(UserError, match="2 blocks"):
+        conduct("partial", config(tmp_path / "a"), Journal(quiet=True))
+    with pytest.raises(SystemExit) as exit_code:
+        run(["study", "mask-ratio", "--budget", "lots"])
+    assert exit_code.value.code == 2

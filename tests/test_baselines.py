@@ -1,0 +1,224 @@
+"""Every objective as a run: it resumes exactly, is read by the probes, and learns more than nothing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import quarterview as qv
+from quarterview.cli import parse, run
+from quarterview.errors import UserError
+from quarterview.evaluate.features import ProbeConfig
+from quarterview.evaluate.linear import linear
+from quarterview.exchange.weights import load, load_autoencoder, load_tokenizer, read, read_config
+from quarterview.model.classifier import Classifier
+from quarterview.model.mae import MaskedAutoencoder
+from quarterview.objectives.choice import DEFAULTS
+from quarterview.train import checkpoint
+from quarterview.train.journal import Journal, metrics
+
+KINDS = ("mae", "pca", "denoising", "beit", "supervised", "simclr", "byol", "mocov3", "tokenizer")
+COMPARING = ("simclr", "byol", "mocov3")
+
+
+def config(out: Path, kind: str, words: Path | None = None, **changes) -> qv.PretrainConfig:
+    values = {
+        **{"model": "mae_vit_32x2x2_patch4", "image_size": 16, "precision": "fp32", "out": str(out)},
+        **{"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "lr": 1e-3, "batch_size": 16},
+        **{"data": ("shapes:120:size=16",), "workers": 0, "holdout": 8, "steps": 6, "device": "cpu"},
+        **{"log_every": 2, "eval_every": 3, "checkpoint_every": 3, "keep_checkpoints": 9},
+    }
+    if kind == "pca":
+        values |= {"target": "pca", "pca_components": 9}
+    else:
+        values |= {"objective": kind, **DEFAULTS.get(kind, {})}
+    if kind == "tokenizer":
+        values |= {"vocabulary": 24, "tokenizer_width": 16, "tokenizer_depth": 1}
+    if kind == "beit":
+        values |= {"tokenizer": str(words)}
+    if kind in COMPARING:
+        values |= {"head_width": 48, "head_out": 16}
+    return qv.PretrainConfig(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> Path:
+    """The run of a tokenizer."""
+    out = tmp_path_factory.mktemp("words") / "run"
+    qv.pretrain(config(out, "tokenizer"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, words) -> Path:
+    """A folder with a whole run of each objective."""
+    folder = tmp_path_factory.mktemp("runs")
+    for kind in KINDS:
+        qv.pretrain(config(folder / kind, kind, words))
+    return folder
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    loaded = checkpoint.load(path)
+    return {f"{kind}/{name}": t for kind, named in loaded.tensors.items() for name, t in named.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(runs, words, tmp_path, kind):
+    half = runs / kind / "checkpoints" / "step-00000003"
+    qv.pretrain(config(tmp_path / "run", kind, words, resume=str(half)))
+    one, two = (tensors(path / "checkpoints" / "step-00000006") for path in (runs / kind, tmp_path / "run"))
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    rows = metrics(runs / kind)
+    assert all(row["loss"] == row["loss"] and row["grad_norm"] > 0 for row in rows)
+    assert any(row["val_loss"] is not None for row in rows) == (kind not in COMPARING)
+    assert all(("feature_spread" in row) == (kind in COMPARING) for row in rows)
+    assert any(name.startswith("objective/") for name in one) == (kind in (*COMPARING, "tokenizer"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_trained_is_what_it_says(runs, kind):
+    out = runs / kind
+    if kind == "tokenizer":
+        assert load_tokenizer(out).vocabulary == 24
+        with pytest.raises(UserError, match="a tokenizer, which has no features"):
+            load(out)
+        return
+    weights = read(out)
+    model = load(out)
+    assert weights.has_decoder == (kind in ("mae", "pca", "denoising", "beit"))
+    assert isinstance(model, Classifier if kind == "supervised" else MaskedAutoencoder)
+    features = model.encode(torch.zeros(2, 3, 16, 16))
+    assert features.shape == (2, 17, 32)
+    with pytest.raises(UserError, match="no tokenizer"):
+        load_tokenizer(out)
+    if not weights.has_decoder:
+        with pytest.raises(UserError, match="cannot reconstruct"):
+            load_autoencoder(out)
+    if kind == "supervised":
+        assert read_config(out).class_names is not None
+
+
+def test_the_frozen_patch_embedding_of_mocov3_is_the_first_one(runs):
+    first, last = (tensors(runs / "mocov3" / "checkpoints" / f"step-{step:08d}") for step in (3, 6))
+    name = "model/patch_embed.proj.weight"
+    assert torch.equal(first[name], last[name])
+    assert f"optimizer/exp_avg/{name.replace('/', '.')}" not in last
+    assert not torch.equal(first["model/norm.weight"], last["model/norm.weight"])
+
+
+@pytest.mark.parametrize("kind", ["pca", "beit", "simclr", "supervised"])
+def test_the_encoder_is_fine_tuned_and_exported(runs, tmp_path, kind):
+    images = "--train shapes:40:size=16 --test shapes:20:size=16:seed=1"
+    flags = f"--out {tmp_path}/tuned --steps 2 --batch-size 8 --recipe small --workers 0 --device cpu"
+    assert run(f"finetune {runs / kind} {images} {flags}".split()) == 0
+    forms = ("timm", "transformers", "safetensors")
+    for form in forms if kind != "supervised" else ("timm", "safetensors"):  # whose head reads the mean
+        parts = ["--parts", "vit"] if form == "transformers" and kind != "simclr" else []
+        assert run(["export", str(runs / kind), "--to", form, "--out", str(tmp_path / form), *parts]) == 0
+        card = (tmp_path / form / "README.md").read_text()
+        assert ("| decoder |" in card) == (kind in ("pca", "beit"))
+    again = read(tmp_path / "safetensors" / "model.safetensors")
+    assert again.has_decoder == (kind in ("pca", "beit"))
+
+
+def test_pictures_are_drawn_of_those_that_predict_them(runs, tmp_path):
+    for kind, drawn in (("mae", True), ("pca", True), ("beit", False), ("simclr", False)):
+        assert any((runs / kind / "samples").glob("*.png")) == drawn
+        code = run(["reconstruct", str(runs / kind), "shapes:8:size=16", "--out", str(tmp_path / "p.png")])
+        assert code == (0 if drawn else 2)
+        assert run(["look", str(runs / kind), "shapes:4:size=16", "--out", str(tmp_path / "l.png")]) == 0
+    assert run(["doctor", str(runs / "beit")]) == 2
+
+
+def test_the_tokenizer_must_stay_the_same(runs, words, tmp_path):
+    other = tmp_path / "other"
+    qv.pretrain(config(other, "tokenizer", seed=1))
+    half = runs / "beit" / "checkpoints" / "step-00000003"
+    with pytest.raises(UserError, match="another tokenizer"):
+        qv.pretrain(config(tmp_path / "run", "beit", other, resume=str(half)))
+    coarse = tmp_path / "coarse"
+    qv.pretrain(config(coarse, "tokenizer", model="mae_vit_32x2x2_patch8", steps=1))
+    with pytest.raises(UserError, match="8 pixels"):
+        qv.pretrain(config(tmp_path / "beit", "beit", coarse))
+
+
+def test_components_are_fitted_once(runs):
+    three, six = (tensors(runs / "pca" / "checkpoints" / f"step-{step:08d}") for step in (3, 6))
+    components = six["model/target.components"]
+    assert torch.equal(three["model/target.components"], components)
+    torch.testing.assert_close(components @ components.T, torch.eye(9), rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objective": "beit"}, "objective beit"),
+        ({"target": "tokens"}, "--tokenizer"),
+        ({"tokenizer": "x"}, "--target tokens"),
+        ({"objective": "simclr", "accum_iter": 2}, "compares images of a batch"),
+        ({"objective": "byol", "parallel": "fsdp"}, "ddp"),
+        ({"objective": "mocov3", "init_from": "x"}, "init_from"),
+        ({"objective": "supervised", "batch_size": 15}, "even number"),
+        ({"objective": "denoising", "compile": True}, "compile"),
+        ({"objective": "denoising", "encoder_mask_tokens": True}, "denoising hides nothing"),
+        ({"objective": "denoising", "masks_per_image": 2}, "masks_per_image 2"),
+        ({"mixup": 0.5}, "--objective supervised"),
+        ({"noise": 0.5}, "--objective denoising"),
+        ({"temperature": 0.5}, "simclr or byol or mocov3"),
+        ({"tokenizer_width": 5}, "--objective tokenizer"),
+        ({"objective": "tokenizer", "probe_train": "a", "probe_test": "b"}, "no features"),
+        ({"objective": "dino"}, "dino"),
+    ],
+)
+def test_what_an_objective_cannot_do_is_refused(changes, said):
+    with pytest.raises(UserError, match=said):
+        qv.PretrainConfig(**changes)
+
+
+def test_an_objective_brings_its_defaults_and_flags_go_first():
+    command = parse(["pretrain", "--objective", "beit", "--tokenizer", "words", "--mask-ratio", "0.5"])
+    assert (command.target, command.mask, command.decoder_depth) == ("tokens", "block", 0)
+    assert command.mask_ratio == 0.5
+    command = parse(["pretrain", "--recipe", "cifar", "--objective", "mocov3", "--momentum", "0.9"])
+    assert (command.model, command.weight_decay, command.momentum) == ("mae_vit_tiny_patch4", 0.1, 0.9)
+    command = parse(["tokenizer", "--recipe", "cifar", "--vocabulary", "99"])
+    assert (command.objective, command.vocabulary, command.lr) == ("tokenizer", 99, 1e-3)
+    assert parse(["pretrain"]).objective == "mae"
+
+
+def test_unlabelled_images_cannot_be_learned_by_class(tmp_path):
+    torch.manual_seed(0)
+    import numpy as np
+
+    np.save(tmp_path / "x.npy", np.zeros((20, 16, 16, 3), np.uint8))
+    with pytest.raises(UserError, match="no labels"):
+        qv.pretrain(config(tmp_path / "run", "supervised", data=(str(tmp_path / "x.npy"),)))
+
+
+# ---------------------------------------------------------------------- what is learned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "tokenizer"])
+def test_a_linear_probe_beats_random_weights(tmp_path, kind):
+    words = tmp_path / "words"
+    long = {"data": ("shapes:2000:size=32",), "image_size": 32, "model": "mae_vit_64x3x4_patch4"}
+    long |= {"batch_size": 64, "holdout": None, "log_every": 50, "eval_every": None, "checkpoint_every": None}
+    long |= {"norm_pix_loss": False}  # on smooth grounds, normalised patches are mostly noise
+    if kind in COMPARING:
+        long |= {"crop_min": 0.6}  # so that the shape is in both views
+    if kind == "beit":
+        qv.pretrain(config(words, "tokenizer", **{**long, "steps": 300, "vocabulary": 64, "lr": 2e-3}))
+    steps = {"supervised": 300}.get(kind, 400)
+    qv.pretrain(config(tmp_path / "run", kind, words, **{**long, "steps": steps, "lr": 1.5e-3}))
+    features = "cls" if kind in COMPARING else "mean"
+    probe = ProbeConfig(
+        str(tmp_path / "run"), ("shapes:800:size=32:seed=7",), ("shapes:800:size=32:seed=8",), features
+    )
+    accuracy = linear(probe, Journal(quiet=True))
+    assert accuracy["this model"] > accuracy["random encoder"]
