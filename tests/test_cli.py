@@ -211,6 +211,7 @@ def test_recipes_are_listed_and_valid(run):
         config = read(name)
         for key, value in recipe.values.items():
             assert getattr(config, key) in (value, (value, value))
+    assert "mask-ratio: How much should be hidden?" in out
 
 
 # ---------------------------------------------------------------------- runs

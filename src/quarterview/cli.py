@@ -347,15 +347,20 @@ class Push:
 
 @dataclass(frozen=True)
 class Recipes:
-    """List the named configurations of --recipe, for pretrain and for finetune."""
+    """List the named configurations of --recipe, for pretrain and for finetune, and the named studies."""
 
     def execute(self, _argv: Sequence[str]) -> int:
+        from quarterview.studies.named import STUDIES
+
         journal = Journal()
         for command, table in (("pretrain", recipes.RECIPES), ("finetune", recipes.FINETUNE_RECIPES)):
             journal.say(f"{command} --recipe:")
             for name, recipe in table.items():
                 journal.say(f"{name}: {recipe.purpose}\n    {recipe.command}\n    {recipe.seen}")
                 journal.say("    " + ", ".join(f"{key} {value}" for key, value in recipe.values.items()))
+        journal.say("study:")
+        for name, study in STUDIES.items():
+            journal.say(f"{name}: {study.purpose}\n    " + "; ".join(t.title for t in study.tables))
         return 0
 
 

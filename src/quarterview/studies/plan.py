@@ -52,8 +52,8 @@ class StudyConfig:
     out: str = ""
     """Required: the study's folder; the same command goes on where it was stopped."""
     budget: str = "30m"
-    """For the whole study minutes or hours (30m, 2h), shared so that all arms see equally many images; or for
-    each arm images (2e6images) or operations (1e15flops), so that arms compute equally much."""
+    """Of the whole study, minutes or hours (30m, 2h): all arms see equally many images. Or of each arm,
+    images (2e6images), or operations (1e15flops): arms compute equally much."""
     seeds: int = 3
     """Runs of each arm; each draws other initial weights, another order and other labelled images."""
     seed: int = 0
