@@ -162,6 +162,8 @@ def test_components_are_fitted_once(runs):
         ({"tokenizer": "x"}, "--target tokens"),
         ({"objective": "simclr", "accum_iter": 2}, "compares images of a batch"),
         ({"objective": "byol", "parallel": "fsdp"}, "ddp"),
+        ({"uniformity": 0.01, "accum_iter": 2}, "uniformity 0.01"),
+        ({"objective": "denoising", "uniformity": 0.01}, "uniformity 0.01"),
         ({"objective": "mocov3", "init_from": "x"}, "init_from"),
         ({"objective": "supervised", "batch_size": 15}, "even number"),
         ({"objective": "denoising", "compile": True}, "compile"),

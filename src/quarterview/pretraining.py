@@ -102,9 +102,9 @@ class PretrainConfig(
             )
         if name == "denoising" and self.compile:
             raise UserError("compile with objective denoising; accepted: without it")
-        if name in COMPARING and self.accum_iter > 1:
+        if self.compares and self.accum_iter > 1:
             raise UserError(
-                f"accum_iter {self.accum_iter} with objective {name}, which compares images of a batch, so "
+                f"accum_iter {self.accum_iter} with {self.comparing}, which compares images of a batch, so "
                 "that parts of it would be another task; accepted: 1, and --grad-checkpointing or a "
                 "smaller --batch-size to save memory"
             )
@@ -114,6 +114,18 @@ class PretrainConfig(
             raise UserError(f"init_from with objective {name}; accepted: with {', '.join(PREDICTING)}")
         if name == "tokenizer" and self.probe_train:
             raise UserError("a tokenizer has no features to probe; accepted: no probe_train")
+
+    @property
+    def compares(self) -> bool:
+        """Whether the images of a batch are compared."""
+        return self.objective in COMPARING or self.uniformity > 0
+
+    @property
+    def comparing(self) -> str:
+        """What compares them, for errors."""
+        return (
+            f"objective {self.objective}" if self.objective in COMPARING else f"uniformity {self.uniformity}"
+        )
 
     def part(self, kind: type[Part]) -> Part:
         """The fields of one of the configurations that this one is made of."""
@@ -261,8 +273,10 @@ def build(config: PretrainConfig, prepared: Prepared, site: Site) -> Trainer:
     objective.to(world.device)
     if isinstance(objective.model, MaskedAutoencoder):
         begin(objective.model, config, prepared, tokenizer, site)
+    if config.compares:
+        check_compared(config, world.size)
     if config.objective in COMPARING:
-        config = as_compared(config, world.size)
+        config = replace(config, parallel="ddp")  # each rank has all of the model and of its teacher
     watched = spread(objective, config, precision, site)
     loader = Loader(
         site.source,
@@ -322,19 +336,14 @@ def begin(
         fit_components(model, site.source, prepared.stream, config.threads, site.ledger)
 
 
-def as_compared(config: PretrainConfig, ranks: int) -> PretrainConfig:
-    """The configuration of a run that compares the images of a batch, each rank having all of the model.
-
-    Raises:
-        UserError: if the ranks' parts of a batch are not equal, or are too few to compare.
-    """
+def check_compared(config: PretrainConfig, ranks: int) -> None:
+    """Raises UserError if the ranks' parts of a batch are not equal, or are too few to compare."""
     counts = {len(part) for part in shares(range(config.batch_size), ranks)}
     if len(counts) > 1 or config.batch_size < 2:
         raise UserError(
-            f"a batch of {config.batch_size} images for {ranks} ranks with objective {config.objective}; "
+            f"a batch of {config.batch_size} images for {ranks} ranks with {config.comparing}; "
             f"accepted: multiples of {2 * ranks}"
         )
-    return replace(config, parallel="ddp")
 
 
 def views_of(config: PretrainConfig) -> tuple[View, ...]:

@@ -464,10 +464,11 @@ def test_who_is_patient_gets_the_folder_of_one_that_dies(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["mocov3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("simclr", "byol"))]
+    "kind", ["mocov3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("simclr", "byol", "mae"))]
 )
 def test_ranks_compare_the_images_of_the_whole_batch(tmp_path, kind):
-    changes = {"objective": kind, "head_width": 48, "head_out": 16, "steps": 8, "checkpoint_every": None}
+    changes = {"objective": kind, "steps": 8, "checkpoint_every": None}
+    changes |= {"uniformity": 0.5} if kind == "mae" else {"head_width": 48, "head_out": 16}
     for size in (1, 2):
         assert train(config(tmp_path / str(size), **changes), size, tmp_path / f"log{size}") == [0] * size
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")

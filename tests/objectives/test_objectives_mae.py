@@ -11,7 +11,7 @@ from quarterview.data.loader import Batch
 from quarterview.errors import UserError
 from quarterview.model import masking
 from quarterview.model.mae import MaskedAutoencoder, create_model
-from quarterview.objectives.mae import MaskedAutoencoding, MaskingConfig
+from quarterview.objectives.mae import MaskedAutoencoding, MaskingConfig, likeness
 
 SMALL = {
     "model": "mae_vit_32x2x4_patch4",
@@ -123,3 +123,64 @@ def test_no_mask_is_an_error(masks):
 def test_noise_of_another_shape_is_an_error(shape):
     with pytest.raises(ValueError, match=r"noise of shape .* accepted: \(3, 24\), or \(3, k, 24\)"):
         make()(some_batch().images, noise=torch.rand(shape))
+
+
+# ---------------------------------------------------------------------- uniformity
+
+
+def test_likeness_is_the_mean_squared_cosine_of_pairs():
+    torch.manual_seed(0)
+    features = torch.randn(5, 7)
+    expected = [
+        float(a @ b / (a.norm() * b.norm())) ** 2
+        for i, a in enumerate(features)
+        for j, b in enumerate(features)
+        if i != j
+    ]
+    torch.testing.assert_close(likeness(features).item(), sum(expected) / 20)
+    torch.testing.assert_close(likeness(features * torch.rand(5, 1).add(0.1)), likeness(features))
+    torch.testing.assert_close(likeness(features[torch.randperm(5)]), likeness(features))
+    assert likeness(torch.ones(4, 3)).item() == pytest.approx(1)
+    assert likeness(torch.eye(4)).item() == 0
+    assert likeness(torch.randn(500, 16)).item() == pytest.approx(1 / 16, rel=0.05)
+
+
+@pytest.mark.parametrize("arm", ["paper", "cross", "mask tokens in the encoder"])
+@pytest.mark.parametrize("masks", [1, 2])
+def test_uniformity_is_of_the_visible_patches_under_the_first_masks(disturbed, arm, masks):
+    model = disturbed(make(**ARMS[arm]))
+    batch = some_batch(4)
+    plain = MaskedAutoencoding(model, 5, masks)(batch).loss
+    objective = MaskedAutoencoding(model, 5, masks, uniformity=0.3)
+    out = objective(batch)
+    first = masks_of(objective, batch, masks)[:, 0]
+    features = model.encode(batch.images, first)[:, 1:].mean(dim=1)
+    if arm == "mask tokens in the encoder":  # which its encoder has seen as well
+        noise = objective.noise(batch.epochs, batch.ids, masks)[:, 0]
+        features = model(batch.images, noise=noise).latent[:, 1 : 1 + model.kept].mean(dim=1)
+    torch.testing.assert_close(out.metrics["likeness"], likeness(features))
+    torch.testing.assert_close(out.loss, plain + 0.3 * likeness(features))
+    torch.testing.assert_close(out.metrics["prediction"], plain)
+    out.loss.backward()
+    assert model.blocks[0].attn.qkv.weight.grad.isfinite().all()
+    objective.eval()
+    assert torch.equal(objective(batch).loss, MaskedAutoencoding(model, 5).eval()(batch).loss)
+
+
+def test_uniformity_spreads_features():
+    batch, likely = some_batch(6), {}
+    for weight in (0.0, 1.0):
+        model = make()
+        objective = MaskedAutoencoding(model, 5, uniformity=weight)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        for _ in range(15):
+            optimizer.zero_grad()
+            objective(batch).loss.backward()
+            optimizer.step()
+        likely[weight] = likeness(model.encode(batch.images)[:, 1:].mean(dim=1)).item()
+    assert likely[1.0] < 0.7 * likely[0.0]
+
+
+def test_impossible_uniformity_is_refused():
+    with pytest.raises(UserError, match="uniformity"):
+        MaskingConfig(uniformity=-0.1)

@@ -34,11 +34,12 @@ class MAEOutput(NamedTuple):
     mask: Tensor
     """bool [N, L], True where hidden."""
     pred: Tensor
-    """float [N, Q, P], a row for each predicted patch in ascending patch index; of other targets than
-    pixels as many numbers as `target.width`."""
+    """float [N, Q, target.width], a row for each predicted patch in ascending patch index."""
     predicted: Tensor
     """int64 [N, Q], which patches those are: the hidden ones, L - V a mask; all with `predict_all`; a
     random part of the hidden ones in training mode with a `predict_share` below 1."""
+    latent: Tensor
+    """float [N, 1 + V, D], the encoder's tokens: cls, then the visible patches, then mask tokens if any."""
 
 
 class MaskedAutoencoder(nn.Module):
@@ -108,9 +109,7 @@ class MaskedAutoencoder(nn.Module):
         if mask is not None:
             kept = masking.count_visible(mask, (len(images), self.config.patches))
             if kept == self.config.patches:
-                raise ValueError(
-                    "mask hides nothing, so there is nothing to predict; accepted: 1 or more hidden"
-                )
+                raise ValueError("mask hides nothing, so there is nothing to predict; accepted: 1 or more")
             return mask, kept, None
         if noise is None:
             noise = self.mask_noise(torch.rand(len(images), self.uniforms_needed, device=images.device))
@@ -175,17 +174,19 @@ class MaskedAutoencoder(nn.Module):
 
     # ------------------------------------------------------------------ decode
 
-    def predict(self, patches: Tensor, visible: Tensor, hidden: Tensor, wanted: Tensor) -> Tensor:
-        """Predictions of patches int64 [N, Q], from visible ones [N, V] of patches [B, L, p*p*C]: float
-        [N, Q, P]. `wanted` is `hidden`, a part of it by a cross decoder, or all; `hidden` may be none."""
+    def predict(
+        self, patches: Tensor, visible: Tensor, hidden: Tensor, wanted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """float [N, Q, P] for the patches `wanted`, and the encoder's tokens; `hidden` may be none."""
         if self.config.decoder == "cross":
             layers: list[Tensor] = []
-            layers.append(self._encode(patches, visible, layers=layers))
+            tokens = self._encode(patches, visible, layers=layers)
+            layers.append(tokens)
             x = self.decoder_blocks(self.mask_token + take(self.decoder_pos_embed, 1 + wanted), layers)
         else:
             tokens = self._encode(patches, visible, hidden if self.config.encoder_mask_tokens else None)
             x = self._decode(tokens, visible, hidden, everything=wanted.shape[1] > hidden.shape[1])
-        return self.decoder_pred(self.decoder_norm(x))
+        return self.decoder_pred(self.decoder_norm(x)), tokens
 
     def _decode(self, tokens: Tensor, visible: Tensor, hidden: Tensor, everything: bool) -> Tensor:
         """The encoder's tokens -> the decoder's of hidden patches, float [N, L - V, E], or of everything."""
@@ -227,7 +228,7 @@ class MaskedAutoencoder(nn.Module):
         visible, hidden = masking.split(mask, kept)
         predicted = self._choose_predicted(hidden, noise)
 
-        pred = self.predict(patches, visible, hidden, predicted)
+        pred, latent = self.predict(patches, visible, hidden, predicted)
 
         with torch.autocast(images.device.type, enabled=False):  # targets and loss in float32
             if len(predicted) == len(images):
@@ -235,7 +236,7 @@ class MaskedAutoencoder(nn.Module):
             else:  # made once for all masks of an image
                 truth = take(self.target(images, patches, None), predicted)
             loss = self.target.loss(pred, truth).mean()  # every row predicts equally many
-        return MAEOutput(loss, mask, pred, predicted)
+        return MAEOutput(loss, mask, pred, predicted, latent)
 
     def _check_images(self, images: Tensor) -> Tensor:
         expected = (self.config.in_chans, *self.config.image_size)
@@ -265,7 +266,7 @@ class MaskedAutoencoder(nn.Module):
         patches = self.patchify(self._check_images(images))
         mask, kept, _ = self._choose_mask(images, None, mask)
         visible, hidden = masking.split(mask, kept)
-        pred = self.predict(patches, visible, hidden, wanted=hidden)  # all of them, in training mode too
+        pred, _ = self.predict(patches, visible, hidden, wanted=hidden)  # all of them, in training mode too
         patches = patches.float()
         mean, std = patch_statistics(take(patches, visible))
         weights = nearness(hidden, visible, self.grid[1])  # [B, L - V, V]

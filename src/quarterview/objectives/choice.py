@@ -130,7 +130,8 @@ def fresh_objective(config: Any, model: ModelConfig, updates: int, gather: Gathe
     if isinstance(model, MAEConfig):
         if config.objective == "denoising":
             return Denoising(fresh_model(model, seed), seed, config.noise)
-        return MaskedAutoencoding(fresh_model(model, seed), seed, config.masks_per_image)
+        masking = (config.masks_per_image, config.uniformity, gather)
+        return MaskedAutoencoding(fresh_model(model, seed), seed, *masking)
     if isinstance(model, ClassifierConfig):
         return Supervised(fresh_classifier(model, seed), part_of(config, SupervisedConfig), seed)
     if isinstance(model, TokenizerConfig):

@@ -43,7 +43,7 @@ class Denoising(nn.Module):
         noisy = batch.images + self.deviation * noise.view_as(batch.images)
         patches = self.model.patchify(noisy)
         seen = torch.arange(patches.shape[1], device=noisy.device).expand(len(noisy), -1)
-        pred = self.model.predict(patches, seen, seen[:, :0], seen)
+        pred, _ = self.model.predict(patches, seen, seen[:, :0], seen)
         with torch.autocast(batch.images.device.type, enabled=False):
             truth = self.model.target(batch.images, self.model.patchify(batch.images), None)
             return Loss(self.model.target.loss(pred, truth).mean(), {})

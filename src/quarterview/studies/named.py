@@ -333,6 +333,18 @@ BERT = Table(
     ),
     source="section 3, as BERT and BEiT do without",
 )
+LATER = Table(
+    "Later ideas",
+    (
+        Arm("the paper's"),
+        Arm("uniform features (U-MAE)", {"uniformity": 0.01}),
+        Arm("cross decoder (CrossMAE)", {"decoder": "cross", "predict_share": 1 / 3}),
+    ),
+    (
+        *_ahead("uniform features serve the linear probe", "uniform features (U-MAE)", "the paper's", _LIN),
+        Finding("the cross decoder is as good", "cross decoder (CrossMAE)", "the paper's", _FT, "as good"),
+    ),
+)
 
 _ABLATED = {"norm_pix_loss": False}  # the paper's ablations predict plain pixels
 
@@ -353,6 +365,7 @@ STUDIES: Mapping[str, Study] = {
         Study("visible", "Do features of a quarter serve the whole picture?", (VISIBLE,)),
         Study("wall-clock", "What do mask tokens cost?", (WALL_CLOCK,), _ABLATED),
         Study("tokens", "Does it take tokens?", (TOKENS,)),
+        Study("later", "Do later ideas help on small sets?", (LATER,)),
         Study("decoder", "What decoder does it take?", (depth_table(), width_table(), BERT), _ABLATED),
         Study("targets", "What should be predicted?", (TARGETS,), _ABLATED),
         Study("augmentation", "What should be done to the pictures?", (AUGMENTATION, NEEDY), _ABLATED),
