@@ -236,3 +236,31 @@ def test_a_small_block_mask_is_one_rectangle():
 def test_block_masks_differ_from_image_to_image():
     mask = masks("block", (8, 8), 0.5, rows=50)
     assert len(mask.unique(dim=0)) == 50
+
+
+# ---------------------------------------------------------------------- units
+
+
+@given(st.integers(0, 1000), st.sampled_from([1, 2, 4]), st.sampled_from([0.25, 0.5, 0.75]))
+def test_units_are_hidden_as_one(seed, unit, ratio):
+    grid = (8, 12)
+    u = torch.rand(6, 96, generator=torch.Generator().manual_seed(seed))
+    noise = masking.mask_noise("random", u, grid, ratio, unit)
+    kept = masking.keep_count(96, ratio)
+    mask = masking.mask_from_noise(noise, kept)
+    assert (~mask).sum(1).tolist() == [kept] * 6
+    squares = mask.view(6, 8 // unit, unit, 12 // unit, unit).float().mean((2, 4))
+    cut = ((squares > 0) & (squares < 1)).flatten(1).sum(1)
+    assert cut.tolist() == [0 if kept % unit**2 == 0 else 1] * 6
+    assert len({tuple(row) for row in mask.tolist()}) > 1
+
+
+def test_units_of_one_are_random_masks():
+    u = torch.rand(3, 96)
+    assert torch.equal(masking.mask_noise("random", u, (8, 12), 0.75), u)
+
+
+def test_units_are_hidden_equally_often():
+    u = torch.rand(20_000, 64, generator=torch.Generator().manual_seed(0))
+    mask = masking.mask_from_noise(masking.mask_noise("random", u, (8, 8), 0.75, 2), 16)
+    assert (mask.float().mean(0) - 0.75).abs().max() < 0.02

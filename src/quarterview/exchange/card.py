@@ -105,7 +105,8 @@ def _architecture(model: Model, facts: Facts) -> Iterator[tuple[str, str]]:
         size = f"{mae.decoder_width} wide, {mae.decoder_depth} blocks, {mae.decoder_heads} heads"
         yield "decoder", f"{mae.decoder}, {size}"
         predicted = f", {mae.predict_share:.0%} of those predicted" if mae.predict_share < 1 else ""
-        yield "masks", f"{mae.mask}, {mae.mask_ratio:.0%} hidden{predicted}"
+        squares = f", in squares of {mae.mask_unit} × {mae.mask_unit} patches" if mae.mask_unit > 1 else ""
+        yield "masks", f"{mae.mask}{squares}, {mae.mask_ratio:.0%} hidden{predicted}"
         yield "target", mae.described_target
 
 

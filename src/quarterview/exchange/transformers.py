@@ -142,8 +142,9 @@ def _limits(model: Model, part: str) -> Iterator[str]:
         yield "predictions of visible patches"
     if config.target != "pixels":
         yield f"predictions of {config.described_target}"
-    if config.mask != "random":
-        yield f"{config.mask} masks (only random ones)"
+    if config.mask != "random" or config.mask_unit > 1:
+        squares = " of squares" if config.mask_unit > 1 else ""
+        yield f"{config.mask} masks{squares} (only random ones of patches)"
 
 
 def _way_out(model: Model, part: str) -> str:

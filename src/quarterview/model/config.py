@@ -74,6 +74,8 @@ class MAEConfig(ViTConfig):
     """Share of the patches that is hidden."""
     mask: MaskKind = "random"
     """How hidden patches are chosen: random, block (BEiT's rectangles) or grid (a regular lattice)."""
+    mask_unit: int = 1
+    """Of random masks: the side, in patches, of squares that are hidden or shown as one (Pixio: 2 to 4)."""
     target: TargetKind = "pixels"
     """What is predicted of a patch: its pixels, its largest principal components (pca), or the tokens that a
     tokenizer has for it, by cross-entropy (table 1d)."""
@@ -113,6 +115,13 @@ class MAEConfig(ViTConfig):
             raise UserError(f"{self.pca_components} principal components; accepted: 1 or more")
         if self.vocabulary is not None and self.vocabulary < 2:
             raise UserError(f"a vocabulary of {self.vocabulary}; accepted: 2 or more")
+        if self.mask_unit < 1 or any(side % self.mask_unit for side in self.grid):
+            raise UserError(
+                f"mask units of {self.mask_unit} patches on a grid of {self.grid[0]} × {self.grid[1]}; "
+                "accepted: divisors of both"
+            )
+        if self.mask_unit > 1 and self.mask != "random":
+            raise UserError(f"mask units of {self.mask_unit} with {self.mask} masks; accepted: random ones")
         self._check_decoder()
         try:
             masking.keep_count(self.patches, self.mask_ratio)

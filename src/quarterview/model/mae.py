@@ -93,9 +93,9 @@ class MaskedAutoencoder(nn.Module):
     # ------------------------------------------------------------------ masking
 
     def mask_noise(self, uniforms: Tensor) -> Tensor:
-        """Noise for `forward` of this model's kind of mask: float [B, L] from uniform numbers
-        [B, `uniforms_needed`]."""
-        return masking.mask_noise(self.config.mask, uniforms, self.grid, self.config.mask_ratio)
+        """Noise for `forward` of this model's kind of mask: float [B, L] from [B, `uniforms_needed`]."""
+        config = self.config
+        return masking.mask_noise(config.mask, uniforms, self.grid, config.mask_ratio, config.mask_unit)
 
     @property
     def uniforms_needed(self) -> int:

@@ -46,7 +46,9 @@ def uniforms_needed(kind: MaskKind, patches: int) -> int:
     return 2 * patches + _BLOCK_PROPOSALS * _DRAWS_PER_PROPOSAL if kind == "block" else patches
 
 
-def mask_noise(kind: MaskKind, uniforms: Tensor, grid: tuple[int, int], mask_ratio: float) -> Tensor:
+def mask_noise(
+    kind: MaskKind, uniforms: Tensor, grid: tuple[int, int], mask_ratio: float, unit: int = 1
+) -> Tensor:
     """Turn uniform numbers into noise, lowest kept.
 
     Args:
@@ -54,14 +56,20 @@ def mask_noise(kind: MaskKind, uniforms: Tensor, grid: tuple[int, int], mask_rat
         uniforms: float [B, uniforms_needed(kind, L)] in [0, 1).
         grid: rows and columns of patches; L = rows * columns.
         mask_ratio: the share of patches to hide.
+        unit: of random masks, the side in patches of squares that are hidden or shown as one; the last square
+            that is shown may be shown in part.
 
     Returns:
         float [B, L].
     """
     patches = grid[0] * grid[1]
-    if kind == "random":
+    if kind == "random" and unit == 1:
         return uniforms[:, :patches]
     kept = keep_count(patches, mask_ratio)
+    if kind == "random":
+        squares = uniforms.unflatten(1, grid)[:, ::unit, ::unit]  # [B, rows / unit, columns / unit]
+        noise = squares.repeat_interleave(unit, 1).repeat_interleave(unit, 2).flatten(1)
+        return mask_from_noise(noise, kept) + 0.5 * uniforms
     if kind == "grid":
         hidden = grid_order(grid).to(uniforms) >= kept
         return hidden + 0.5 * uniforms

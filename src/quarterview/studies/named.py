@@ -338,10 +338,12 @@ LATER = Table(
     (
         Arm("the paper's"),
         Arm("uniform features (U-MAE)", {"uniformity": 0.01}),
+        Arm("squares of 2 × 2 patches hidden", {"mask_unit": 2}),
         Arm("cross decoder (CrossMAE)", {"decoder": "cross", "predict_share": 1 / 3}),
     ),
     (
         *_ahead("uniform features serve the linear probe", "uniform features (U-MAE)", "the paper's", _LIN),
+        *_ahead("squares serve the linear probe", "squares of 2 × 2 patches hidden", "the paper's", _LIN),
         Finding("the cross decoder is as good", "cross decoder (CrossMAE)", "the paper's", _FT, "as good"),
     ),
 )
