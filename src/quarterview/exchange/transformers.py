@@ -144,7 +144,7 @@ def _limits(model: Model, part: str) -> Iterator[str]:
         yield f"predictions of {config.described_target}"
     if config.mask != "random" or config.mask_unit > 1:
         squares = " of squares" if config.mask_unit > 1 else ""
-        yield f"{config.mask} masks{squares} (only random ones of patches)"
+        yield f"{config.mask} masks{squares} (only random ones)"
 
 
 def _way_out(model: Model, part: str) -> str:
