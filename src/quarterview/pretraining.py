@@ -268,7 +268,11 @@ def build(config: PretrainConfig, prepared: Prepared, site: Site) -> Trainer:
         classes=classes,
         vocabulary=tokenizer.vocabulary if tokenizer else config.vocabulary or VOCABULARY,
     )
-    objective = fresh_objective(config, model_config, total, world.gather)
+
+    def gather(rows: Tensor) -> Tensor:  # a function, for the objective may be copied, and a world may not
+        return world.gather(rows)
+
+    objective = fresh_objective(config, model_config, total, gather)
     assert isinstance(objective, nn.Module)
     objective.to(world.device)
     if isinstance(objective.model, MaskedAutoencoder):
