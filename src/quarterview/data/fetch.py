@@ -1,7 +1,9 @@
 """One sample of a set, or what stands in for it when it is broken."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from statistics import median
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -13,6 +15,8 @@ from quarterview.errors import RunError, UserError
 
 _REPLACEMENT_ATTEMPTS = 32
 _CHUNK = 256
+_TRIED = 16
+_QUICK = 5e-4  # seconds, below which handing an image to a thread takes longer than decoding it
 
 Made = TypeVar("Made")
 
@@ -103,16 +107,28 @@ def candidates(
 def read_many(
     source: Source, samples: Sequence[int], threads: int
 ) -> Iterator[tuple[int, Picture | None, list[Report]]]:
-    """What `read` gives for each sample, in order, several decoded at a time."""
-    chunks = [samples[start : start + _CHUNK] for start in range(0, len(samples), _CHUNK)]
+    """What `read` gives for each sample, in order, several decoded at a time where that is faster."""
     if isinstance(source, BulkSource):
-        for chunk in chunks:
+        for chunk in (samples[start : start + _CHUNK] for start in range(0, len(samples), _CHUNK)):
             for sample, pixels in zip(chunk, source.images(torch.tensor(chunk)), strict=True):
                 yield sample, Picture(pixels), []
         return
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        for chunk in chunks:
-            for sample, (picture, reports) in zip(
-                chunk, pool.map(lambda i: read(source, i), chunk), strict=True
-            ):
+    times = []
+    for sample in samples[:_TRIED]:
+        began = time.perf_counter()
+        found = read(source, sample)
+        times.append(time.perf_counter() - began)
+        yield sample, *found
+    if not times:
+        return
+    rest = samples[_TRIED:]
+    if threads <= 1 or median(times) < _QUICK:
+        for sample in rest:
+            yield sample, *read(source, sample)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(rest), _CHUNK):
+            chunk = rest[start : start + _CHUNK]
+            found = pool.map(lambda i: read(source, i), chunk)
+            for sample, (picture, reports) in zip(chunk, found, strict=True):
                 yield sample, picture, reports

@@ -8,8 +8,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,6 +55,7 @@ from quarterview.train.loop import LoopConfig, Trainer
 from quarterview.train.optim import OptimConfig, Schedule, fused_adamw, layer_decay_groups, warmup_steps
 
 SCRATCH = "scratch"
+_PREDICTIONS = "predictions.npz"
 
 Part = TypeVar("Part", AugmentConfig, SupervisedConfig, LoopConfig)
 
@@ -410,8 +412,35 @@ def start_of(config: FinetuneConfig) -> ClassifierConfig:
     return ClassifierConfig(theirs.model, size, theirs.in_chans, theirs.mean, theirs.std, pool=config.pool)
 
 
+class Told(NamedTuple):
+    """What a classifier said of the test images."""
+
+    images: np.ndarray
+    """int64 [M], the places of those that could be read, in order."""
+    classes: np.ndarray
+    """int64 [M], what it took each of them for."""
+
+
+def read_told(run: Path) -> Told | None:
+    """What the last judging of a fine-tuning run said; None if it wrote nothing, as before version 0.1."""
+    file = run / "results" / _PREDICTIONS
+    if not file.is_file():
+        return None
+    with np.load(file, allow_pickle=False) as stored:
+        return Told(stored["images"], stored["classes"])
+
+
+def _write_told(run: Path, told: Told) -> None:
+    """Keep it, whole or not at all."""
+    folder = run / "results"
+    folder.mkdir(exist_ok=True)
+    partial = folder / f".{_PREDICTIONS}.partial.npz"
+    np.savez(partial, images=told.images, classes=told.classes)
+    partial.replace(folder / _PREDICTIONS)
+
+
 class Judge:
-    """The accuracy on labelled images, as columns for the metrics.
+    """The accuracy on labelled images, as columns for the metrics; what was said of each is kept.
 
     With a moving average of the weights `test_accuracy` is the average's, and that of the weights
     themselves stands beside it.
@@ -445,5 +474,8 @@ class Judge:
         if len(seen) < len(self.source):
             trainer.journal.warn(f"{len(self.source) - len(seen)} test image(s) could not be read")
         truth = self.labels[seen]
+        _write_told(
+            trainer.folder, Told(np.array(seen, np.int64), scores["test_accuracy"].argmax(dim=1).numpy())
+        )
         right = {name: float((s.argmax(dim=1) == truth).double().mean()) for name, s in scores.items()}
         return {**right, "test_images": len(seen)}

@@ -1,10 +1,11 @@
 """One arm under one seed: train it, and judge it."""
 
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from quarterview.pretraining import PretrainConfig, pretrain
-from quarterview.studies.measure import Images, StoppedError, judge, read_judged
+from quarterview.studies.measure import Images, StoppedError, judge, open_images, read_judged
 from quarterview.studies.plan import Planned, StudyConfig
 
 
@@ -13,19 +14,29 @@ def place(out: Path, key: str, seed: int) -> Path:
     return out / "runs" / f"{key}-seed{seed}"
 
 
-def conduct_one(one: Planned, seed: int, config: StudyConfig, images: Images, out: Path) -> None:
+def is_done(one: Planned, seed: int, out: Path) -> bool:
+    """Whether an arm was judged under a seed by all that is asked."""
+    return set(one.measures) <= read_judged(place(out, one.key, seed)).keys()
+
+
+@lru_cache(maxsize=1)
+def images_of(config: StudyConfig, channels: int) -> Images:
+    """The labelled images of a study, opened once in a process."""
+    return open_images(config, channels)
+
+
+def conduct_one(one: Planned, seed: int, config: StudyConfig, out: Path) -> None:
     """Train one arm under one seed and judge it.
 
     Raises:
         StoppedError: if a signal came.
     """
     folder = place(out, one.key, seed)
-    if all(measure in read_judged(folder) for measure in one.measures):
-        return
     run = None
     if one.arm.start == "pretrain":
         run = str(folder / "pretrain")
         train(replace(one.config, steps=one.steps, seed=seed, out=run))
+    images = images_of(config, one.config.in_chans)
     judge(run, one.arm.start, one.config, one.measures, images, config, seed, folder)
 
 

@@ -5,11 +5,11 @@ lengths that were planned at the first start stay. After each arm the report is 
 """
 
 import json
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,38 +18,31 @@ import torch
 
 from quarterview.errors import UserError, unknown
 from quarterview.running import to_plain
-from quarterview.studies.arm import conduct_one, place, train
-from quarterview.studies.measure import (
-    Images,
-    StoppedError,
-    check_measures,
-    judge,
-    open_images,
-    read_judged,
-)
+from quarterview.studies.arm import conduct_one, images_of, is_done, place, train
+from quarterview.studies.lengths import choose_lengths
+from quarterview.studies.measure import StoppedError, check_measures, read_judged
 from quarterview.studies.named import STUDIES
 from quarterview.studies.plan import (
-    AT_HAND,
     TOKENIZER,
     Planned,
     StudyConfig,
     base_of,
-    planned,
+    flops_an_image,
     read_budget,
-    time_reading,
     tokenizer_config,
     unique_arms,
 )
 from quarterview.studies.report import Progress, write_report
-from quarterview.studies.side_by_side import conduct_many, jobs_of
+from quarterview.studies.side_by_side import Here, Piece, Workers
 from quarterview.studies.study import Study, read_study
+from quarterview.studies.timing import time_all
 from quarterview.train.distributed import ranks
 from quarterview.train.journal import Journal, duration, metrics, replace_text
 from quarterview.train.lock import lock
 from quarterview.train.record import provenance
 
 Status = Literal["complete", "SIGTERM", "SIGINT"]
-_MOST_JUDGED_AT_TRIAL = 50  # updates of fine-tuning whose time is measured
+_REPORTING = 0.05  # of the time, at most, goes into reports on the way
 
 
 class Studied(NamedTuple):
@@ -89,21 +82,18 @@ def conduct(name: str, config: StudyConfig, journal: Journal, argv: Sequence[str
     with ExitStack() as held:
         out.mkdir(parents=True, exist_ok=True)
         held.enter_context(lock(out, 0.0))
-        images = open_images(config, base_of(study, config).in_chans)
+        images_of(config, base_of(study, config).in_chans)  # that what is wrong with them is told now
         arms = unique_arms(study, config, str(out / TOKENIZER))
         for one in arms:
             check_measures(one.arm.start, one.measures, one.config.shape.depth)
+        jobs = jobs_of(config)
         try:
-            arms = _plan(study, config, arms, images, out, journal, began)
-            _train_tokenizer(arms, config, out, journal)
-            work = [(seed, one) for seed in _seeds(config) for one in arms]
-            if jobs_of(config) > 1:
-                journal.say(f"{study.name}: {len(work)} runs, {jobs_of(config)} at a time")
-                conduct_many(work, config, out)
-            for number, (seed, one) in enumerate(work if jobs_of(config) == 1 else [], 1):
-                journal.say(f"{study.name}: {number} of {len(work)}, {one.arm.name}, seed {seed}")
-                conduct_one(one, seed, config, images, out)
-                _report(study, config, arms, out, began, argv)
+            with Workers(jobs) if jobs > 1 else Here() as workers:
+                config, arms = _plan(study, config, arms, out, journal, began, workers)
+                _train_tokenizer(arms, config, out, journal)
+                report = _Sparing(partial(_report, study, config, arms, out, began, argv))
+                for _ in workers.each(_work(study, config, arms, out), lambda piece: journal.say(piece.name)):
+                    report()
         except StoppedError as stopped:
             signal: Any = stopped.signal
             journal.say(f"stopped by {signal}; the same command goes on from there")
@@ -112,8 +102,47 @@ def conduct(name: str, config: StudyConfig, journal: Journal, argv: Sequence[str
     return Studied("complete", path)
 
 
+def jobs_of(config: StudyConfig) -> int:
+    """How many runs go on at a time: what was asked for, else one a GPU, or one."""
+    gpus = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
+    return config.jobs or max(1, gpus)
+
+
 def _seeds(config: StudyConfig) -> range:
     return range(config.seed, config.seed + config.seeds)
+
+
+def _work(study: Study, config: StudyConfig, arms: Sequence[Planned], out: Path) -> list[Piece]:
+    """What is left to do, a seed after the other, and the long arms first, so that none is waited for."""
+
+    def length(one: Planned) -> float:
+        return one.steps * one.config.batch_size * flops_an_image(one.config, config.vocabulary)
+
+    order = sorted(arms, key=length, reverse=True)
+    every = [(seed, one) for seed in _seeds(config) for one in order]
+    return [
+        Piece(
+            f"{study.name}: {number} of {len(every)}, {one.arm.name}, seed {seed}",
+            conduct_one,
+            (one, seed, config, out),
+        )
+        for number, (seed, one) in enumerate(every, 1)
+        if not is_done(one, seed, out)
+    ]
+
+
+class _Sparing:
+    """Write a report, unless the last one was written so lately that reports would take much of the time."""
+
+    def __init__(self, write: Callable[[], object]) -> None:
+        self.write, self.due = write, 0.0
+
+    def __call__(self) -> None:
+        began = time.monotonic()
+        if began >= self.due:
+            self.write()
+            ended = time.monotonic()
+            self.due = ended + (ended - began) / _REPORTING
 
 
 def _train_tokenizer(arms: Sequence[Planned], config: StudyConfig, out: Path, journal: Journal) -> None:
@@ -123,7 +152,9 @@ def _train_tokenizer(arms: Sequence[Planned], config: StudyConfig, out: Path, jo
     if its:
         journal.say("the tokenizer")
         longest = max(its, key=lambda one: one.steps)
-        train(replace(tokenizer_config(longest.config, folder), steps=longest.steps, seed=config.seed))
+        train(
+            replace(tokenizer_config(longest.config, folder, config), steps=longest.steps, seed=config.seed)
+        )
 
 
 # ---------------------------------------------------------------------- the plan
@@ -133,12 +164,13 @@ def _plan(
     study: Study,
     config: StudyConfig,
     arms: Sequence[Planned],
-    images: Images,
     out: Path,
     journal: Journal,
     began: float,
-) -> list[Planned]:
-    """The arms with their lengths: those of the first start, or made now and written down."""
+    workers: Here | Workers,
+) -> tuple[StudyConfig, list[Planned]]:
+    """The arms with their lengths, and the configuration with that of fine-tuning: those of the first
+    start, or chosen now and written down."""
     file, settings = out / "plan.json", _settings(study, config)
     if file.is_file():
         known = json.loads(file.read_text("utf-8"))
@@ -148,22 +180,24 @@ def _plan(
                 f"{out} holds a study with other settings ({', '.join(names)}); accepted: the same, or "
                 "another --out"
             )
-        return [one._replace(steps=known["steps"][one.key]) for one in arms]
-    judging: Mapping[str, float] = {}
-    reading = AT_HAND
+        kept = [one._replace(steps=known["steps"][one.key]) for one in arms]
+        return replace(config, tune_steps=known["tune_steps"]), kept
+    timed = None
     if read_budget(config.budget)[0] == "minutes":
         journal.say("timing what the arms take, and what it takes to judge one")
-        judging = _time_judging(arms, config, images, out)
-        reading = time_reading(base_of(study, config))
-    at_a_time = jobs_of(config) if torch.cuda.device_count() else 1  # a CPU's jobs share its cores
-    made = planned(arms, config, judging, reading, time.monotonic() - began, at_a_time)
-    plan = {"settings": settings, "steps": {one.key: one.steps for one in made}}
+        timed = time_all(study, arms, config, out, workers)
+    made, tune_steps = choose_lengths(arms, config, timed, time.monotonic() - began, workers.at_a_time)
+    plan = {"settings": settings, "steps": {one.key: one.steps for one in made}, "tune_steps": tune_steps}
     replace_text(file, json.dumps(plan, indent=1) + "\n")
     trained = [one for one in made if one.steps]
     seen = sorted({one.steps * one.config.batch_size for one in trained if one.arm.length == 1})
     said = f"{seen[0]:,}" if len(seen) == 1 else f"{seen[0]:,} to {seen[-1]:,}"
-    journal.say(f"{len(made)} arms under {config.seeds} seeds, each of which sees {said} images")
-    return made
+    tuned = any(measure.startswith("finetune") for one in made for measure in one.measures)
+    journal.say(
+        f"{len(made)} arms under {config.seeds} seeds, each of which sees {said} images"
+        + (f", and {tune_steps} updates of fine-tuning" if tuned else "")
+    )
+    return replace(config, tune_steps=tune_steps), made
 
 
 def _settings(study: Study, config: StudyConfig) -> dict[str, Any]:
@@ -171,34 +205,6 @@ def _settings(study: Study, config: StudyConfig) -> dict[str, Any]:
     left_out = ("out", "device", "workers", "jobs", "seeds")
     settings = {name: value for name, value in to_plain(config).items() if name not in left_out}
     return {"study": json.loads(json.dumps(asdict(study))), **settings}
-
-
-def _time_judging(
-    arms: Sequence[Planned], config: StudyConfig, images: Images, out: Path
-) -> dict[str, float]:
-    """Seconds of each measure, on random weights, whose results are kept where they are asked for."""
-    measures = list(dict.fromkeys(measure for one in arms for measure in one.measures))
-    few = replace(config, tune_steps=min(config.tune_steps, _MOST_JUDGED_AT_TRIAL))
-    shutil.rmtree(out / "timing", ignore_errors=True)  # of a start that was stopped
-    found = {}
-    for measure in measures:
-        began = time.monotonic()
-        folder = out / "timing" / measure.replace(":", "-")
-        kind = "finetune:1" if measure.startswith("finetune:") else measure
-        judge(None, "random", arms[0].config, [kind], images, few, config.seed, folder)
-        seconds = time.monotonic() - began
-        if measure.startswith("finetune"):
-            # Opening and judging take as long as they did; the updates are more.
-            rate = json.loads(_last_line(folder / kind.replace(":", "-") / "metrics.jsonl"))["images_per_s"]
-            batch = 64
-            seconds += (config.tune_steps - few.tune_steps) * batch / rate
-        found[measure] = seconds
-    shutil.rmtree(out / "timing")
-    return found
-
-
-def _last_line(path: Path) -> str:
-    return path.read_text("utf-8").splitlines()[-1]
 
 
 # ---------------------------------------------------------------------- the report

@@ -18,16 +18,15 @@ from quarterview.evaluate.features import (
     BackboneConfig,
     Encoder,
     choose_labelled,
-    class_scores,
     encoder_features,
     extract,
     partly_visible,
     pixel_features,
 )
-from quarterview.evaluate.finetune import SCRATCH, count_blocks, finetune
+from quarterview.evaluate.finetune import SCRATCH, count_blocks, finetune, read_told
 from quarterview.evaluate.knn import nearest, vote
 from quarterview.evaluate.linear import check_classes, choose_strength, fit
-from quarterview.exchange.weights import load, load_classifier
+from quarterview.exchange.weights import load
 from quarterview.model.config import MAEConfig
 from quarterview.model.mae import MaskedAutoencoder, fresh_model
 from quarterview.objectives.choice import COMPARING
@@ -38,6 +37,8 @@ from quarterview.studies.study import Start, parts_of
 from quarterview.train.distributed import choose_device
 
 NEIGHBOURS = 20
+TUNE_STEPS = 500
+"""Updates of fine-tuning, if nothing is said and there is time."""
 
 
 class Images(NamedTuple):
@@ -126,7 +127,7 @@ def tuned(
     recipe = recipes.read_finetune("small")
     values: dict[str, Any] = {
         **{"run": run, "train": config.train, "test": config.test, "out": str(out), "seed": seed},
-        **{"labels": min(config.labels, len(images.train)), "steps": config.tune_steps},
+        **{"labels": min(config.labels, len(images.train)), "steps": config.tune_steps or TUNE_STEPS},
         **{"blocks": (measure.partition(":")[2] or "all",), "workers": config.workers},
         **{"device": config.device, "precision": pretraining.precision},
     }
@@ -136,17 +137,9 @@ def tuned(
     result = finetune(replace(recipe, **values))
     if result.run.status != "complete":
         raise StoppedError(result.run.status)
-    device = choose_device(config.device)
-    model = load_classifier(out).to(device)
-    scores, seen = extract(
-        {"": class_scores(model)},
-        images.test,
-        range(len(images.test)),
-        model.config,
-        device,
-        precision=pretraining.precision,
-    )
-    return (scores[""].argmax(dim=1) == images.test_labels[seen]).numpy()
+    told = read_told(out)
+    assert told is not None, "a complete run has been judged"
+    return np.equal(told.classes, images.test_labels[told.images].numpy())
 
 
 def judge(

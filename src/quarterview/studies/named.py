@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from quarterview.objectives.choice import DEFAULTS
 from quarterview.studies.study import Arm, Finding, Study, Table
 
-_HEAD = 32  # a head of the decoder is so wide
 _FT, _LIN = "finetune", "linear"
 _WORDS = {"target": "tokens", "tokenizer": "study"}
 """A tokenizer that the study trains first."""
@@ -30,6 +29,7 @@ DEPTHS: Mapping[int, tuple[float, float]] = {
 WIDTHS: Mapping[int, tuple[float, float]] = {
     **{128: (84.9, 69.1), 256: (84.8, 71.3), 512: (84.9, 73.5), 768: (84.4, 73.1), 1024: (84.3, 73.1)}
 }
+"""Of a decoder for an encoder of width 1024."""
 RATIOS: Mapping[int, tuple[float, float]] = {
     **{10: (83.2, 54.6), 20: (83.4, 58.9), 30: (83.4, 61.7), 40: (84.7, 67.0), 50: (84.9, 69.9)},
     **{60: (85.0, 71.8), 70: (84.9, 73.2), 75: (84.9, 73.5), 80: (84.5, 71.8), 90: (83.0, 66.1)},
@@ -45,35 +45,49 @@ def depth_table(depths: Sequence[int] = (1, 2, 4, 8)) -> Table:
     """Table 1a."""
     return Table(
         "Decoder depth",
-        tuple(Arm(f"{n} blocks", {"decoder_depth": n}, x=n, paper=_paper(*DEPTHS[n])) for n in depths),
+        tuple(
+            Arm(f"{n} block{'s' * (n > 1)}", {"decoder_depth": n}, x=n, paper=_paper(*DEPTHS[n]))
+            for n in depths
+        ),
         (
-            Finding("a one-block decoder suffices for fine-tuning", "1 blocks", "8 blocks", _FT, "as good"),
-            *_ahead("a deep decoder serves the linear probe", "8 blocks", "1 blocks", _LIN),
+            Finding("a one-block decoder suffices for fine-tuning", "1 block", "8 blocks", _FT, "as good"),
+            *_ahead("a deep decoder serves the linear probe", "8 blocks", "1 block", _LIN),
         ),
         source="table 1a",
         axis="blocks of the decoder",
     )
 
 
-def width_table(widths: Sequence[int] = (64, 128, 256, 512)) -> Table:
-    """Table 1b."""
+def width_table(shares: Sequence[int] = (8, 4, 2, 1)) -> Table:
+    """Table 1b: widths as the encoder's divided by these."""
     return Table(
         "Decoder width",
         tuple(
             Arm(
-                str(n),
-                {"decoder_width": n, "decoder_heads": n // _HEAD},
-                x=n,
-                paper=_paper(*WIDTHS[n]) if n in WIDTHS else {},
+                f"1/{n} of the encoder's" if n > 1 else "the encoder's",
+                x=1 / n,
+                decoder_share=1 / n,
+                paper=_paper(*WIDTHS[1024 // n]),
             )
-            for n in widths
+            for n in shares
         ),
         (
-            Finding("a narrow decoder suffices for fine-tuning", "128", "512", _FT, "as good"),
-            *_ahead("a wide decoder serves the linear probe", "512", "128", _LIN),
+            Finding(
+                "a narrow decoder suffices for fine-tuning",
+                "1/8 of the encoder's",
+                "1/2 of the encoder's",
+                _FT,
+                "as good",
+            ),
+            *_ahead(
+                "a wide decoder serves the linear probe",
+                "1/2 of the encoder's",
+                "1/8 of the encoder's",
+                _LIN,
+            ),
         ),
         source="table 1b",
-        axis="width of the decoder",
+        axis="width of the decoder, as a share of the encoder's",
     )
 
 
@@ -226,6 +240,11 @@ BASELINES = Table(
         *_ahead("MoCo v3 is ahead of random weights", "MoCo v3", "random weights", _FT, _LIN),
         *_ahead("MoCo v3 is ahead of MAE with a frozen encoder", "MoCo v3", "MAE", _LIN),
         *_ahead("hiding patches is better than noise", "MAE", "denoising", _FT, _LIN),
+        *(
+            finding
+            for name in ("denoising", "SimCLR", "BYOL", "BEiT")
+            for finding in _ahead(f"{name} is ahead of random weights", name, "random weights", _LIN)
+        ),
     ),
     measures=(_FT, _LIN, "knn"),
     source="tables 3 and 12, figure 9",

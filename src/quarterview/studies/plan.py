@@ -3,37 +3,21 @@
 import hashlib
 import json
 import re
-import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
-import torch
-from torch import Tensor, nn
-
 from quarterview import recipes
-from quarterview.data.loader import Batch
 from quarterview.errors import UserError, check_types
 from quarterview.model.config import MAEConfig
 from quarterview.model.flops import block_flops, flops
-from quarterview.model.mae import MaskedAutoencoder
-from quarterview.model.targets import TokenTarget
-from quarterview.objectives.choice import COMPARING, DEFAULTS, fresh_objective, model_config_of
+from quarterview.objectives.choice import COMPARING, DEFAULTS
 from quarterview.pretraining import PretrainConfig
-from quarterview.speed.bench import loader_of, reading_time
 from quarterview.studies.study import Arm, Study, Table, check_measure
-from quarterview.train.distributed import World, choose_device
-from quarterview.train.loop import precision_context, usable_precision
-from quarterview.train.optim import adamw
-from quarterview.train.step import Step
 
-VOCABULARY = 512
-"""Words of the tokenizer that a study trains."""
+HEAD = 32
+"""Width of a decoder's head."""
 TOKENIZER = "tokenizer"
 """The folder of its run."""
-_TIMED = 3  # steps
-_READ_SECONDS = 3.0
-_RESERVE = 0.9  # of the minutes that are planned with: machines are noisy
 _NOT_PLANNED = ("out", "seed", "data", "device", "workers", "steps", "epochs", "resume", "tokenizer")
 
 BudgetKind = Literal["minutes", "images", "flops"]
@@ -68,8 +52,15 @@ class StudyConfig:
     """Another batch size of pre-training than the base's."""
     labels: int = 2000
     """Labelled images that probes and fine-tuning learn from, equally many a class; or all, if fewer."""
-    tune_steps: int = 500
-    """Updates of each fine-tuning, under the recipe `small`."""
+    tune_steps: int | None = None
+    """Updates of each fine-tuning, under the recipe `small`. By default 500, or fewer (30 at least) where
+    judging would take more than half of a budget of minutes."""
+    head_width: int | None = None
+    """Hidden width of the heads of SimCLR, BYOL and MoCo v3, which cost more than a tiny encoder."""
+    vocabulary: int = 512
+    """Words of the tokenizer that the study trains."""
+    tokenizer_width: int | None = None
+    """Channels inside that tokenizer."""
     measures: tuple[str, ...] = ()
     """Judge by these alone: finetune, finetune:K, linear, knn. By default each table says."""
     workers: int | None = None
@@ -77,7 +68,8 @@ class StudyConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
     jobs: int | None = None
-    """Runs at a time; by default one on each GPU, or one."""
+    """Runs at a time; by default one on each GPU, or one. On a CPU they share its cores, which small networks
+    use better so."""
 
     def __post_init__(self) -> None:
         for name in ("data", "train", "test", "measures"):
@@ -87,7 +79,8 @@ class StudyConfig:
             object.__setattr__(self, "image_size", (self.image_size,))
         check_types(self, StudyConfig)
         read_budget(self.budget)
-        for name in ("seeds", "labels", "tune_steps", "batch_size", "jobs"):
+        sizes = ("head_width", "vocabulary", "tokenizer_width")
+        for name in ("seeds", "labels", "tune_steps", "batch_size", "jobs", *sizes):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} {value}; accepted: 1 or more")
@@ -140,9 +133,14 @@ def base_of(study: Study, config: StudyConfig) -> PretrainConfig:
     return replace(base, **{name: v for name, v in {**study.base, **asked}.items() if v is not None})
 
 
-def arm_config(base: PretrainConfig, arm: Arm, tokenizer: str) -> PretrainConfig:
+def arm_config(base: PretrainConfig, arm: Arm, tokenizer: str, config: StudyConfig) -> PretrainConfig:
     """The pre-training of one arm. A tokenizer called `study` is the one that the study trains."""
-    values = dict(arm.values)
+    values: dict[str, Any] = dict(arm.values)
+    if values.get("objective") in COMPARING and config.head_width is not None:
+        values = {"head_width": config.head_width, **values}
+    if arm.decoder_share is not None:
+        width = max(4, 4 * round(base.shape.width * arm.decoder_share / 4))  # four, for its positions
+        values |= {"decoder_width": width, "decoder_heads": heads_of(width)}
     if values.get("tokenizer") == "study":
         values["tokenizer"] = tokenizer
     try:
@@ -151,9 +149,17 @@ def arm_config(base: PretrainConfig, arm: Arm, tokenizer: str) -> PretrainConfig
         raise UserError(f"arm {arm.name}: {error}") from None
 
 
-def tokenizer_config(base: PretrainConfig, folder: str) -> PretrainConfig:
+def heads_of(width: int) -> int:
+    """As many heads as there are, each 32 wide or a little more."""
+    return next(heads for heads in range(max(1, width // HEAD), 0, -1) if width % heads == 0)
+
+
+def tokenizer_config(base: PretrainConfig, folder: str, config: StudyConfig) -> PretrainConfig:
     """The run of the study's tokenizer."""
-    values: dict[str, Any] = {**DEFAULTS["tokenizer"], "vocabulary": VOCABULARY, "objective": "tokenizer"}
+    values: dict[str, Any] = {**DEFAULTS["tokenizer"], "objective": "tokenizer"}
+    values["vocabulary"] = config.vocabulary
+    if config.tokenizer_width is not None:
+        values["tokenizer_width"] = config.tokenizer_width
     values |= {"out": folder, "target": "pixels", "tokenizer": None, "init_from": None}
     return replace(base, **values)
 
@@ -164,7 +170,7 @@ def unique_arms(study: Study, config: StudyConfig, folder: str) -> list[Planned]
     found: dict[str, Planned] = {}
     for table in study.tables:
         for arm in table.arms:
-            its = arm_config(base, arm, folder)
+            its = arm_config(base, arm, folder, config)
             key = key_of(arm, its)
             measures = measures_of(table, config)
             if key in found:
@@ -196,87 +202,14 @@ def key_of(arm: Arm, config: PretrainConfig) -> str:
     return f"{config.objective if arm.start == 'pretrain' else arm.start}-{digest}"
 
 
-# ---------------------------------------------------------------------- length
-
-
-class Reading(NamedTuple):
-    """What it takes to have the images at hand."""
-
-    once: float
-    """Seconds at the beginning of each run, to open the set and, if it is held on the device, decode it."""
-    image: float
-    """Seconds an image, where it is decoded whenever it is seen."""
-
-
-AT_HAND = Reading(0.0, 0.0)
-
-
-def time_reading(config: PretrainConfig) -> Reading:
-    """Measure it now."""
-    device = choose_device(config.device)
-    began = time.perf_counter()
-    loader = loader_of(config, device)
-    assert loader is not None
-    once = time.perf_counter() - began
-    if loader.cached is not None:
-        return Reading(once, 0.0)
-    return Reading(once, reading_time(loader, config, _READ_SECONDS) / config.batch_size)
-
-
-def planned(
-    arms: Sequence[Planned],
-    config: StudyConfig,
-    judging: Mapping[str, float],
-    reading: Reading = AT_HAND,
-    spent: float = 0.0,
-    at_a_time: int = 1,
-) -> list[Planned]:
-    """The same arms with their numbers of updates.
+def flops_an_image(config: PretrainConfig, vocabulary: int) -> float:
+    """Operations of a training step on one image, by closed form: matrix products of all networks it has.
 
     Args:
-        judging: seconds that each measure takes once.
-        reading: see `time_reading`.
-        spent: seconds that went by already.
-        at_a_time: arms that run without slowing one another.
-
-    Raises:
-        UserError: if the budget does not suffice for anything.
+        vocabulary: words of the tokenizer, where one is used.
     """
-    kind, amount = read_budget(config.budget)
-    trained = [p for p in arms if p.arm.start == "pretrain"]
-    if kind == "images":
-        return [_with_images(p, amount * p.arm.length) for p in arms]
-    if kind == "flops":
-        return [_with_images(p, amount * p.arm.length / flops_an_image(p.config)) for p in arms]
-    rates = [(seconds_an_image(p.config) + reading.image) * p.arm.length for p in trained]
-    reader = next((p for p in trained if p.config.tokenizer), None)
-    if reader is not None:
-        its = seconds_an_image(tokenizer_config(reader.config, "")) + reading.image
-        rates.append(its / config.seeds)
-    judged = config.seeds * sum(judging[m] for p in arms for m in p.measures)
-    judged += config.seeds * len(trained) * reading.once
-    left = at_a_time * _RESERVE * (60 * amount - spent) - judged
-    images = left / (config.seeds * sum(rates)) if rates else 0.0
-    if left <= 0 or images < min(p.config.batch_size / p.arm.length for p in trained):
-        raise UserError(
-            f"a budget of {config.budget} for {len(arms)} arms under {config.seeds} seeds, which take "
-            f"{judged / 60:.0f} minutes to be judged alone; accepted: more, fewer --seeds, fewer "
-            "--tune-steps or --measures linear"
-        )
-    return [_with_images(p, images * p.arm.length) for p in arms]
-
-
-def _with_images(planned: Planned, images: float) -> Planned:
-    if planned.arm.start != "pretrain":
-        return planned
-    return planned._replace(steps=max(1, round(images / planned.config.batch_size)))
-
-
-def flops_an_image(config: PretrainConfig) -> float:
-    """Operations of a training step on one image, by closed form: matrix products of all networks it has."""
     whole = config.shape.depth * block_flops(1 + config.patches, config.shape.width)
     if config.objective in ("mae", "beit"):
-        vocabulary = config.vocabulary or VOCABULARY
         return config.masks_per_image * flops(replace(config.part(MAEConfig), vocabulary=vocabulary)).step
     if config.objective in COMPARING:
         width, hidden, out = config.shape.width, config.head_width, config.head_out
@@ -292,49 +225,3 @@ def flops_an_image(config: PretrainConfig) -> float:
         decoder += 2 * inner * ((1 + config.patches) * config.shape.width + config.patches * numbers)
         return 3 * (whole + decoder)
     return 3 * whole
-
-
-def seconds_an_image(config: PretrainConfig) -> float:
-    """How long a training step takes for an image that is at hand, measured now."""
-    world = World(_device(config))
-    precision = usable_precision(config.precision, world.device)
-    blank = ((0.0,) * config.in_chans, (1.0,) * config.in_chans)
-    words = config.vocabulary or VOCABULARY
-    model_config = model_config_of(config, *blank, class_names=None, classes=10, vocabulary=words)
-    objective = fresh_objective(config, model_config, 100, world.gather)
-    assert isinstance(objective, nn.Module)
-    objective.to(world.device).train()
-    if isinstance(objective.model, MaskedAutoencoder) and isinstance(objective.model.target, TokenTarget):
-        objective.model.target.use(_AnyWords(words, config.patches))
-    if config.compile:
-        objective.model.compile()
-    step = Step(
-        objective, adamw(objective, config.weight_decay), world, precision_context(precision, world.device)
-    )
-    size = config.batch_size
-    images = torch.randn(2, size, config.in_chans, *config.image_size, device=world.device)
-    ids = torch.arange(size, device=world.device)
-    second = images[1] if config.objective in COMPARING else None
-    batch = Batch(images[0], ids, torch.zeros_like(ids), ids % 10, second)
-    times = []
-    for _ in range(1 + _TIMED):
-        began = time.perf_counter()
-        loss, _ = step.gradients(batch)
-        step.apply(loss)
-        loss.item()  # so that the device is done
-        times.append(time.perf_counter() - began)
-    return min(times[1:]) / size
-
-
-def _device(config: PretrainConfig) -> torch.device:
-    return choose_device(config.device)
-
-
-class _AnyWords:
-    """A tokenizer whose words nobody asked for, to see how long predicting them takes."""
-
-    def __init__(self, vocabulary: int, patches: int) -> None:
-        self.vocabulary, self.patches = vocabulary, patches
-
-    def tokens(self, images: Tensor) -> Tensor:
-        return torch.zeros(len(images), self.patches, dtype=torch.int64, device=images.device)

@@ -89,7 +89,7 @@ def tables_of(
     known = {one.key: one for one in arms}
     found = []
     for its in study.tables:
-        keys = {arm.name: key_of(arm, arm_config(base, arm, tokenizer)) for arm in its.arms}
+        keys = {arm.name: key_of(arm, arm_config(base, arm, tokenizer, config)) for arm in its.arms}
         assert set(keys.values()) <= known.keys()
         measures = measures_of(its, config)
         figures = {
@@ -121,7 +121,7 @@ def tables_of(
                 tuple(outcomes),
                 tuple(waiting),
                 {arm: rates[one.key] for arm, one in trained.items() if one.key in rates},
-                {arm: flops_an_image(one.config) for arm, one in trained.items()},
+                {arm: flops_an_image(one.config, config.vocabulary) for arm, one in trained.items()},
             )
         )
     return found

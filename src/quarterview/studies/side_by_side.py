@@ -1,74 +1,152 @@
-"""Several arms at a time, each in a process with a device of its own."""
+"""Work that is done piece by piece, several at a time, each in a process with a device of its own.
+
+A process takes one piece after another, so that what it imported and opened serves the next one.
+"""
 
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from multiprocessing.connection import wait
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import torch
 
 from quarterview.errors import RunError, UserError
-from quarterview.studies.arm import conduct_one
-from quarterview.studies.measure import StoppedError, open_images
-from quarterview.studies.plan import Planned, StudyConfig
-from quarterview.train.journal import Journal
+from quarterview.studies.measure import StoppedError
 from quarterview.train.loop import stop_signals
 
-_EXITS = {"SIGTERM": 75, "SIGINT": 130}
+
+class Piece(NamedTuple):
+    """A function of a module, and what it is given."""
+
+    name: str
+    """In messages."""
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
 
 
-def jobs_of(config: StudyConfig) -> int:
-    """How many arms run at a time: what was asked for, else one a GPU, or one."""
-    gpus = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
-    return config.jobs or max(1, gpus)
+class Done(NamedTuple):
+    """A piece that is done."""
+
+    piece: Piece
+    result: Any
 
 
-def conduct_many(work: Sequence[tuple[int, Planned]], config: StudyConfig, out: Path) -> None:
-    """Train and judge every arm under its seed, as many at a time as there are jobs.
+class Here:
+    """One piece after another in this process."""
 
-    A signal is passed on to all of them, and each stops after its step.
+    at_a_time = 1
+
+    def __enter__(self) -> "Here":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        pass
+
+    def each(
+        self, pieces: Sequence[Piece], begun: Callable[[Piece], None] = lambda _: None
+    ) -> Iterator[Done]:
+        """Do them in order."""
+        for piece in pieces:
+            begun(piece)
+            yield Done(piece, piece.function(*piece.arguments))
+
+
+class Workers:
+    """Processes that are started when there is work, and end with this.
 
     Args:
-        work: seeds and arms.
-
-    Raises:
-        StoppedError: if a signal came.
-        RunError: if an arm cannot go on; it says why itself.
+        at_a_time: how many.
     """
-    jobs = jobs_of(config)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    context = multiprocessing.get_context("spawn")
-    gpus = visible_gpus()
-    waiting, running = list(work), dict[int, BaseProcess]()
-    failed: int | None = None
-    with stop_signals() as asked:
-        while running or (waiting and not asked and failed is None):
-            for slot in range(jobs):
-                if waiting and slot not in running and not asked and failed is None:
-                    seed, one = waiting.pop(0)
-                    gpu = gpus[slot % len(gpus)] if gpus else None
-                    process = context.Process(target=_job, args=(one, seed, config, out, gpu, threads))
-                    process.start()
-                    running[slot] = process
-            wait([process.sentinel for process in running.values()], timeout=1)
-            for slot, process in list(running.items()):
-                if not process.is_alive():
-                    process.join()
-                    failed = failed or process.exitcode or None
-                    del running[slot]
-                elif asked or failed is not None:
-                    process.terminate()
-    if asked:
-        raise StoppedError(asked[0])
-    if failed in (75, 130, -15, -2):
-        raise StoppedError("SIGINT" if failed in (130, -2) else "SIGTERM")
-    if failed is not None:
-        raise RunError(
-            f"an arm of the study failed (exit code {failed}) and said why; the same command goes on"
-        )
+
+    def __init__(self, at_a_time: int) -> None:
+        self.at_a_time = at_a_time
+        self._pipes: dict[Connection, BaseProcess] = {}
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for pipe, process in self._pipes.items():
+            pipe.close()  # a process without work ends by this
+            if kind is not None:
+                process.terminate()
+        for process in self._pipes.values():
+            process.join()
+        self._pipes.clear()
+
+    def each(
+        self, pieces: Sequence[Piece], begun: Callable[[Piece], None] = lambda _: None
+    ) -> Iterator[Done]:
+        """Do them all, each as soon as a process is free; yield what is done in the order in which it is.
+
+        A signal is passed on, upon which a run stops after its step and anything else at once.
+
+        Args:
+            begun: told of each piece that is given out.
+
+        Raises:
+            StoppedError: if a signal came.
+            RunError: if a piece failed, with its reason.
+        """
+        waiting = list(pieces)
+        busy: dict[Connection, Piece] = {}
+        failure: Exception | None = None
+        told = False
+        if waiting:
+            self._start()
+        with stop_signals() as asked:
+            while busy or (waiting and not asked and failure is None):
+                if not asked and failure is None:
+                    for pipe in [pipe for pipe in self._pipes if pipe not in busy][: len(waiting)]:
+                        busy[pipe] = waiting.pop(0)
+                        begun(busy[pipe])
+                        pipe.send(busy[pipe])
+                elif not told:
+                    told = True
+                    for pipe in busy:
+                        self._pipes[pipe].terminate()
+                for pipe in wait(list(busy), timeout=0.5):
+                    assert isinstance(pipe, Connection)
+                    piece = busy.pop(pipe)
+                    answer = self._answer(pipe, piece)
+                    if not isinstance(answer, Exception):
+                        yield Done(piece, answer)
+                    elif not asked:
+                        failure = failure or answer
+        if asked:
+            raise StoppedError(asked[0])
+        if failure is not None:
+            raise failure
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        gpus = visible_gpus()
+        threads = max(1, (os.cpu_count() or 1) // self.at_a_time)
+        for slot in range(len(self._pipes), self.at_a_time):
+            ours, theirs = context.Pipe()
+            gpu = gpus[slot % len(gpus)] if gpus else None
+            process = context.Process(target=_serve, args=(theirs, gpu, threads))
+            process.start()
+            theirs.close()
+            self._pipes[ours] = process
+
+    def _answer(self, pipe: Connection, piece: Piece) -> Any:
+        """What a process found; an exception if it failed."""
+        try:
+            return pipe.recv()
+        except (EOFError, ConnectionResetError):
+            process = self._pipes.pop(pipe)
+            pipe.close()
+            process.join()
+            return RunError(f"{piece.name}: its process ended with exit code {process.exitcode}")
 
 
 def visible_gpus() -> list[str]:
@@ -77,15 +155,26 @@ def visible_gpus() -> list[str]:
     return [str(i) for i in range(torch.cuda.device_count())] if named is None else named.split(",")
 
 
-def _job(one: Planned, seed: int, config: StudyConfig, out: Path, gpu: str | None, threads: int) -> None:
-    """One arm under one seed, in a process of its own."""
+def _serve(pipe: Connection, gpu: str | None, threads: int) -> None:
+    """Do pieces until there are no more. What runs say is in their folders, not on the console."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent passes it on
     if gpu is not None:  # before anything asks for one of them
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
-    try:
-        conduct_one(one, seed, config, open_images(config, one.config.in_chans), out)
-    except StoppedError as stopped:
-        sys.exit(_EXITS[stopped.signal])
-    except (UserError, RunError, OSError) as error:
-        Journal().fail(f"{one.arm.name}, seed {seed}: {error}")
-        sys.exit(1)
+    with Path(os.devnull).open("w") as nothing:
+        sys.stdout = nothing
+        while True:
+            try:
+                piece = pipe.recv()
+            except (EOFError, OSError):
+                return
+            try:
+                answer = piece.function(*piece.arguments)
+            except StoppedError as stopped:
+                answer = stopped
+            except (UserError, RunError, OSError) as error:
+                answer = RunError(f"{piece.name}: {error}; the same command goes on")
+            try:
+                pipe.send(answer)
+            except OSError:  # nobody waits for it any more
+                return

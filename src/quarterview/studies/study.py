@@ -33,6 +33,8 @@ class Arm:
     """Of its schedule, as a share of the study's."""
     x: float | None = None
     """Its place on the axis of a curve."""
+    decoder_share: float | None = None
+    """The decoder's width as a share of the encoder's, in heads of 32."""
     paper: Mapping[str, float] = field(default_factory=dict)
     """The paper's figures in percent, by measure, where it has such an arm."""
 
@@ -162,11 +164,14 @@ def _table(content: object, where: str) -> Table:
 
 
 def _arm(name: str, content: object, where: str) -> Arm:
-    """An arm; its values are fields of pre-training, beside `length`, `start` and `x`."""
+    """An arm; its values are fields of pre-training, beside `length`, `start`, `x` and `decoder_share`."""
     if content in STARTS:
         return Arm(name, start=content)  # type: ignore[arg-type]
     values = dict(_fields(content or {}, f"arm {name} of {where}", None))
-    own = {key: values.pop(key) for key in ("length", "x") if key in values}
+    start = values.pop("start", "pretrain")
+    if start not in STARTS:
+        raise unknown(f"start of arm {name} in {where}:", str(start), STARTS)
+    own = {key: values.pop(key) for key in ("length", "x", "decoder_share") if key in values}
     for key, number in own.items():
         if not isinstance(number, int | float) or number <= 0:
             raise UserError(f"{key} {number} of arm {name} in {where}; accepted: a number above 0")
@@ -174,7 +179,7 @@ def _arm(name: str, content: object, where: str) -> Arm:
     for key in values:
         if key not in accepted:
             raise unknown(f"field of arm {name} in {where}:", str(key), sorted(accepted))
-    return Arm(name, values, **own)
+    return Arm(name, values, start, **own)
 
 
 def _finding(content: object, where: str) -> Finding:
