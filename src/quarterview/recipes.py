@@ -62,6 +62,22 @@ RECIPES: dict[str, Recipe] = {
             "lr": 1e-3,
         },
     ),
+    "pocket": Recipe(
+        "Studies of many runs on two cores: a very small encoder, 64 wide, at 64 pixels.",
+        "quarterview study mask-ratio --base pocket --jobs 2 --budget 20m --data photos --train … --test …",
+        "See docs/results/cpu_studies.md.",
+        {
+            "model": "mae_vit_64x4x2_patch8",
+            "image_size": 64,
+            "decoder_width": 32,
+            "decoder_depth": 2,
+            "decoder_heads": 1,
+            "epochs": 20,
+            "batch_size": 64,
+            "lr": 1e-3,
+            "precision": "fp32",
+        },
+    ),
     "laptop": Recipe(
         "A few thousand photographs, two to eight cores: ViT-tiny at 96 pixels.",
         "quarterview pretrain --recipe laptop --data photos --out runs/photos",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from quarterview.data.augment import normalise, to_float
 from quarterview.data.open import open_source
 from quarterview.errors import UserError
-from quarterview.evaluate.finetune import FinetuneConfig, count_blocks, finetune
+from quarterview.evaluate.finetune import FinetuneConfig, count_blocks, finetune, read_told
 from quarterview.evaluate.rates import parameter_table
 from quarterview.exchange.weights import load, load_autoencoder, load_classifier, load_encoder, metadata
 from quarterview.model.classifier import Classifier, ClassifierConfig, freeze_all_but
@@ -239,6 +239,10 @@ def test_the_accuracy_is_the_models_on_the_test_images(run, tmp_path):
     with torch.no_grad():
         predicted = model(normalise(images, model.config.mean, model.config.std)).argmax(1)
     assert result.accuracy == sum(predicted[i] == source.label(i) for i in range(40)) / 40
+    told = read_told(tmp_path / "ft")
+    assert told.images.tolist() == list(range(40))
+    assert told.classes.tolist() == predicted.tolist()
+    assert read_told(tmp_path) is None
 
 
 def test_an_average_of_the_weights_is_judged_where_there_is_one(run, tmp_path):

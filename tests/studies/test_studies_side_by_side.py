@@ -1,0 +1,73 @@
+"""Work in several processes: all of it is done once, a process serves many pieces, and a failure is told."""
+
+import operator
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from quarterview.errors import RunError
+from quarterview.studies.measure import StoppedError
+from quarterview.studies.side_by_side import Here, Piece, Workers
+
+
+def sums(count: int) -> list[Piece]:
+    return [Piece(f"sum {i}", operator.add, (i, 100)) for i in range(count)]
+
+
+@pytest.mark.parametrize("make", [Here, lambda: Workers(2)])
+def test_every_piece_is_done_once(make):
+    begun = []
+    with make() as workers:
+        pieces = sums(7)
+        found = list(workers.each(pieces, begun.append))
+        again = list(workers.each(sums(2)))
+    assert begun == pieces
+    assert sorted(done.result for done in found) == list(range(100, 107))
+    assert {id(done.piece) for done in found} == {id(piece) for piece in pieces}
+    assert sorted(done.result for done in again) == [100, 101]
+
+
+def test_a_process_serves_many_pieces_and_ends():
+    with Workers(2) as workers:
+        found = {done.result for done in workers.each([Piece("pid", os.getpid, ())] * 8)}
+        found |= {done.result for done in workers.each([Piece("pid", os.getpid, ())] * 4)}
+    assert 1 <= len(found) <= 2
+    assert os.getpid() not in found
+    for pid in found:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_nothing_is_started_where_there_is_nothing_to_do():
+    with Workers(2) as workers:
+        assert list(workers.each([])) == []
+        assert not workers._pipes
+
+
+def test_a_failure_is_told_and_ends_the_rest():
+    pieces = [Piece("missing", os.stat, ("/does/not/exist",)), *[Piece("sleep", time.sleep, (60,))] * 3]
+    began = time.monotonic()
+    with pytest.raises(RunError, match=r"missing: .*No such file"), Workers(2) as workers:
+        list(workers.each(pieces))
+    assert time.monotonic() - began < 40
+
+
+def test_a_process_that_dies_is_told():
+    with pytest.raises(RunError, match="leaves: its process ended with exit code 3"), Workers(2) as workers:
+        list(workers.each([Piece("leaves", os._exit, (3,)), *sums(3)]))
+
+
+def test_a_signal_ends_what_is_no_run_at_once():
+    began = time.monotonic()
+    timer = threading.Timer(4.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    try:
+        with pytest.raises(StoppedError, match="SIGTERM"), Workers(2) as workers:
+            list(workers.each([Piece("sleep", time.sleep, (60,))] * 4))
+    finally:
+        timer.cancel()
+        timer.join()
+    assert time.monotonic() - began < 45
