@@ -23,20 +23,19 @@ from quarterview.evaluate.features import (
     Backbone,
     Encoder,
     choose_labelled,
-    class_scores,
     encoder_features,
     extract,
     fresh_twin,
     pixel_features,
 )
-from quarterview.evaluate.finetune import SCRATCH, FinetuneConfig, finetune
+from quarterview.evaluate.finetune import SCRATCH, FinetuneConfig, finetune, told_right
 from quarterview.evaluate.knn import nearest, vote
 from quarterview.evaluate.linear import check_classes, choose_strength, fit
 from quarterview.evaluate.report_html import Between, Page, Point, write_page
 from quarterview.evaluate.results import write_result
 from quarterview.evaluate.timm_backbone import TimmBackbone, open_timm
 from quarterview.evaluate.verdict import Comparison, Estimate, Verdict, contrast, estimate, judge, signed
-from quarterview.exchange.weights import load, load_classifier, read
+from quarterview.exchange.weights import load, read
 from quarterview.model.classifier import Classifier
 from quarterview.running import to_plain
 from quarterview.train.distributed import choose_device
@@ -361,7 +360,6 @@ def _measure_tuned(
     argv: Sequence[str],
 ) -> Literal["complete", "SIGTERM", "SIGINT"]:
     """Fine-tune every arm and random weights, for every count and seed; then see what they tell right."""
-    device = choose_device(config.device)
     plans = [(arm.name, arm.given, f"{_slug(arm.given)}-{arm.digest[:8]}") for arm in arms]
     total = len(images.counts) * config.seeds * (len(plans) + 1)
     done = 0
@@ -374,7 +372,7 @@ def _measure_tuned(
                 result = finetune(recipe(config, arms[0], given, count, seed, folder), argv)
                 if result.run.status != "complete":
                     return result.run.status
-                right = told_right(result.run.folder, config, images, device)
+                right = told_right(result.run.folder, images.test_labels)
                 row = ("finetune", count, name)
                 measured[row] = np.vstack([*measured.get(row, ()), right])
     return "complete"
@@ -403,22 +401,6 @@ def recipe(
             "from_ema": False,
         }
     return FinetuneConfig(**values)
-
-
-def told_right(run: Path, config: CompareConfig, images: _Images, device: torch.device) -> np.ndarray:
-    """bool [M]: which of the readable test images a fine-tuned classifier tells right."""
-    model = load_classifier(run, config.ema is not None).to(device)
-    everything = range(len(images.test))
-    scores, seen = extract(
-        {"": class_scores(model)},
-        images.test,
-        everything,
-        model.config,
-        device,
-        crop_pct=config.crop_pct,
-        precision=config.precision,
-    )
-    return (scores[""].argmax(dim=1) == images.test_labels[seen]).numpy()
 
 
 # ---------------------------------------------------------------------- what came of it

@@ -23,7 +23,7 @@ from quarterview.data.source import Source, labels_of
 from quarterview.data.statistics import channel_statistics
 from quarterview.data.stream import SampleStream
 from quarterview.data.subset import subset
-from quarterview.errors import UserError, check_types
+from quarterview.errors import RunError, UserError, check_types
 from quarterview.evaluate.features import (
     check_crop_pct,
     choose_labelled,
@@ -422,12 +422,27 @@ class Told(NamedTuple):
 
 
 def read_told(run: Path) -> Told | None:
-    """What the last judging of a fine-tuning run said; None if it wrote nothing, as before version 0.1."""
+    """What the last judging of a fine-tuning run said; None if it wrote nothing."""
     file = run / "results" / _PREDICTIONS
     if not file.is_file():
         return None
     with np.load(file, allow_pickle=False) as stored:
         return Told(stored["images"], stored["classes"])
+
+
+def told_right(run: Path, labels: Tensor) -> np.ndarray:
+    """Which of the readable test images a complete run tells right: bool [M].
+
+    Args:
+        labels: int64, of all test images.
+
+    Raises:
+        RunError: if what it said of them is missing.
+    """
+    told = read_told(run)
+    if told is None:
+        raise RunError(f"{run / 'results' / _PREDICTIONS} is missing; remove {run} to train it again")
+    return np.equal(told.classes, labels[torch.from_numpy(told.images)].numpy())
 
 
 def _write_told(run: Path, told: Told) -> None:

@@ -23,7 +23,7 @@ from quarterview.evaluate.features import (
     partly_visible,
     pixel_features,
 )
-from quarterview.evaluate.finetune import SCRATCH, count_blocks, finetune, read_told
+from quarterview.evaluate.finetune import SCRATCH, count_blocks, finetune, told_right
 from quarterview.evaluate.knn import nearest, vote
 from quarterview.evaluate.linear import check_classes, choose_strength, fit
 from quarterview.exchange.weights import load
@@ -137,9 +137,7 @@ def tuned(
     result = finetune(replace(recipe, **values))
     if result.run.status != "complete":
         raise StoppedError(result.run.status)
-    told = read_told(out)
-    assert told is not None, "a complete run has been judged"
-    return np.equal(told.classes, images.test_labels[told.images].numpy())
+    return told_right(out, images.test_labels)
 
 
 def judge(
