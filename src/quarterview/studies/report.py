@@ -403,7 +403,7 @@ def _draw_bars(axes: Any, found: Found) -> None:
     axes.set_yticks(range(len(arms)), [arm.name for arm in reversed(arms)])
     axes.set_xlabel("accuracy, %")
     axes.set_title(found.table.title, fontsize=10, loc="left")
-    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(axes, 7)
     axes.grid(axis="x", color=PLAIN, alpha=0.3, linewidth=0.7)
 
 
@@ -417,10 +417,16 @@ def _errors(figures: Sequence[Estimate]) -> list[list[float]]:
 
 def _finish(axes: Any) -> None:
     axes.set_ylabel("accuracy, %")
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(axes, 8)
     axes.grid(axis="y", color=PLAIN, alpha=0.3, linewidth=0.7)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def _legend(axes: Any, size: int) -> None:
+    """What the colours mean, if anything is drawn already."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=size, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _colours() -> Iterator[str]:
