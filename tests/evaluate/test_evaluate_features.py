@@ -23,7 +23,7 @@ from quarterview.evaluate.features import (
 )
 from quarterview.evaluate.knn import knn
 from quarterview.exchange.weights import metadata, read
-from quarterview.model.mae import create_model, fresh_model
+from quarterview.model.create import create_model, fresh_model
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal
 

@@ -11,7 +11,7 @@ from quarterview.errors import UserError
 from quarterview.evaluate import look
 from quarterview.exchange.weights import metadata
 from quarterview.model.classifier import Classifier, ClassifierConfig
-from quarterview.model.mae import create_model
+from quarterview.model.create import create_model
 from quarterview.model.vit import EXPLICIT_ATTENTION_TOKENS, Attention
 from quarterview.train import checkpoint
 

@@ -23,7 +23,8 @@ from quarterview.exchange.architecture import DECODER, recognise
 from quarterview.exchange.foreign import ACCEPTED, fetch, header_entry, read_foreign
 from quarterview.model.classifier import Classifier, ClassifierConfig
 from quarterview.model.config import MAEConfig, ViTConfig
-from quarterview.model.mae import MaskedAutoencoder, fresh_model
+from quarterview.model.create import fresh_model
+from quarterview.model.mae import MaskedAutoencoder
 from quarterview.model.tokenizer import DiscreteVAE, TokenizerConfig
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal

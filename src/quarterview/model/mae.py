@@ -16,8 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from quarterview import draws
-from quarterview.errors import UserError, unknown
+from quarterview.errors import UserError
 from quarterview.model import masking
 from quarterview.model.config import MAEConfig
 from quarterview.model.cross import CrossDecoder
@@ -275,25 +274,3 @@ class MaskedAutoencoder(nn.Module):
             raise UserError("this model's target is no picture, so there is nothing to reconstruct")
         index = hidden[:, :, None].expand(-1, -1, patches.shape[2])
         return self.unpatchify(patches.scatter(1, index, pixels))
-
-
-def fresh_model(config: MAEConfig, seed: int) -> MaskedAutoencoder:
-    """A model with the initial weights that belong to a seed."""
-    with draws.seeded(seed, "init"):
-        return MaskedAutoencoder(config)
-
-
-def create_model(model: str, **config) -> MaskedAutoencoder:
-    """A masked autoencoder with fresh weights, drawn from torch's default generator.
-
-    Args:
-        model: ``mae_vit_{tiny,small,base,large,huge}_patch{N}``, see `parse_model_name`.
-        config: any field of `MAEConfig`.
-
-    Raises:
-        UserError: if the name, a field or a value is not accepted.
-    """
-    for name in config:
-        if name not in MAEConfig.__dataclass_fields__:
-            raise unknown("model option", name, MAEConfig.__dataclass_fields__)
-    return MaskedAutoencoder(MAEConfig(model=model, **config))

@@ -7,8 +7,8 @@ from typing import Any, Literal, TypeVar, get_args
 from quarterview.errors import UserError, check_types
 from quarterview.model.classifier import ClassifierConfig, fresh_classifier
 from quarterview.model.config import MAEConfig, ViTConfig
+from quarterview.model.create import fresh_model
 from quarterview.model.encoder import fresh_encoder
-from quarterview.model.mae import fresh_model
 from quarterview.model.tokenizer import TokenizerConfig, fresh_tokenizer
 from quarterview.objectives.contrastive import (
     ContrastiveConfig,

@@ -29,7 +29,8 @@ from quarterview.evaluate.knn import nearest, vote
 from quarterview.evaluate.linear import check_classes, choose_strength, fit
 from quarterview.exchange.weights import load, load_classifier
 from quarterview.model.config import MAEConfig
-from quarterview.model.mae import MaskedAutoencoder, fresh_model
+from quarterview.model.create import fresh_model
+from quarterview.model.mae import MaskedAutoencoder
 from quarterview.objectives.choice import COMPARING
 from quarterview.pretraining import PretrainConfig
 from quarterview.studies.plain_features import patch_clusters, picture_components
