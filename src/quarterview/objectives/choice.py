@@ -105,7 +105,7 @@ def model_config_of(
         class_names, classes: of labelled images.
         vocabulary: of the tokenizer, where one is used or made.
     """
-    encoder = {name: getattr(config, name) for name in ("model", "image_size", "in_chans")}
+    encoder = {name: getattr(config, name) for name in ("model", "image_size", "in_chans", "cls_tokens")}
     if config.objective in PREDICTING:
         words = vocabulary if config.target == "tokens" else None
         return replace(part_of(config, MAEConfig), mean=mean, std=std, vocabulary=words)

@@ -132,7 +132,8 @@ def tuned(
         **{"device": config.device, "precision": pretraining.precision},
     }
     if run == SCRATCH:
-        network = {name: getattr(pretraining, name) for name in ("model", "image_size", "in_chans")}
+        names = ("model", "image_size", "in_chans", "cls_tokens")
+        network = {name: getattr(pretraining, name) for name in names}
         values |= {**network, "layer_decay": 1.0}
     result = finetune(replace(recipe, **values))
     if result.run.status != "complete":
@@ -220,6 +221,7 @@ def _model(run: str | None, pretraining: PretrainConfig, seed: int) -> MaskedAut
         return model
     half = (0.5,) * pretraining.in_chans  # mean and deviation
     network = (pretraining.model, pretraining.image_size, pretraining.in_chans, half, half)
+    network = (*network, pretraining.cls_tokens)
     return fresh_model(MAEConfig(*network, decoder_depth=0, encoder_mask_tokens=True), seed).eval()
 
 

@@ -34,6 +34,8 @@ TOKENIZER = "tokenizer"
 _TIMED = 3  # steps
 _READ_SECONDS = 3.0
 _RESERVE = 0.9  # of the minutes that are planned with: machines are noisy
+_NEWER: Mapping[str, Any] = {"cls_tokens": 1, "fused_blocks": ()}
+"""Fields that came later, and what they were before: an arm without them keeps its folder."""
 _NOT_PLANNED = ("out", "seed", "data", "device", "workers", "steps", "epochs", "resume", "tokenizer")
 
 BudgetKind = Literal["minutes", "images", "flops"]
@@ -154,7 +156,7 @@ def arm_config(base: PretrainConfig, arm: Arm, tokenizer: str) -> PretrainConfig
 def tokenizer_config(base: PretrainConfig, folder: str) -> PretrainConfig:
     """The run of the study's tokenizer."""
     values: dict[str, Any] = {**DEFAULTS["tokenizer"], "vocabulary": VOCABULARY, "objective": "tokenizer"}
-    values |= {"out": folder, "target": "pixels", "tokenizer": None, "init_from": None}
+    values |= {"out": folder, "target": "pixels", "tokenizer": None, "init_from": None, "fused_blocks": ()}
     return replace(base, **values)
 
 
@@ -190,7 +192,8 @@ def key_of(arm: Arm, config: PretrainConfig) -> str:
     """A name for a folder that another arm has only if its settings are the same."""
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _NOT_PLANNED}
     if arm.start != "pretrain":
-        values = {name: values[name] for name in ("model", "image_size", "in_chans")}
+        values = {name: values[name] for name in ("model", "image_size", "in_chans", "cls_tokens")}
+    values = {name: value for name, value in values.items() if name not in _NEWER or value != _NEWER[name]}
     told = json.dumps([arm.start, arm.length, values], sort_keys=True, default=list)
     digest = hashlib.blake2b(told.encode(), digest_size=4).hexdigest()
     return f"{config.objective if arm.start == 'pretrain' else arm.start}-{digest}"
@@ -274,12 +277,13 @@ def _with_images(planned: Planned, images: float) -> Planned:
 
 def flops_an_image(config: PretrainConfig) -> float:
     """Operations of a training step on one image, by closed form: matrix products of all networks it has."""
-    whole = config.shape.depth * block_flops(1 + config.patches, config.shape.width)
+    tokens, width = config.cls_tokens + config.patches, config.shape.width
+    whole = config.shape.depth * block_flops(tokens, width)
     if config.objective in ("mae", "beit"):
         vocabulary = config.vocabulary or VOCABULARY
         return config.masks_per_image * flops(replace(config.part(MAEConfig), vocabulary=vocabulary)).step
     if config.objective in COMPARING:
-        width, hidden, out = config.shape.width, config.head_width, config.head_out
+        hidden, out = config.head_width, config.head_out
         head = 2 * (width * hidden + hidden * out) + (
             2 * hidden * hidden if config.objective == "mocov3" else 0
         )
@@ -288,8 +292,9 @@ def flops_an_image(config: PretrainConfig) -> float:
         return 2 * (3 * student + taught * (whole + head))
     if config.objective == "denoising":
         inner, numbers = config.decoder_width, config.part(MAEConfig).predicted_numbers
-        decoder = config.decoder_depth * block_flops(1 + config.patches, inner)
-        decoder += 2 * inner * ((1 + config.patches) * config.shape.width + config.patches * numbers)
+        decoder = config.decoder_depth * block_flops(tokens, inner)
+        decoder += 2 * inner * (tokens * width + config.patches * numbers)
+        decoder += 2 * len(config.fused_blocks) * tokens * width * width
         return 3 * (whole + decoder)
     return 3 * whole
 
