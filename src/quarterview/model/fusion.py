@@ -1,7 +1,7 @@
 """What a decoder is given of an encoder's earlier blocks: multi-level feature fusion.
 
-Liu et al. 2023, "Improving Pixel-based Masked Image Modeling by Reducing Wasted Modeling Capability"
-(MFF, arXiv 2308.00261). Pixels want fine detail, which the last blocks would have to carry along; here
+Liu et al. 2023, "Improving Pixel-based MIM by Reducing Wasted Modeling Capability" (MFF, arXiv
+2308.00261). Pixels want fine detail, which the last blocks would have to carry along; here
 the earlier ones bring it. The fusion serves pre-training alone: features are those of the last block.
 """
 
