@@ -243,7 +243,7 @@ def test_a_run_from_the_command_line_to_its_uses(tmp_path, capsys):
         tuned = qv.load(tmp_path / pool)
         assert tuned.config.cls_tokens == 4
         assert tuned.cls_token.shape == (1, 4, 32)
-    scratch = FinetuneConfig("scratch", model="mae_vit_32x3x2_patch4", image_size=16, cls_tokens=3)
+    scratch = FinetuneConfig(run="scratch", model="mae_vit_32x3x2_patch4", image_size=16, cls_tokens=3)
     assert start_of(scratch).cls_tokens == 3
     tokens = ["--features", "tokens", "--device", "cpu", "--out", str(tmp_path / "tokens")]
     assert cli.run(["embed", out, "--data", "shapes:9:size=16", *tokens]) == 0
