@@ -17,8 +17,8 @@ import torch
 import tyro
 
 from quarterview.model.config import MAEConfig
+from quarterview.model.create import fresh_model
 from quarterview.model.flops import flops
-from quarterview.model.mae import fresh_model
 from quarterview.speed.rate import timed
 from quarterview.speed.update import update_of
 from quarterview.train.allocator import keep_freed_memory

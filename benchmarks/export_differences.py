@@ -24,7 +24,7 @@ from quarterview.exchange import (
 )
 from quarterview.exchange.verify import Model
 from quarterview.model.classifier import Classifier, ClassifierConfig
-from quarterview.model.mae import create_model
+from quarterview.model.create import create_model
 
 SIZES = {
     "tiny/4 at 32, whole": ("mae_vit_tiny_patch4", 32, 3),

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from quarterview.evaluate.features import compile_blocks, encoder_features
 from quarterview.model.config import MAEConfig
-from quarterview.model.mae import fresh_model
+from quarterview.model.create import fresh_model
 from quarterview.speed.rate import timed
 from quarterview.train.allocator import keep_freed_memory
 from quarterview.train.loop import precision_context

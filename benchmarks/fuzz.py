@@ -199,7 +199,7 @@ def SOUND() -> dict[str, bytes]:  # noqa: N802
     """The files of a checkpoint of a very small model."""
     if "sound" not in _made:
         from quarterview.exchange.weights import metadata
-        from quarterview.model.mae import create_model
+        from quarterview.model.create import create_model
         from quarterview.train import checkpoint
 
         model = create_model(

@@ -20,7 +20,7 @@ import torch
 import tyro
 
 from quarterview.model.config import MAEConfig
-from quarterview.model.mae import fresh_model
+from quarterview.model.create import fresh_model
 from quarterview.train.journal import metrics
 from quarterview.train.optim import adamw, optimizer_tensors
 from quarterview.train.record import provenance

@@ -25,8 +25,8 @@ from quarterview.dry_run import measure
 from quarterview.evaluate.features import encoder_features, extract
 from quarterview.evaluate.knn import knn_predict
 from quarterview.model.config import MAEConfig
+from quarterview.model.create import fresh_model
 from quarterview.model.flops import flops
-from quarterview.model.mae import fresh_model
 from quarterview.pretraining import PretrainConfig
 from quarterview.speed.rate import median, repeat
 from quarterview.speed.update import update_of

@@ -30,7 +30,8 @@ from quarterview.evaluate.panel import draw_panel
 from quarterview.exchange.weights import load_encoder, load_into, metadata
 from quarterview.model import masking
 from quarterview.model.classifier import Classifier, ClassifierConfig, freeze_all_but
-from quarterview.model.mae import MaskedAutoencoder, create_model
+from quarterview.model.create import create_model
+from quarterview.model.mae import MaskedAutoencoder
 from quarterview.model.positions import sincos_2d
 from quarterview.model.targets import PixelTarget
 from quarterview.objectives.mae import MaskedAutoencoding

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quarterview.exchange import load
     from quarterview.model.config import MAEConfig
-    from quarterview.model.mae import create_model
+    from quarterview.model.create import create_model
     from quarterview.pretraining import PretrainConfig, pretrain
     from quarterview.running import Run
 
@@ -22,7 +22,7 @@ _HOMES = {
     "MAEConfig": "quarterview.model.config",
     "PretrainConfig": "quarterview.pretraining",
     "Run": "quarterview.running",
-    "create_model": "quarterview.model.mae",
+    "create_model": "quarterview.model.create",
     "load": "quarterview.exchange",
     "pretrain": "quarterview.pretraining",
 }

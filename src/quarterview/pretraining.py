@@ -110,6 +110,12 @@ class PretrainConfig(
             )
         if name in COMPARING and self.parallel == "fsdp":
             raise UserError(f"parallel fsdp with objective {name}; accepted: ddp")
+        if name not in PREDICTING and self.fused_blocks:
+            blocks = " ".join(map(str, self.fused_blocks))
+            raise UserError(
+                f"fused_blocks {blocks} with objective {name}, which has no decoder; accepted: "
+                f"with {', '.join(PREDICTING)}"
+            )
         if name not in PREDICTING and self.init_from is not None:
             raise UserError(f"init_from with objective {name}; accepted: with {', '.join(PREDICTING)}")
         if name == "tokenizer" and self.probe_train:
@@ -144,10 +150,11 @@ def start_values(init_from: str, out: str, allow_partial: Sequence[str] = ()) ->
     """
     begun = checkpoint.newest(Path(out) / "checkpoints") if out else None
     weights = read(begun or init_from, allow_partial=allow_partial)
-    names = ["model", "image_size", "in_chans"]
+    names = ["model", "image_size", "in_chans", "cls_tokens"]
     if isinstance(weights.config, MAEConfig) and weights.has_decoder:
         names += ["decoder", "decoder_width", "decoder_depth", "decoder_heads"]
         names += ["encoder_mask_tokens", "target", "norm_pix_loss", "pca_components", "vocabulary"]
+        names += ["fused_blocks"]
     return {name: getattr(weights.config, name) for name in names}
 
 

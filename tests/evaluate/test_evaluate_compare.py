@@ -29,7 +29,7 @@ from quarterview.evaluate.linear import linear_accuracy
 from quarterview.evaluate.timm_backbone import TimmBackbone, open_timm
 from quarterview.exchange.weights import metadata
 from quarterview.model.classifier import Classifier, ClassifierConfig
-from quarterview.model.mae import create_model
+from quarterview.model.create import create_model
 from quarterview.pretraining import pretrain
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal

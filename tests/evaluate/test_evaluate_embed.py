@@ -21,7 +21,7 @@ from quarterview.data.open import open_source
 from quarterview.errors import RunError, UserError
 from quarterview.evaluate.embed import EmbedConfig, embed, shard_ranges
 from quarterview.exchange.weights import load, metadata, read
-from quarterview.model.mae import create_model
+from quarterview.model.create import create_model
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal
 

@@ -12,6 +12,8 @@ from PIL import Image
 from quarterview.data.open import open_source
 from quarterview.errors import UserError
 from quarterview.evaluate import features
+from quarterview.evaluate.collapse import encoder_spread
+from quarterview.evaluate.embed import EmbedConfig, Embedder
 from quarterview.evaluate.features import (
     ProbeConfig,
     central_batches,
@@ -23,7 +25,7 @@ from quarterview.evaluate.features import (
 )
 from quarterview.evaluate.knn import knn
 from quarterview.exchange.weights import metadata, read
-from quarterview.model.mae import create_model, fresh_model
+from quarterview.model.create import create_model, fresh_model
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal
 
@@ -59,6 +61,24 @@ def timm_twin(model):
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = 1e-6
     return vit.eval()
+
+
+@torch.no_grad()
+def test_of_several_cls_tokens_the_feature_is_the_mean_and_none_counts_as_a_patch(model, disturbed):
+    few = {"image_size": 16, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+    model = disturbed(create_model("mae_vit_32x2x2_patch4", **few, cls_tokens=3)).eval()
+    images = torch.rand(4, 3, 16, 16)
+    tokens = model.encode(images)  # neither mean nor std is recorded
+    cls, mean = (features.encoder_features(model, kind)(images) for kind in ("cls", "mean"))
+    torch.testing.assert_close(cls, tokens[:, :3].mean(1))
+    torch.testing.assert_close(mean, tokens[:, 3:].mean(1))
+    torch.testing.assert_close(features.partly_visible(model, 1.0, 0)(images), mean, atol=1e-5, rtol=1e-4)
+    spread = encoder_spread(model, images)
+    assert spread.variance == pytest.approx(float(mean.double().var(dim=0, correction=0).mean()), rel=1e-4)
+    for kind, expected in (("cls", cls), ("mean", mean), ("tokens", tokens)):
+        config = EmbedConfig("run", ("data",), "out", features=kind)
+        embedder = Embedder(model, config, torch.device("cpu"), tuple(expected.shape[1:]))
+        torch.testing.assert_close(embedder(images), expected, atol=0.1, rtol=0.1)  # computed in bf16
 
 
 def test_features_equal_timms_forward_with_the_same_weights(model):

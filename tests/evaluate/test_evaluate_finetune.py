@@ -17,7 +17,7 @@ from quarterview.evaluate.finetune import FinetuneConfig, count_blocks, finetune
 from quarterview.evaluate.rates import parameter_table
 from quarterview.exchange.weights import load, load_autoencoder, load_classifier, load_encoder, metadata
 from quarterview.model.classifier import Classifier, ClassifierConfig, freeze_all_but
-from quarterview.model.mae import create_model
+from quarterview.model.create import create_model
 from quarterview.model.positions import sincos_2d
 from quarterview.train import checkpoint
 from quarterview.train.optim import layer_decay_groups

@@ -16,7 +16,7 @@ from quarterview.evaluate.inpainters import (
     nearest_visible,
 )
 from quarterview.model import masking
-from quarterview.model.mae import create_model
+from quarterview.model.create import create_model
 
 
 def small(**options):

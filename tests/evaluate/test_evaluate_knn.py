@@ -15,7 +15,7 @@ from quarterview.errors import UserError
 from quarterview.evaluate.features import ProbeConfig, ProbeData, extract, pixel_features
 from quarterview.evaluate.knn import TEMPERATURE, knn, knn_accuracies, knn_predict, nearest, vote
 from quarterview.exchange.weights import metadata
-from quarterview.model.mae import create_model
+from quarterview.model.create import create_model
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal
 

@@ -28,7 +28,7 @@ from quarterview.evaluate.linear_paper import (
     train_heads,
 )
 from quarterview.exchange.weights import load, metadata
-from quarterview.model.mae import create_model
+from quarterview.model.create import create_model
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal
 

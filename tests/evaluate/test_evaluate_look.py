@@ -11,7 +11,7 @@ from quarterview.errors import UserError
 from quarterview.evaluate import look
 from quarterview.exchange.weights import metadata
 from quarterview.model.classifier import Classifier, ClassifierConfig
-from quarterview.model.mae import create_model
+from quarterview.model.create import create_model
 from quarterview.model.vit import EXPLICIT_ATTENTION_TOKENS, Attention
 from quarterview.train import checkpoint
 
@@ -52,6 +52,17 @@ def test_the_weights_reproduce_what_the_layer_does(tokens, heads):
     value = layer.qkv(x)[:, :, 64:].unflatten(2, (heads, -1)).transpose(1, 2)  # [B, heads, T, d]
     again = layer.proj((weights @ value).transpose(1, 2).flatten(2))
     torch.testing.assert_close(again, layer(x), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_several_cls_tokens_attend_on_average(disturbed):
+    model, images = disturbed(tiny(cls_tokens=3)), torch.randn(2, 3, 16, 16)
+    weights = weights_of(model, images)
+    seen = look.see(model, images)
+    torch.testing.assert_close(seen.attention, weights[-1][:, :, :3, 3:].mean(2), atol=1e-5, rtol=0)
+    mixed = [(each.mean(1) + torch.eye(19)) / 2 for each in weights]
+    rollout = mixed[2] @ mixed[1] @ mixed[0]
+    torch.testing.assert_close(seen.rollout, rollout[:, :3, 3:].mean(1), atol=1e-5, rtol=0)
 
 
 def test_the_weights_are_those_of_timm(disturbed):

@@ -21,7 +21,7 @@ from quarterview.errors import UserError
 from quarterview.evaluate.features import choose_labelled, encoder_features
 from quarterview.evaluate.knn import TEMPERATURE
 from quarterview.evaluate.online import OnlineProbeConfig, probe_hooks, probe_is_due, read_labelled
-from quarterview.model.mae import create_model
+from quarterview.model.create import create_model
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal, metrics
 from quarterview.train.loop import Trainer

@@ -14,7 +14,7 @@ from quarterview.evaluate.panel import (
     read_pictures,
     shown,
 )
-from quarterview.model.mae import create_model
+from quarterview.model.create import create_model
 
 
 def panel_model(**options):

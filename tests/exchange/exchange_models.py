@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from quarterview.model.classifier import Classifier, ClassifierConfig
-from quarterview.model.mae import MaskedAutoencoder, create_model
+from quarterview.model.create import create_model
+from quarterview.model.mae import MaskedAutoencoder
 
 DECODER: dict[str, Any] = {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2}
 SMALL: dict[str, Any] = {

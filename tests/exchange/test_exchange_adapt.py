@@ -24,7 +24,8 @@ from quarterview.exchange.adapt import (
 from quarterview.exchange.weights import load_encoder, load_into
 from quarterview.model.classifier import Classifier, ClassifierConfig
 from quarterview.model.config import MAEConfig
-from quarterview.model.mae import MaskedAutoencoder, create_model
+from quarterview.model.create import create_model
+from quarterview.model.mae import MaskedAutoencoder
 from quarterview.model.positions import sincos_2d
 
 SMALL = {"model": "mae_vit_32x2x4_patch4", "image_size": 16, "decoder_width": 32, "decoder_depth": 1}

@@ -21,7 +21,8 @@ from quarterview.exchange.architecture import IMAGENET_MEAN
 from quarterview.exchange.transformers import export_transformers
 from quarterview.exchange.weights import load, load_autoencoder, metadata, read
 from quarterview.model.classifier import Classifier, ClassifierConfig
-from quarterview.model.mae import MaskedAutoencoder, create_model
+from quarterview.model.create import create_model
+from quarterview.model.mae import MaskedAutoencoder
 from quarterview.model.positions import sincos_2d
 
 TINY = {"model": "mae_vit_tiny_patch4", "image_size": 32, "decoder_width": 64, "decoder_depth": 2}

@@ -6,7 +6,7 @@ import torch
 from quarterview.exchange.inspect import compare_weights, inspect, parameters
 from quarterview.exchange.weights import metadata, read
 from quarterview.model.classifier import Classifier, ClassifierConfig
-from quarterview.model.mae import create_model
+from quarterview.model.create import create_model
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal
 

@@ -7,7 +7,8 @@ import quarterview as qv
 from quarterview.errors import UserError
 from quarterview.exchange import export_safetensors, export_timm, export_transformers
 from quarterview.model.classifier import Classifier, ClassifierConfig
-from quarterview.model.mae import MaskedAutoencoder, create_model
+from quarterview.model.create import create_model
+from quarterview.model.mae import MaskedAutoencoder
 
 DECODER = {"decoder_width": 64, "decoder_depth": 2, "decoder_heads": 16}
 MODELS = {

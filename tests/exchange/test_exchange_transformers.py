@@ -14,7 +14,8 @@ from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTMod
 
 from quarterview.errors import UserError
 from quarterview.exchange.transformers import export_transformers
-from quarterview.model.mae import MaskedAutoencoder, create_model
+from quarterview.model.create import create_model
+from quarterview.model.mae import MaskedAutoencoder
 
 SMALL_DECODER = {"decoder_width": 64, "decoder_depth": 2, "decoder_heads": 4}
 MODELS = {

@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from quarterview.errors import UserError
 from quarterview.model import masking
+from quarterview.model.create import create_model
 from quarterview.model.cross import CrossAttention, CrossDecoder
-from quarterview.model.mae import MAEConfig, MaskedAutoencoder, create_model
+from quarterview.model.mae import MAEConfig, MaskedAutoencoder
 from quarterview.model.vit import parse_model_name, recompute_blocks
 
 SMALL = {

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quarterview.errors import UserError
-from quarterview.model.mae import MAEConfig, MaskedAutoencoder, create_model
+from quarterview.model.create import create_model
+from quarterview.model.mae import MAEConfig, MaskedAutoencoder
 
 SMALL = {
     "model": "mae_vit_32x2x4_patch4",

@@ -4,7 +4,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from quarterview.errors import UserError
-from quarterview.model.mae import create_model
+from quarterview.model.create import create_model
 from quarterview.model.targets import NORM_EPS, PatchMoments, PCATarget, PixelTarget, patch_statistics
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from quarterview.errors import UserError
 from quarterview.model import vit
-from quarterview.model.mae import create_model
+from quarterview.model.create import create_model
 from quarterview.model.vit import Block, recompute_blocks
 
 

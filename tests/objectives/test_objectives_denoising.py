@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from quarterview.data.loader import Batch
 from quarterview.errors import UserError
-from quarterview.model.mae import create_model
+from quarterview.model.create import create_model
 from quarterview.objectives.denoising import Denoising, NoiseConfig, normal
 
 

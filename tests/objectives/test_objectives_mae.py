@@ -10,7 +10,8 @@ from quarterview import draws
 from quarterview.data.loader import Batch
 from quarterview.errors import UserError
 from quarterview.model import masking
-from quarterview.model.mae import MaskedAutoencoder, create_model
+from quarterview.model.create import create_model
+from quarterview.model.mae import MaskedAutoencoder
 from quarterview.objectives.mae import MaskedAutoencoding, MaskingConfig, likeness
 
 SMALL = {

@@ -9,7 +9,7 @@ from quarterview.data.augment import to_float
 from quarterview.data.open import open_source
 from quarterview.errors import RunError, UserError
 from quarterview.evaluate.features import encoder_features, partly_visible
-from quarterview.model.mae import create_model
+from quarterview.model.create import create_model
 from quarterview.studies.measure import check_measures
 from quarterview.studies.plain_features import WORDS, patch_clusters, picture_components
 from quarterview.studies.study import check_measure

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 import quarterview as qv
 from quarterview.data.stream import SampleStream
 from quarterview.errors import RunError, UserError
-from quarterview.model.mae import MAEConfig, fresh_model
+from quarterview.model.create import fresh_model
+from quarterview.model.mae import MAEConfig
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal, Meter, duration, metrics
 from quarterview.train.loop import LoopConfig, stop_signals, usable_precision

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from quarterview.errors import UserError
-from quarterview.model.mae import MaskedAutoencoder, create_model
+from quarterview.model.create import create_model
+from quarterview.model.mae import MaskedAutoencoder
 from quarterview.train.optim import (
     OptimConfig,
     Schedule,

@@ -63,7 +63,8 @@ def spread(features: Tensor) -> Spread:
 @torch.no_grad()
 def encoder_spread(model: MaskedAutoencoder, images: Tensor) -> Spread:
     """Of the mean patch tokens of whole images, float [B, C, H, W], normalised."""
-    parts = [model.encode(some)[:, 1:].float().mean(dim=1).cpu() for some in images.split(_BATCH)]
+    cls = model.config.cls_tokens
+    parts = [model.encode(some)[:, cls:].float().mean(dim=1).cpu() for some in images.split(_BATCH)]
     return spread(torch.cat(parts))
 
 

@@ -397,6 +397,7 @@ def recipe(
             "model": network.model,
             "image_size": config.image_size or network.image_size,
             "in_chans": network.in_chans,
+            "cls_tokens": network.cls_tokens,
             "layer_decay": config.scratch_layer_decay,
             "from_ema": False,
         }

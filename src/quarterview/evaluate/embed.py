@@ -54,7 +54,8 @@ class EmbedConfig:
     out: str
     """The folder to write; the same command goes on with one that was interrupted."""
     features: Literal["mean", "cls", "tokens"] = "mean"
-    """The mean of the patch tokens, the cls token, or all tokens: cls, then the patches by row."""
+    """The mean of the patch tokens, the cls token (of several the mean), or all tokens: cls, then the patches
+    by row."""
     block: int | None = None
     """Take the tokens after so many blocks; by default after the last one and the final norm."""
     dtype: Literal["float32", "float16"] = "float32"
@@ -88,7 +89,7 @@ class Embedder(NamedTuple):
     config: EmbedConfig
     device: torch.device
     shape: tuple[int, ...]
-    """Of the embedding of one image: (D,), or (1 + L, D) for all tokens."""
+    """Of the embedding of one image: (D,), or (K + L, D) for all tokens, K of them cls."""
 
     @property
     def schema(self) -> pa.Schema:
@@ -165,10 +166,10 @@ def embedding_shape(model: Backbone, config: EmbedConfig, device: torch.device) 
 
 
 def _take(config: EmbedConfig, model: Backbone, images: Tensor) -> Tensor:
-    tokens = tokens_after(model, as_trained(model, images), config.block)  # [B, 1 + L, D]
+    tokens, cls = tokens_after(model, as_trained(model, images), config.block), model.config.cls_tokens
     if config.features == "tokens":
         return tokens
-    return tokens[:, 0] if config.features == "cls" else tokens[:, 1:].mean(dim=1)
+    return (tokens[:, :cls] if config.features == "cls" else tokens[:, cls:]).mean(dim=1)
 
 
 # ---------------------------------------------------------------------- the folder

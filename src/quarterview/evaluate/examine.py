@@ -25,7 +25,8 @@ from quarterview.evaluate.pictures import Pictures, describe, read_sample
 from quarterview.exchange.weights import load_autoencoder
 from quarterview.model import masking
 from quarterview.model.config import MAEConfig
-from quarterview.model.mae import MaskedAutoencoder, fresh_model
+from quarterview.model.create import fresh_model
+from quarterview.model.mae import MaskedAutoencoder
 from quarterview.plain_yaml import read_yaml
 from quarterview.train import checkpoint
 from quarterview.train.journal import metrics

@@ -48,6 +48,8 @@ class BackboneConfig(Protocol):
     def mean(self) -> tuple[float, ...] | None: ...
     @property
     def std(self) -> tuple[float, ...] | None: ...
+    @property
+    def cls_tokens(self) -> int: ...
 
 
 class Backbone(Protocol):
@@ -58,7 +60,7 @@ class Backbone(Protocol):
     @property
     def blocks(self) -> nn.ModuleList: ...
     def encode(self, images: Tensor) -> Tensor:
-        """float [B, C, H, W], normalised -> float [B, 1 + L, D], cls first, then the patches by row."""
+        """float [B, C, H, W], normalised -> float [B, K + L, D]: K cls tokens, then the patches by row."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -78,8 +80,8 @@ class ProbeConfig:
     test: tuple[str, ...]
     """Labelled images to be judged on."""
     features: FeatureKind | None = None
-    """The mean of the patch tokens after the final norm, or the cls token. By default the mean, and
-    for the paper's linear probe the cls token."""
+    """The mean of the patch tokens after the final norm, or the cls token (of several the mean). By
+    default the mean, and for the paper's linear probe the cls token."""
     labels: int | None = None
     """Use only so many labelled training images, equally many a class; by default all."""
     baselines: bool = True
@@ -257,11 +259,13 @@ def compile_blocks(model: Backbone, count: int | None = None) -> None:
 def encoder_features(model: Backbone, kind: FeatureKind) -> Encoder:
     """What a model makes of whole images."""
 
+    cls = model.config.cls_tokens
+
     def encode(images: Tensor) -> Tensor:
-        tokens = tokens_after(model, as_trained(model, images))  # [B, 1 + L, D]
+        tokens = tokens_after(model, as_trained(model, images))  # [B, K + L, D]
         if kind == "cls":
-            return tokens[:, 0]
-        mean = tokens[:, 1:].mean(dim=1)
+            return tokens[:, :cls].mean(dim=1)
+        mean = tokens[:, cls:].mean(dim=1)
         return model.fc_norm(mean) if isinstance(model, Classifier) else mean
 
     return encode
@@ -280,7 +284,7 @@ def partly_visible(model: MaskedAutoencoder, share: float, seed: int) -> Encoder
         given += len(images)
         noise = draws.uniform(seed, "visible", 0, places, model.config.patches)
         mask = masking.mask_from_noise(noise, kept)
-        return model.encode(as_trained(model, images), mask)[:, 1:].mean(dim=1)
+        return model.encode(as_trained(model, images), mask)[:, model.config.cls_tokens :].mean(dim=1)
 
     return encode
 
@@ -322,7 +326,7 @@ def tokens_after(model: Backbone, images: Tensor, block: int | None = None) -> T
         block: 1 to the model's depth, before the final norm; None means after it.
 
     Returns:
-        float [B, 1 + L, D], cls first.
+        float [B, K + L, D], the K cls tokens first.
     """
     if block is None:
         return model.encode(images)

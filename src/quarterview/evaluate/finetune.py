@@ -77,13 +77,16 @@ class FinetuneConfig(SupervisedConfig, AugmentConfig, OptimConfig, RunningConfig
     """How many of the last blocks are trained: all, a number, 0.5 for the last block's MLP alone, or 0.
     Several give a run each, and the curve of figure 9."""
     pool: Pool = "mean"
-    """What the head reads: the mean of the patch tokens under a new norm, or the cls token."""
+    """What the head reads: the mean of the patch tokens under a new norm, or the cls token (of several the
+    mean)."""
     image_size: tuple[int, ...] | None = None
     """Height and width, or one number for both; by default those of pre-training."""
     model: str | None = None
     """The network to train from scratch, such as mae_vit_tiny_patch4."""
     in_chans: int = 3
     """Channels of the images, from scratch; otherwise the run says."""
+    cls_tokens: int = 1
+    """How many cls tokens there are, likewise."""
     from_ema: bool = False
     """Start from the moving average of the run's weights."""
     layer_decay: float = 0.75
@@ -404,12 +407,14 @@ def start_of(config: FinetuneConfig) -> ClassifierConfig:
             raise UserError(
                 "scratch says nothing of the network; accepted: --model mae_vit_tiny_patch4 --image-size 32"
             )
-        return ClassifierConfig(config.model, config.image_size, config.in_chans, pool=config.pool)
+        network = (config.model, config.image_size, config.in_chans)
+        return ClassifierConfig(*network, cls_tokens=config.cls_tokens, pool=config.pool)
     theirs = read_config(config.run, config.from_ema)
     if config.model not in (None, theirs.model):
         raise UserError(f"--model {config.model}, but {config.run} is {theirs.model}; accepted: neither")
     size = config.image_size or theirs.image_size
-    return ClassifierConfig(theirs.model, size, theirs.in_chans, theirs.mean, theirs.std, pool=config.pool)
+    network = (theirs.model, size, theirs.in_chans, theirs.mean, theirs.std, theirs.cls_tokens)
+    return ClassifierConfig(*network, pool=config.pool)
 
 
 class Told(NamedTuple):

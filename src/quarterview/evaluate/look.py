@@ -44,10 +44,10 @@ class Seen(NamedTuple):
     """What a forward pass shows of B images with L patches each."""
 
     tokens: Tensor
-    """float [B, 1 + L, D], what `encode` returns."""
+    """float [B, K + L, D], what `encode` returns."""
     attention: Tensor
-    """float [B, heads, L], from the cls token of the last block to the patches; the weights to itself are
-    left out, so that the sums are at most 1."""
+    """float [B, heads, L], from the cls token of the last block to the patches, of several on average; the
+    weights to cls tokens are left out, so that the sums are at most 1."""
     rollout: Tensor
     """float [B, L], likewise through all blocks (Abnar and Zuidema 2020)."""
 
@@ -85,12 +85,13 @@ def see(model: MaskedAutoencoder | Classifier, images: Tensor) -> Seen:
 
 def _see(model: MaskedAutoencoder | Classifier, image: Tensor) -> Seen:
     attention = rollout = image.new_empty(0)
+    cls = model.config.cls_tokens
 
     def watch(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
         nonlocal attention, rollout
         assert isinstance(layer, Attention)
-        weights = attention_weights(layer, arguments[0])  # [1, heads, 1 + L, 1 + L]
-        attention = weights[:, :, 0, 1:]
+        weights = attention_weights(layer, arguments[0])  # [1, heads, K + L, K + L]
+        attention = weights[:, :, :cls, cls:].mean(dim=2)
         mixed = (weights.mean(dim=1) + torch.eye(weights.shape[2], device=weights.device)) / 2
         rollout = mixed @ rollout if rollout.numel() else mixed
 
@@ -98,7 +99,7 @@ def _see(model: MaskedAutoencoder | Classifier, image: Tensor) -> Seen:
         for block in model.blocks:
             hooks.enter_context(block.get_submodule("attn").register_forward_pre_hook(watch))
         tokens = model.encode(image)
-    return Seen(tokens, attention, rollout[:, 0, 1:])
+    return Seen(tokens, attention, rollout[:, :cls, cls:].mean(dim=1))
 
 
 def principal_colours(tokens: Tensor) -> tuple[Tensor, float]:
@@ -178,7 +179,7 @@ def draw_look(
     config = model.config
     original = shown(images, config.mean, config.std)
     seen = see(model, images)
-    tokens = seen.tokens[:, 1:]
+    tokens = seen.tokens[:, config.cls_tokens :]
     rows = {"original": original, "attention": _heat(original, seen.attention.mean(1), config.grid)}
     for head in range(min(heads, seen.attention.shape[1])):
         rows[f"head {head + 1}"] = _heat(original, seen.attention[:, head], config.grid)

@@ -14,6 +14,7 @@ class TimmConfig(NamedTuple):
     in_chans: int
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+    cls_tokens: int = 1
 
 
 class TimmBackbone(nn.Module):

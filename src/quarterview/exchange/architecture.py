@@ -24,6 +24,8 @@ from quarterview.model.vit import LAYER_NORM_EPS, MLP_RATIO, SIZES
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DECODER = ("decoder*", "mask_token", "target.*")
 """The names of a decoder's tensors."""
+CLS_TOKENS = "quarterview_cls_tokens"
+"""Says in the ``config.json`` of our exports to timm how many cls tokens there are, registers among them."""
 _OTHERS = {  # how networks are recognised that are not ours to read, by a part of a name
     "layer1.0.conv1": "a ResNet",
     "visual.": "CLIP",
@@ -69,6 +71,8 @@ def recognise(found: Foreign, given: str, allow_partial: Sequence[str] = ()) -> 
         UserError: if they are no plain vision transformer's, or some are missing or not understood.
     """
     family, tensors = _to_our_names(found.tensors, given)
+    if CLS_TOKENS in found.config and "reg_token" in tensors:
+        tensors |= _cls_tokens(tensors.pop("reg_token"), tensors)
     dropped = [name for name in tensors if _matches(name, _NEEDLESS)]
     notes: list[str] = []
     if "head.weight" in tensors and not _head_is_ours(found.config, tensors):
@@ -84,6 +88,16 @@ def recognise(found: Foreign, given: str, allow_partial: Sequence[str] = ()) -> 
         what = "encoder"
         notes.append("there is no decoder: it is freshly initialised")
     return Recognised(f"{what} of {family}", config, kept, missing, tuple(dropped), tuple(notes))
+
+
+def _cls_tokens(registers: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Several cls tokens as we have them: with one row of positions for all, which was each one's."""
+    tokens = torch.cat([tensors["cls_token"], registers], dim=1)  # [1, K, D]
+    rows = tensors["pos_embed"][:, : tokens.shape[1]]
+    return {
+        "cls_token": tokens + (rows - rows[:, -1:]),  # which timm may have trained apart
+        "pos_embed": tensors["pos_embed"][:, tokens.shape[1] - 1 :].contiguous(),
+    }
 
 
 _NEEDLESS = ("pooler.*", "embeddings.mask_token")
@@ -212,6 +226,7 @@ def _configuration(
         "in_chans": channels,
         "mean": mean if mean is not None and len(mean) == channels else None,
         "std": std if std is not None and len(std) == channels else None,
+        "cls_tokens": tensors["cls_token"].shape[1] if tensors["cls_token"].ndim == 3 else 1,
     }
     if said.get("eps") not in (None, LAYER_NORM_EPS):
         notes.append(f"its LayerNorms add {said['eps']:g} to the variance, ours {LAYER_NORM_EPS:g}")
@@ -238,6 +253,7 @@ def _decoder(said: Mapping[str, Any], tensors: Mapping[str, Tensor], notes: list
         notes.append("whether pixels were normalised by patch is not recorded: it is assumed")
     fields = {
         "decoder": kind,
+        "fused_blocks": _fused(tensors),
         "decoder_width": width,
         "decoder_depth": _depth(tensors, "decoder_blocks"),
         "decoder_heads": heads,
@@ -245,6 +261,12 @@ def _decoder(said: Mapping[str, Any], tensors: Mapping[str, Tensor], notes: list
         "mask_ratio": said.get("mask_ratio"),
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _fused(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The earlier blocks that the decoder is given, by the names of their projections."""
+    found = (re.fullmatch(r"decoder_fusion\.projections\.(\d{1,3})\.weight", name) for name in tensors)
+    return tuple(sorted(int(match[1]) for match in found if match))
 
 
 def _said(found: Foreign) -> dict[str, Any]:

@@ -93,10 +93,12 @@ def _images(model: Model, facts: Facts) -> Iterator[tuple[str, str]]:
 def _architecture(model: Model, facts: Facts) -> Iterator[tuple[str, str]]:
     config, shape = model.config, model.config.shape
     yield "encoder", f"{shape.width} wide, {shape.depth} blocks, {shape.heads} heads"
-    yield "patches", f"{shape.patch_size} × {shape.patch_size} pixels, {config.patches} an image, and cls"
+    cls = "cls" if config.cls_tokens == 1 else f"{config.cls_tokens} cls tokens"
+    yield "patches", f"{shape.patch_size} × {shape.patch_size} pixels, {config.patches} an image, and {cls}"
     yield "LayerNorm", "epsilon 1e-6"
     if isinstance(model, Classifier):
-        read = "the mean of the patch tokens" if model.config.pool == "mean" else "the cls token"
+        of_cls = "the cls token" if config.cls_tokens == 1 else "the mean of the cls tokens"
+        read = "the mean of the patch tokens" if model.config.pool == "mean" else of_cls
         yield "head", f"{model.config.classes} classes, read from {read}"
         if model.config.class_names:
             yield "classes", ", ".join(model.config.class_names)
@@ -108,6 +110,11 @@ def _architecture(model: Model, facts: Facts) -> Iterator[tuple[str, str]]:
         squares = f", in squares of {mae.mask_unit} × {mae.mask_unit} patches" if mae.mask_unit > 1 else ""
         yield "masks", f"{mae.mask}{squares}, {mae.mask_ratio:.0%} hidden{predicted}"
         yield "target", mae.described_target
+        if mae.fused_blocks:
+            yield (
+                "given to the decoder",
+                f"blocks {', '.join(map(str, mae.fused_blocks))} and the last, fused",
+            )
 
 
 def _origin(facts: Facts) -> str:

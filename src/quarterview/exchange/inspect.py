@@ -31,10 +31,11 @@ def inspect(given: str, journal: Journal) -> None:
     weights = read(given)
     config, shape = weights.config, weights.config.shape
     height, width = config.image_size
+    several = f", {config.cls_tokens} cls tokens" if config.cls_tokens > 1 else ""
     rows = [
         ("kind", weights.kind),
         ("weights", str(weights.file or given)),
-        ("model", f"{config.model}: {shape.width} wide, {shape.depth} blocks, {shape.heads} heads"),
+        ("model", f"{config.model}: {shape.width} wide, {shape.depth} blocks, {shape.heads} heads{several}"),
         (
             "images",
             f"{height}×{width}, {config.in_chans} channels, {config.patches} patches of {shape.patch_size}",
@@ -74,6 +75,7 @@ def _task(config: MAEConfig, weights: Weights) -> list[tuple[str, str]]:
         return [("decoder", "none")]
     visible = keep_count(config.patches, config.mask_ratio)
     predicted = f", {config.predict_share:.0%} of the hidden predicted" if config.predict_share < 1 else ""
+    fused = " ".join(map(str, config.fused_blocks))
     return [
         (
             "decoder",
@@ -82,13 +84,15 @@ def _task(config: MAEConfig, weights: Weights) -> list[tuple[str, str]]:
         ),
         ("masks", f"{config.mask}, {config.mask_ratio:.0%} hidden, {visible} patches visible{predicted}"),
         ("target", config.described_target),
+        *([("fused", f"blocks {fused} and the last")] if fused else []),
     ]
 
 
 def _head(config: ClassifierConfig) -> list[tuple[str, str]]:
     names = f": {', '.join(config.class_names[:_CLASSES_SHOWN])}" if config.class_names else ""
     more = ", …" if config.class_names and len(config.class_names) > _CLASSES_SHOWN else ""
-    read_from = "the mean of the patch tokens" if config.pool == "mean" else "the cls token"
+    of_cls = "the cls token" if config.cls_tokens == 1 else "the mean of the cls tokens"
+    read_from = "the mean of the patch tokens" if config.pool == "mean" else of_cls
     return [("head", f"{config.classes} classes{names}{more}, read from {read_from}")]
 
 

@@ -27,7 +27,7 @@ _ONE_FILE = 1_900_000_000
 def export_onnx(model: Model, path: str | Path, facts: Facts | None = None) -> Exported:
     """Write an ONNX file with the input ``images``, float32 [B, C, H, W], for any B.
 
-    The outputs are, of a masked autoencoder, ``tokens`` [B, 1 + L, D] (cls, then the patches) and
+    The outputs are, of a masked autoencoder, ``tokens`` [B, K + L, D] (K of cls, then the patches) and
     ``pooled`` [B, D], the mean of the patches' tokens; of a classifier ``logits`` [B, classes]. How
     pictures are prepared is in the model's metadata. Weights of more than 1.9 GB go into a second
     file, ``NAME.data``.

@@ -52,7 +52,7 @@ def write(model: Model, file: Path, facts: Facts) -> Mapping[str, float]:
 
 def target(model: Model) -> Target:
     """What a card says of the file."""
-    call, shape = ("model.encode(images)", "1 + patches, width")
+    call, shape = ("model.encode(images)", f"{model.config.cls_tokens} + patches, width")
     if isinstance(model, Classifier):
         call, shape = ("model(images)", "classes")
     return Target(

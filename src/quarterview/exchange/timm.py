@@ -6,9 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quarterview.errors import UserError
+from quarterview.exchange.architecture import CLS_TOKENS
 from quarterview.exchange.card import Target
 from quarterview.exchange.facts import Facts
 from quarterview.exchange.folder import write_folder
@@ -25,6 +27,14 @@ _ENTRIES = {  # timm's names of the shapes; every number is in model_args, so an
     "large": "vit_large_patch16_224",
     "huge": "vit_huge_patch14_224",
 }
+_POOLING = (
+    "`global_pool` may be `token`, `avg` or empty; keep `fc_norm` false, as the norm is in its usual place. "
+    "The decoder is not here."
+)
+_SEVERAL = (
+    "The first {0} tokens are cls tokens, of which timm calls all but one registers; Quarterview's feature "
+    "`cls` is their mean, while `token` gives the first alone."
+)
 _WITHOUT_DECODER = ("decoder", "mask_token", "target.")
 
 
@@ -34,15 +44,17 @@ def export_timm(model: Model, folder: str | Path, facts: Facts | None = None) ->
     The encoder of a masked autoencoder becomes a model without a head, its final norm where ours has
     it (``fc_norm=False``), so that any `global_pool` gives our tokens; the decoder stays behind. A
     fine-tuned classifier keeps its head; if it reads the mean of the patch tokens, ``fc_norm=True``.
+    Of several cls tokens timm calls all but the first registers.
 
     Args:
         facts: where the weights come from, for the card.
 
     Raises:
-        UserError: if timm is not installed (the extra ``quarterview[timm]``), or the folder holds
-            something else.
+        UserError: if timm cannot hold the model, or is not installed (the extra
+            ``quarterview[timm]``), or the folder holds something else.
         RunError: if timm's forward differs from ours; then nothing is written.
     """
+    _check_expressible(model)
     try:
         import timm  # noqa: F401
     except ImportError:
@@ -51,10 +63,21 @@ def export_timm(model: Model, folder: str | Path, facts: Facts | None = None) ->
     return write_folder(model, folder, facts, target(model), partial(_write, model, facts))
 
 
+def _check_expressible(model: Model) -> None:
+    """Raises UserError unless timm can hold a model."""
+    several = model.config.cls_tokens
+    if several > 1 and isinstance(model, Classifier) and model.config.pool == "cls":
+        raise UserError(
+            f"timm cannot hold a head that reads the mean of {several} cls tokens (it reads the first); "
+            "accepted: onnx, torch-export or safetensors"
+        )
+
+
 def model_args(model: Model) -> dict[str, Any]:
     """The arguments of timm's ``VisionTransformer`` that make it ours."""
     config, shape = model.config, model.config.shape
     mean_pooled = isinstance(model, Classifier) and model.config.pool == "mean"
+    pool = "avg" if mean_pooled or config.cls_tokens > 1 else "token"  # which would be one of several
     return {
         "img_size": list(config.image_size),
         "patch_size": shape.patch_size,
@@ -65,8 +88,9 @@ def model_args(model: Model) -> dict[str, Any]:
         "mlp_ratio": MLP_RATIO,
         "qkv_bias": True,
         "class_token": True,
+        **({"reg_tokens": config.cls_tokens - 1} if config.cls_tokens > 1 else {}),
         "num_classes": model.config.classes if isinstance(model, Classifier) else 0,
-        "global_pool": "avg" if mean_pooled else "token",
+        "global_pool": pool,
         "fc_norm": mean_pooled,
     }
 
@@ -75,11 +99,24 @@ def _write(model: Model, facts: Facts, folder: Path) -> Mapping[str, float]:
     weights = {
         name: value for name, value in model.state_dict().items() if not name.startswith(_WITHOUT_DECODER)
     }
+    if model.config.cls_tokens > 1:
+        weights |= _registers(weights)
     save_weights(folder / "model.safetensors", weights, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(_config(model, facts), indent=1) + "\n", "utf-8")
     differences = _compare(model, folder)
     accept("timm", differences)
     return differences
+
+
+def _registers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Several cls tokens as timm has them: one, registers, and a row of positions for each."""
+    tokens, positions = weights["cls_token"], weights["pos_embed"]
+    rows = positions[:, :1].expand(-1, tokens.shape[1], -1)
+    return {
+        "cls_token": tokens[:, :1].contiguous(),
+        "reg_token": tokens[:, 1:].contiguous(),
+        "pos_embed": torch.cat([rows, positions[:, 1:]], dim=1),
+    }
 
 
 def _config(model: Model, facts: Facts) -> dict[str, Any]:
@@ -101,6 +138,7 @@ def _config(model: Model, facts: Facts) -> dict[str, Any]:
         "num_features": config.shape.width,
         "global_pool": arguments["global_pool"],
         "model_args": arguments,
+        **({CLS_TOKENS: config.cls_tokens} if config.cls_tokens > 1 else {}),
         "pretrained_cfg": cfg,
     }
 
@@ -128,7 +166,8 @@ def target(model: Model) -> Target:
     """What a card says of an export to timm."""
     classifies = isinstance(model, Classifier)
     call = "logits = model(images)" if classifies else "tokens = model.forward_features(images)"
-    shape = "classes" if classifies else "1 + patches, width"
+    several = model.config.cls_tokens
+    shape = "classes" if classifies else f"{several} + patches, width"
     return Target(
         name="timm",
         library="timm",
@@ -138,13 +177,7 @@ def target(model: Model) -> Target:
         packages=("timm",),
         notes=(
             "`timm.data.create_transform(**timm.data.resolve_data_config(model=model))` prepares pictures.",
-            *(
-                ()
-                if classifies
-                else (
-                    "`global_pool` may be `token`, `avg` or empty; keep `fc_norm` false, as the norm is in "
-                    "its usual place. The decoder is not here.",
-                )
-            ),
+            *(() if classifies else (_POOLING,)),
+            *((_SEVERAL.format(several),) if several > 1 and not classifies else ()),
         ),
     )

@@ -23,7 +23,7 @@ _EXAMPLES = 2  # one would be taken for a constant
 class Graph(nn.Module):
     """What is exported: images to what `verify.outputs` names, in the same order.
 
-    float [B, C, H, W], normalised -> of a masked autoencoder tokens [B, 1 + L, D] and their mean without
+    float [B, C, H, W], normalised -> of a masked autoencoder tokens [B, K + L, D] and their mean without
     cls [B, D]; of a classifier logits [B, classes].
     """
 
@@ -35,7 +35,7 @@ class Graph(nn.Module):
         if isinstance(self.model, Classifier):
             return (self.model(images),)
         tokens = self.model.encode(images)
-        return tokens, tokens[:, 1:].mean(dim=1)
+        return tokens, tokens[:, self.model.config.cls_tokens :].mean(dim=1)
 
 
 def names(model: Model) -> tuple[str, ...]:

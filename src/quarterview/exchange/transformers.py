@@ -33,6 +33,7 @@ from quarterview.exchange.verify import (
     reference,
 )
 from quarterview.model.classifier import Classifier
+from quarterview.model.config import MAEConfig
 from quarterview.model.mae import MaskedAutoencoder
 from quarterview.model.vit import LAYER_NORM_EPS, MLP_RATIO
 from quarterview.train.checkpoint import save_weights
@@ -119,23 +120,29 @@ def check_expressible(model: Model, parts: Sequence[str]) -> None:
 
 def _limits(model: Model, part: str) -> Iterator[str]:
     """What a class of transformers cannot hold of a model, by name."""
+    if model.config.cls_tokens > 1:
+        yield f"{model.config.cls_tokens} cls tokens (only one)"
     if isinstance(model, Classifier):
         if part == "mae":
             yield "a fine-tuned classifier, which has no decoder"
         elif model.config.pool == "mean":
             yield "a head that reads the mean of the patch tokens (it reads the cls token)"
         return
-    config = model.config
     if part == "classifier":
         yield "a masked autoencoder, which has no head"
-    if part != "mae":
-        return
+    if part == "mae":
+        yield from _limits_of_pretraining(model.config)
+
+
+def _limits_of_pretraining(config: MAEConfig) -> Iterator[str]:
     if config.image_size[0] != config.image_size[1]:
         yield f"a {config.image_size} image (only squares)"
     if config.encoder_mask_tokens:
         yield "mask tokens in the encoder"
     if config.decoder == "cross":
         yield "a cross-attention decoder"
+    if config.fused_blocks:
+        yield "a decoder that is given fused blocks"
     if config.decoder_depth == 0:
         yield "a decoder without blocks"
     if config.predict_all:

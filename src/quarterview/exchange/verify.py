@@ -69,13 +69,13 @@ def outputs(model: Model, images: Tensor) -> dict[str, Tensor]:
     """What exports return, by our forward.
 
     Returns:
-        `tokens`, float [B, 1 + L, D]; of a masked autoencoder their mean without cls too, `pooled`,
+        `tokens`, float [B, K + L, D]; of a masked autoencoder their mean without cls too, `pooled`,
         float [B, D]; of a classifier `logits`, float [B, classes].
     """
     tokens = model.encode(images)
     if isinstance(model, Classifier):
         return {"tokens": tokens, "logits": model(images)}
-    return {"tokens": tokens, "pooled": tokens[:, 1:].mean(dim=1)}
+    return {"tokens": tokens, "pooled": tokens[:, model.config.cls_tokens :].mean(dim=1)}
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:

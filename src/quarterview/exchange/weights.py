@@ -23,7 +23,8 @@ from quarterview.exchange.architecture import DECODER, recognise
 from quarterview.exchange.foreign import ACCEPTED, fetch, header_entry, read_foreign
 from quarterview.model.classifier import Classifier, ClassifierConfig
 from quarterview.model.config import MAEConfig, ViTConfig
-from quarterview.model.mae import MaskedAutoencoder, fresh_model
+from quarterview.model.create import fresh_model
+from quarterview.model.mae import MaskedAutoencoder
 from quarterview.model.tokenizer import DiscreteVAE, TokenizerConfig
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal
@@ -368,6 +369,10 @@ def load_encoder(model: Classifier, given: str | Path, ema: bool = False) -> lis
             f"{given} is {theirs.model} of {theirs.in_chans} channels; accepted: {ours.model} of "
             f"{ours.in_chans}, the classifier's"
         )
+    if theirs.cls_tokens != ours.cls_tokens:
+        raise UserError(
+            f"{given} has {theirs.cls_tokens} cls tokens; accepted: {ours.cls_tokens}, the classifier's"
+        )
     tensors, notes = adapt(weights.tensors, theirs, ours)
     left = {
         name for name in tensors if name.startswith(("decoder", "mask_token", "target.", "head.", "fc_norm."))
@@ -437,8 +442,8 @@ def check_start(
     if different["encoder"] or (different["decoder"] and not fresh):
         raise UserError(
             f"the weights in {given} are of another architecture: "
-            f"{'; '.join(different['encoder'] + different['decoder'])}; accepted: the same width, depth and "
-            "heads, and the same decoder or --allow-partial 'decoder*' for a new one"
+            f"{'; '.join(different['encoder'] + different['decoder'])}; accepted: the same width, depth, "
+            "heads and cls tokens, and the same decoder or --allow-partial 'decoder*' for a new one"
         )
     return weights, different["decoder"]
 
@@ -455,7 +460,9 @@ def _differences(weights: Weights, ours: MAEConfig) -> dict[str, list[str]]:
 
     theirs = weights.config
     encoder = differ(theirs.shape, ours.shape, ("width", "depth", "heads"))
+    encoder += differ(theirs, ours, ("cls_tokens",))
     decoder = ("decoder", "decoder_width", "decoder_depth", "decoder_heads", "encoder_mask_tokens", "target")
+    decoder = (*decoder, "fused_blocks")
     if ours.target != "pixels":  # whose predictions are not those of another patch
         decoder = (*decoder, "predicted_numbers", "shape", "in_chans")
     return {"encoder": encoder, "decoder": differ(theirs, ours, decoder) if weights.has_decoder else []}

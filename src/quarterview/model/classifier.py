@@ -3,7 +3,7 @@
 The parameter names are timm's. With mean pooling there is no `norm`: the patch tokens, without cls,
 are averaged first and the average normalised by `fc_norm` (the official fine-tuning of He et al.
 2021; timm's ``global_pool="avg", fc_norm=True``). With cls pooling the encoder's `norm` stays, and
-the head reads the cls token.
+the head reads the cls token, or the mean of them.
 """
 
 import math
@@ -31,7 +31,7 @@ class ClassifierConfig(ViTConfig):
     classes: int = 1000
     """How many classes there are."""
     pool: Pool = "mean"
-    """What the head reads: the mean of the patch tokens, or the cls token."""
+    """What the head reads: the mean of the patch tokens, or the cls token (of several the mean)."""
     class_names: tuple[str, ...] | None = None
     """What the classes are called, in the order of the head's rows."""
 
@@ -53,7 +53,7 @@ class Classifier(nn.Module):
         shape = config.shape
         self.patch_size, self.grid = shape.patch_size, config.grid
         self.patch_embed = PatchEmbed(shape.patch_size, config.in_chans, shape.width)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.width))
+        self.cls_token = nn.Parameter(torch.zeros(1, config.cls_tokens, shape.width))
         self.pos_embed = nn.Parameter(sincos_2d(shape.width, self.grid))  # trained, as the official code does
         self.blocks = nn.ModuleList(Block(shape.width, shape.heads) for _ in range(shape.depth))
         norm = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
@@ -73,7 +73,7 @@ class Classifier(nn.Module):
             scales: float [B, depth, 2], what the branches of each block are multiplied by: drop path.
 
         Returns:
-            float [B, 1 + L, D]: cls, then the patches by row.
+            float [B, K + L, D]: K cls tokens, then the patches by row.
 
         Raises:
             ValueError: if the images have another shape than the model's.
@@ -83,18 +83,19 @@ class Classifier(nn.Module):
             raise ValueError(
                 f"images of shape {tuple(images.shape)}; accepted: (B, {', '.join(map(str, expected))})"
             )
-        x = self.patch_embed(patchify(images, self.patch_size))  # [B, L, D]
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed  # [B, 1 + L, D]
+        x = self.patch_embed(patchify(images, self.patch_size)) + self.pos_embed[:, 1:]  # [B, L, D]
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)  # one row serves all
+        x = torch.cat([cls, x], dim=1)  # [B, K + L, D]
         for i, block in enumerate(self.blocks):
             x = block(x, None if scales is None else scales[:, i])
         return self.norm(x)
 
     def features(self, images: Tensor, scales: Tensor | None = None) -> Tensor:
         """What the head reads: float [B, D]."""
-        tokens = self.encode(images, scales)
+        tokens, cls = self.encode(images, scales), self.config.cls_tokens
         if self.config.pool == "cls":
-            return tokens[:, 0]
-        return self.fc_norm(tokens[:, 1:].mean(dim=1))
+            return tokens[:, :cls].mean(dim=1)
+        return self.fc_norm(tokens[:, cls:].mean(dim=1))
 
     def forward(self, images: Tensor, scales: Tensor | None = None) -> Tensor:
         """float [B, C, H, W], normalised -> logits, float [B, classes]."""

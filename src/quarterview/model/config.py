@@ -26,6 +26,8 @@ class ViTConfig:
     """Channel means, of pixels in [0, 1], that images are normalised by; measured when None."""
     std: tuple[float, ...] | None = None
     """Channel standard deviations, likewise."""
+    cls_tokens: int = 1
+    """How many cls tokens the encoder has; the feature `cls` is their mean (Pixio: 4 to 8)."""
 
     def __post_init__(self) -> None:
         size = (self.image_size,) if isinstance(self.image_size, int) else tuple(self.image_size)
@@ -42,6 +44,8 @@ class ViTConfig:
             )
         if self.in_chans < 1:
             raise UserError(f"{self.in_chans} channels; accepted: 1 or more")
+        if not 0 < self.cls_tokens < 1000:
+            raise UserError(f"{self.cls_tokens} cls tokens; accepted: 1 to 999")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and len(values) != self.in_chans:
@@ -99,11 +103,16 @@ class MAEConfig(ViTConfig):
     """Attention heads of the decoder."""
     encoder_mask_tokens: bool = False
     """Let the encoder see mask tokens in place of hidden patches (table 1c: slower and worse)."""
+    fused_blocks: tuple[int, ...] = ()
+    """Earlier blocks of the encoder whose outputs the decoder is given together with the last one's, each
+    projected, in a learned weighted sum (MFF, Liu et al. 2023: 1 3 5 7 9 of 12). Features stay the last's."""
     predict_all: bool = False
     """Predict visible patches too and count them in the loss (footnote 1: costs half a point)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        fused = self.fused_blocks
+        object.__setattr__(self, "fused_blocks", (fused,) if isinstance(fused, int) else tuple(fused))
         check_types(self, MAEConfig)
         patch = self.shape.patch_size
         if not 0 <= self.decoder_depth < 1000:
@@ -123,6 +132,7 @@ class MAEConfig(ViTConfig):
         if self.mask_unit > 1 and self.mask != "random":
             raise UserError(f"mask units of {self.mask_unit} with {self.mask} masks; accepted: random ones")
         self._check_decoder()
+        self._check_fusion()
         try:
             masking.keep_count(self.patches, self.mask_ratio)
         except ValueError as error:
@@ -182,4 +192,21 @@ class MAEConfig(ViTConfig):
             raise UserError(
                 "visible patches cannot be predicted by a cross decoder, which looks at them; accepted: "
                 "--no-predict-all, or --decoder standard"
+            )
+
+    def _check_fusion(self) -> None:
+        fused, depth = self.fused_blocks, self.shape.depth
+        if not fused:
+            return
+        if list(fused) != sorted({block for block in fused if 0 < block < depth}):
+            raise UserError(
+                f"fused blocks {' '.join(map(str, fused))} of an encoder of {depth}; accepted: different "
+                f"numbers from 1 to {depth - 1}, ascending; the last block is always among them"
+                if depth > 1
+                else "fused blocks of an encoder that has one; accepted: none"
+            )
+        if self.decoder == "cross":
+            raise UserError(
+                "fused blocks, and a cross decoder, whose blocks mix all of the encoder's already; accepted: "
+                "one of the two"
             )

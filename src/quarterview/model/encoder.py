@@ -21,7 +21,7 @@ class Encoder(nn.Module):
         shape = config.shape
         self.patch_size, self.grid = shape.patch_size, config.grid
         self.patch_embed = PatchEmbed(shape.patch_size, config.in_chans, shape.width)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.width))
+        self.cls_token = nn.Parameter(torch.zeros(1, config.cls_tokens, shape.width))
         self.pos_embed = nn.Parameter(sincos_2d(shape.width, self.grid), requires_grad=False)
         self.blocks = nn.ModuleList(Block(shape.width, shape.heads) for _ in range(shape.depth))
         self.norm = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
@@ -30,7 +30,7 @@ class Encoder(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        """float [B, C, H, W], normalised -> float [B, 1 + L, D]: cls, then the patches by row."""
+        """float [B, C, H, W], normalised -> float [B, K + L, D]: K cls tokens, then the patches by row."""
         x = self.patch_embed(patchify(images, self.patch_size)) + self.pos_embed[:, 1:]  # [B, L, D]
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1).to(x.dtype)
         x = torch.cat([cls, x], dim=1)

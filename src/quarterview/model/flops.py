@@ -39,17 +39,19 @@ def flops(config: MAEConfig) -> Flops:
     numbers = shape.patch_size**2 * config.in_chans  # in a patch
     kept = masking.keep_count(patches, config.mask_ratio)
     predicted = patches if config.predict_all else patches - kept
-    encoded = 1 + (patches if config.encoder_mask_tokens else kept)
+    encoded = config.cls_tokens + (patches if config.encoder_mask_tokens else kept)
     width, depth = config.decoder_width, config.decoder_depth
     if config.decoder == "cross":
         predicted = max(1, round(config.predict_share * predicted))
         decoder = depth * cross_block_flops(predicted, encoded, width, shape.width)
         decoder += 2 * depth * (1 + shape.depth) * encoded * shape.width  # the mixtures of layers
     elif depth:
-        decoder = _linear(encoded, shape.width, width) + (depth - 1) * block_flops(1 + patches, width)
-        decoder += block_flops(1 + patches, width, 1 + patches if config.predict_all else predicted)
+        tokens = config.cls_tokens + patches
+        decoder = _linear(encoded, shape.width, width) + (depth - 1) * block_flops(tokens, width)
+        decoder += block_flops(tokens, width, tokens if config.predict_all else predicted)
     else:
         decoder, width = 0, shape.width
+    decoder += len(config.fused_blocks) * _linear(encoded, shape.width, shape.width)
     return Flops(
         patch_embedding=_linear(kept, numbers, shape.width),
         encoder=shape.depth * block_flops(encoded, shape.width),

@@ -4,11 +4,11 @@ Cut the image into patches, hide three quarters of them, encode what is left, de
 with mask tokens, and compare the hidden patches with the truth. One polarity everywhere: `mask` is
 bool [B, L], True where hidden. One order of tokens: cls, visible, hidden; attention does not care
 about order once positions are added, so nothing is ever shuffled back but pictures for people.
-A cheaper decoder, which is not the paper's, is in `cross.py`.
+A cheaper decoder, which is not the paper's, is in `cross.py`; nor is what `fusion.py` adds.
 
 Letters in shapes: B images, N masks (B, or a multiple of it where each image has several, which follow
 one another), C channels, H×W pixels, p the patch size, L patches, V visible ones, Q predicted ones,
-P = p*p*C numbers in a patch, D the encoder's width and E the decoder's.
+P = p*p*C numbers in a patch, K cls tokens (the paper's is one), D the encoder's width and E the decoder's.
 """
 
 from typing import NamedTuple
@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from quarterview import draws
-from quarterview.errors import UserError, unknown
+from quarterview.errors import UserError
 from quarterview.model import masking
 from quarterview.model.config import MAEConfig
 from quarterview.model.cross import CrossDecoder
+from quarterview.model.fusion import Fusion
 from quarterview.model.positions import sincos_2d
 from quarterview.model.targets import Target, nearness, patch_statistics, take, target_of
 from quarterview.model.vit import LAYER_NORM_EPS, Block, PatchEmbed, init_weights, patchify
@@ -39,7 +39,8 @@ class MAEOutput(NamedTuple):
     """int64 [N, Q], which patches those are: the hidden ones, L - V a mask; all with `predict_all`; a
     random part of the hidden ones in training mode with a `predict_share` below 1."""
     latent: Tensor
-    """float [N, 1 + V, D], the encoder's tokens: cls, then the visible patches, then mask tokens if any."""
+    """float [N, K + V, D], the encoder's tokens as the decoder is given them: cls, then the visible patches,
+    then mask tokens if any."""
 
 
 class MaskedAutoencoder(nn.Module):
@@ -53,7 +54,7 @@ class MaskedAutoencoder(nn.Module):
         self.kept = masking.keep_count(config.patches, config.mask_ratio)
 
         self.patch_embed = PatchEmbed(shape.patch_size, config.in_chans, shape.width)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.width))
+        self.cls_token = nn.Parameter(torch.zeros(1, config.cls_tokens, shape.width))
         self.pos_embed = nn.Parameter(sincos_2d(shape.width, self.grid), requires_grad=False)
         self.blocks = nn.ModuleList(Block(shape.width, shape.heads) for _ in range(shape.depth))
         self.norm = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
@@ -77,6 +78,8 @@ class MaskedAutoencoder(nn.Module):
         self.apply(init_weights)
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
+        fused = config.fused_blocks  # drawn last, so that all else begins as it does without
+        self.decoder_fusion = Fusion(shape.width, fused) if fused else None
 
     # ------------------------------------------------------------------ patches
 
@@ -136,7 +139,7 @@ class MaskedAutoencoder(nn.Module):
             mask: bool [B, L], True where hidden, with equal counts in every row.
 
         Returns:
-            float [B, 1 + V, D] after the final norm: cls, then the visible patches in ascending
+            float [B, K + V, D] after the final norm: cls, then the visible patches in ascending
             patch index. Deterministic.
 
         Raises:
@@ -156,7 +159,7 @@ class MaskedAutoencoder(nn.Module):
         layers: list[Tensor] | None = None,
     ) -> Tensor:
         """Only visible patches are embedded. With `hidden`, mask tokens stand in for those. What goes
-        into each block, float [N, 1 + V, D], is appended to `layers`."""
+        into each block, float [N, K + V, D], is appended to `layers`, and fused if the model does that."""
         positions = self.pos_embed[:, 1:]
         if visible is not None:
             patches, positions = take(patches, visible), take(positions, visible)
@@ -165,11 +168,13 @@ class MaskedAutoencoder(nn.Module):
         tokens = [cls, x]
         if hidden is not None:
             tokens.append((self.mask_token + take(self.pos_embed[:, 1:], hidden)).to(x.dtype))
-        x = torch.cat(tokens, dim=1)  # [N, 1 + V, D], or [N, 1 + L, D] with mask tokens
+        x = torch.cat(tokens, dim=1)  # [N, K + V, D], or [N, K + L, D] with mask tokens
         for block in self.blocks:
             if layers is not None:
                 layers.append(x)
             x = block(x)
+        if self.decoder_fusion is not None and layers is not None:
+            x = self.decoder_fusion(layers, x)
         return self.norm(x)
 
     # ------------------------------------------------------------------ decode
@@ -178,13 +183,14 @@ class MaskedAutoencoder(nn.Module):
         self, patches: Tensor, visible: Tensor, hidden: Tensor, wanted: Tensor
     ) -> tuple[Tensor, Tensor]:
         """float [N, Q, P] for the patches `wanted`, and the encoder's tokens; `hidden` may be none."""
+        layers: list[Tensor] = []
         if self.config.decoder == "cross":
-            layers: list[Tensor] = []
             tokens = self._encode(patches, visible, layers=layers)
             layers.append(tokens)
             x = self.decoder_blocks(self.mask_token + take(self.decoder_pos_embed, 1 + wanted), layers)
         else:
-            tokens = self._encode(patches, visible, hidden if self.config.encoder_mask_tokens else None)
+            masked = hidden if self.config.encoder_mask_tokens else None
+            tokens = self._encode(patches, visible, masked, layers if self.config.fused_blocks else None)
             x = self._decode(tokens, visible, hidden, everything=wanted.shape[1] > hidden.shape[1])
         return self.decoder_pred(self.decoder_norm(x)), tokens
 
@@ -194,18 +200,19 @@ class MaskedAutoencoder(nn.Module):
         if not self.config.encoder_mask_tokens:
             x = torch.cat([x.float(), self.mask_token.expand(len(x), hidden.shape[1], -1)], dim=1)
         if len(self.decoder_blocks) or not self.config.encoder_mask_tokens:
-            x = x + self._decoder_positions(visible, hidden)  # [N, 1 + L, E]: cls, visible, hidden
-        first = 0 if everything else 1 + visible.shape[1]  # in the last block others are only attended to
+            x = x + self._decoder_positions(visible, hidden)  # [N, K + L, E]: cls, visible, hidden
+        cls = self.config.cls_tokens
+        first = 0 if everything else cls + visible.shape[1]  # in the last block others are only attended to
         for i, block in enumerate(self.decoder_blocks, 1):
             x = block(x, first=first if i == len(self.decoder_blocks) else 0)
         if everything:
             order = torch.cat([visible, hidden], dim=1)
-            return take(x[:, 1:], order.argsort(dim=1))  # [N, L, E], ascending
+            return take(x[:, cls:], order.argsort(dim=1))  # [N, L, E], ascending
         return x[:, -hidden.shape[1] :]
 
     def _decoder_positions(self, visible: Tensor, hidden: Tensor) -> Tensor:
-        order = torch.cat([visible.new_zeros(len(visible), 1), 1 + visible, 1 + hidden], dim=1)
-        return take(self.decoder_pos_embed, order)
+        cls = visible.new_zeros(len(visible), self.config.cls_tokens)  # whose row is the first, of zeros
+        return take(self.decoder_pos_embed, torch.cat([cls, 1 + visible, 1 + hidden], dim=1))
 
     # ------------------------------------------------------------------ target and loss
 
@@ -275,25 +282,3 @@ class MaskedAutoencoder(nn.Module):
             raise UserError("this model's target is no picture, so there is nothing to reconstruct")
         index = hidden[:, :, None].expand(-1, -1, patches.shape[2])
         return self.unpatchify(patches.scatter(1, index, pixels))
-
-
-def fresh_model(config: MAEConfig, seed: int) -> MaskedAutoencoder:
-    """A model with the initial weights that belong to a seed."""
-    with draws.seeded(seed, "init"):
-        return MaskedAutoencoder(config)
-
-
-def create_model(model: str, **config) -> MaskedAutoencoder:
-    """A masked autoencoder with fresh weights, drawn from torch's default generator.
-
-    Args:
-        model: ``mae_vit_{tiny,small,base,large,huge}_patch{N}``, see `parse_model_name`.
-        config: any field of `MAEConfig`.
-
-    Raises:
-        UserError: if the name, a field or a value is not accepted.
-    """
-    for name in config:
-        if name not in MAEConfig.__dataclass_fields__:
-            raise unknown("model option", name, MAEConfig.__dataclass_fields__)
-    return MaskedAutoencoder(MAEConfig(model=model, **config))

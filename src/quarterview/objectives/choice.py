@@ -7,8 +7,8 @@ from typing import Any, Literal, TypeVar, get_args
 from quarterview.errors import UserError, check_types
 from quarterview.model.classifier import ClassifierConfig, fresh_classifier
 from quarterview.model.config import MAEConfig, ViTConfig
+from quarterview.model.create import fresh_model
 from quarterview.model.encoder import fresh_encoder
-from quarterview.model.mae import fresh_model
 from quarterview.model.tokenizer import TokenizerConfig, fresh_tokenizer
 from quarterview.objectives.contrastive import (
     ContrastiveConfig,
@@ -105,7 +105,7 @@ def model_config_of(
         class_names, classes: of labelled images.
         vocabulary: of the tokenizer, where one is used or made.
     """
-    encoder = {name: getattr(config, name) for name in ("model", "image_size", "in_chans")}
+    encoder = {name: getattr(config, name) for name in ("model", "image_size", "in_chans", "cls_tokens")}
     if config.objective in PREDICTING:
         words = vocabulary if config.target == "tokens" else None
         return replace(part_of(config, MAEConfig), mean=mean, std=std, vocabulary=words)

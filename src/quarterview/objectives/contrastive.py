@@ -80,8 +80,8 @@ class Contrastive(nn.Module):
         return batch.images, batch.second
 
     def features(self, encoder: Encoder, images: Tensor) -> Tensor:
-        """The cls tokens of all ranks' images: float32 [B, D]."""
-        return self.gather(encoder(images)[:, 0].float())
+        """The cls tokens of all ranks' images, of several the mean: float32 [B, D]."""
+        return self.gather(encoder(images)[:, : encoder.config.cls_tokens].float().mean(dim=1))
 
 
 class SimCLR(Contrastive):

@@ -63,8 +63,8 @@ class MaskedAutoencoding(nn.Module):
         out = self.model(batch.images, noise=self.noise(batch.epochs, batch.ids, masks))
         if not self.uniformity or not self.training:
             return Loss(out.loss, {})
-        visible = 1 + self.model.kept
-        features = out.latent[::masks, 1:visible].float().mean(dim=1)  # [B, D]
+        cls = self.model.config.cls_tokens
+        features = out.latent[::masks, cls : cls + self.model.kept].float().mean(dim=1)  # [B, D]
         with torch.autocast(batch.images.device.type, enabled=False):
             alike = likeness(self.gather(features))
         return Loss(out.loss + self.uniformity * alike, {"prediction": out.loss, "likeness": alike})

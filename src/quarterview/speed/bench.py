@@ -21,8 +21,8 @@ from quarterview.data.stream import default_holdout
 from quarterview.dry_run import ADAM_BYTES, measure
 from quarterview.errors import UserError, check_types
 from quarterview.model.config import MAEConfig
+from quarterview.model.create import fresh_model
 from quarterview.model.flops import flops
-from quarterview.model.mae import fresh_model
 from quarterview.model.vit import recompute_blocks
 from quarterview.objectives.mae import MaskedAutoencoding
 from quarterview.pretraining import PretrainConfig

@@ -31,8 +31,8 @@ class Product(NamedTuple):
 def products_of(config: MAEConfig, batch: int) -> list[Product]:
     """The products of the largest layers of a model, for so many images at once, and the squares."""
     shape, kept = config.shape, int(config.patches * (1 - config.mask_ratio))
-    encoded = batch * (1 + (config.patches if config.encoder_mask_tokens else kept))
-    decoded = batch * (1 + config.patches) if config.decoder_depth else 0
+    encoded = batch * (config.cls_tokens + (config.patches if config.encoder_mask_tokens else kept))
+    decoded = batch * (config.cls_tokens + config.patches) if config.decoder_depth else 0
     widths = [(encoded, shape.width), (decoded, config.decoder_width)]
     layers = [
         Product(rows, *ends)

@@ -28,7 +28,8 @@ from quarterview.evaluate.knn import nearest, vote
 from quarterview.evaluate.linear import check_classes, choose_strength, fit
 from quarterview.exchange.weights import load
 from quarterview.model.config import MAEConfig
-from quarterview.model.mae import MaskedAutoencoder, fresh_model
+from quarterview.model.create import fresh_model
+from quarterview.model.mae import MaskedAutoencoder
 from quarterview.objectives.choice import COMPARING
 from quarterview.pretraining import PretrainConfig
 from quarterview.studies.plain_features import patch_clusters, picture_components
@@ -132,7 +133,8 @@ def tuned(
         **{"device": config.device, "precision": pretraining.precision},
     }
     if run == SCRATCH:
-        network = {name: getattr(pretraining, name) for name in ("model", "image_size", "in_chans")}
+        names = ("model", "image_size", "in_chans", "cls_tokens")
+        network = {name: getattr(pretraining, name) for name in names}
         values |= {**network, "layer_decay": 1.0}
     result = finetune(replace(recipe, **values))
     if result.run.status != "complete":
@@ -210,6 +212,7 @@ def _model(run: str | None, pretraining: PretrainConfig, seed: int) -> MaskedAut
         return model
     half = (0.5,) * pretraining.in_chans  # mean and deviation
     network = (pretraining.model, pretraining.image_size, pretraining.in_chans, half, half)
+    network = (*network, pretraining.cls_tokens)
     return fresh_model(MAEConfig(*network, decoder_depth=0, encoder_mask_tokens=True), seed).eval()
 
 

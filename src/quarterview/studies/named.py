@@ -358,11 +358,20 @@ LATER = Table(
         Arm("the paper's"),
         Arm("uniform features (U-MAE)", {"uniformity": 0.01}),
         Arm("squares of 2 × 2 patches hidden", {"mask_unit": 2}),
+        Arm("4 cls tokens, squares of 2 × 2 hidden", {"cls_tokens": 4, "mask_unit": 2}),
+        Arm("fused blocks (MFF)", {"fused_blocks": "study"}),
         Arm("cross decoder (CrossMAE)", {"decoder": "cross", "predict_share": 1 / 3}),
     ),
     (
         *_ahead("uniform features serve the linear probe", "uniform features (U-MAE)", "the paper's", _LIN),
         *_ahead("squares serve the linear probe", "squares of 2 × 2 patches hidden", "the paper's", _LIN),
+        *_ahead(
+            "cls tokens and squares serve the linear probe",
+            "4 cls tokens, squares of 2 × 2 hidden",
+            "the paper's",
+            _LIN,
+        ),
+        *_ahead("fused blocks serve the linear probe", "fused blocks (MFF)", "the paper's", _LIN),
         Finding("the cross decoder is as good", "cross decoder (CrossMAE)", "the paper's", _FT, "as good"),
     ),
 )

@@ -18,6 +18,8 @@ HEAD = 32
 """Width of a decoder's head."""
 TOKENIZER = "tokenizer"
 """The folder of its run."""
+_NEWER: Mapping[str, Any] = {"cls_tokens": 1, "fused_blocks": ()}
+"""Fields that came later, and what they were before: an arm without them keeps its folder."""
 _NOT_PLANNED = ("out", "seed", "data", "device", "workers", "steps", "epochs", "resume", "tokenizer")
 
 BudgetKind = Literal["minutes", "images", "flops"]
@@ -134,8 +136,11 @@ def base_of(study: Study, config: StudyConfig) -> PretrainConfig:
 
 
 def arm_config(base: PretrainConfig, arm: Arm, tokenizer: str, config: StudyConfig) -> PretrainConfig:
-    """The pre-training of one arm. A tokenizer called `study` is the one that the study trains."""
+    """The pre-training of one arm. A tokenizer called `study` is the one that the study trains, and fused
+    blocks called so are every other one but the last."""
     values: dict[str, Any] = dict(arm.values)
+    if values.get("fused_blocks") == "study":  # the paper's 1, 3, 5, 7, 9 of twelve
+        values["fused_blocks"] = tuple(range(1, base.shape.depth - 1, 2))
     if values.get("objective") in COMPARING and config.head_width is not None:
         values = {"head_width": config.head_width, **values}
     if arm.decoder_share is not None:
@@ -160,7 +165,7 @@ def tokenizer_config(base: PretrainConfig, folder: str, config: StudyConfig) -> 
     values["vocabulary"] = config.vocabulary
     if config.tokenizer_width is not None:
         values["tokenizer_width"] = config.tokenizer_width
-    values |= {"out": folder, "target": "pixels", "tokenizer": None, "init_from": None}
+    values |= {"out": folder, "target": "pixels", "tokenizer": None, "init_from": None, "fused_blocks": ()}
     return replace(base, **values)
 
 
@@ -196,7 +201,8 @@ def key_of(arm: Arm, config: PretrainConfig) -> str:
     """A name for a folder that another arm has only if its settings are the same."""
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _NOT_PLANNED}
     if arm.start != "pretrain":
-        values = {name: values[name] for name in ("model", "image_size", "in_chans")}
+        values = {name: values[name] for name in ("model", "image_size", "in_chans", "cls_tokens")}
+    values = {name: value for name, value in values.items() if name not in _NEWER or value != _NEWER[name]}
     told = json.dumps([arm.start, arm.length, values], sort_keys=True, default=list)
     digest = hashlib.blake2b(told.encode(), digest_size=4).hexdigest()
     return f"{config.objective if arm.start == 'pretrain' else arm.start}-{digest}"
@@ -208,11 +214,12 @@ def flops_an_image(config: PretrainConfig, vocabulary: int) -> float:
     Args:
         vocabulary: words of the tokenizer, where one is used.
     """
-    whole = config.shape.depth * block_flops(1 + config.patches, config.shape.width)
+    tokens, width = config.cls_tokens + config.patches, config.shape.width
+    whole = config.shape.depth * block_flops(tokens, width)
     if config.objective in ("mae", "beit"):
         return config.masks_per_image * flops(replace(config.part(MAEConfig), vocabulary=vocabulary)).step
     if config.objective in COMPARING:
-        width, hidden, out = config.shape.width, config.head_width, config.head_out
+        hidden, out = config.head_width, config.head_out
         head = 2 * (width * hidden + hidden * out) + (
             2 * hidden * hidden if config.objective == "mocov3" else 0
         )
@@ -221,7 +228,8 @@ def flops_an_image(config: PretrainConfig, vocabulary: int) -> float:
         return 2 * (3 * student + taught * (whole + head))
     if config.objective == "denoising":
         inner, numbers = config.decoder_width, config.part(MAEConfig).predicted_numbers
-        decoder = config.decoder_depth * block_flops(1 + config.patches, inner)
-        decoder += 2 * inner * ((1 + config.patches) * config.shape.width + config.patches * numbers)
+        decoder = config.decoder_depth * block_flops(tokens, inner)
+        decoder += 2 * inner * (tokens * width + config.patches * numbers)
+        decoder += 2 * len(config.fused_blocks) * tokens * width * width
         return 3 * (whole + decoder)
     return 3 * whole
