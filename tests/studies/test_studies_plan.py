@@ -127,6 +127,7 @@ def test_equal_operations():
         ("mae", {}),
         ("mae", {"encoder_mask_tokens": True}),
         ("mae", {"target": "pca", "pca_components": 7}),
+        ("mae", {"target": "hog"}),
         ("beit", DEFAULTS["beit"]),
         ("denoising", {}),
         ("supervised", {}),

@@ -340,11 +340,13 @@ LATER = Table(
         Arm("uniform features (U-MAE)", {"uniformity": 0.01}),
         Arm("squares of 2 × 2 patches hidden", {"mask_unit": 2}),
         Arm("cross decoder (CrossMAE)", {"decoder": "cross", "predict_share": 1 / 3}),
+        Arm("oriented gradients (HOG)", {"target": "hog"}),
     ),
     (
         *_ahead("uniform features serve the linear probe", "uniform features (U-MAE)", "the paper's", _LIN),
         *_ahead("squares serve the linear probe", "squares of 2 × 2 patches hidden", "the paper's", _LIN),
         Finding("the cross decoder is as good", "cross decoder (CrossMAE)", "the paper's", _FT, "as good"),
+        *_ahead("HOG is ahead of pixels (MaskFeat)", "oriented gradients (HOG)", "the paper's", _FT, _LIN),
     ),
 )
 
