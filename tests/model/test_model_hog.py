@@ -140,6 +140,7 @@ def test_a_patchs_gradients_see_the_next_patch():
 )
 def test_cells_fit_patches(patch, cell):
     assert cell_side(patch) == cell
+    assert cell_side(999_999_937) == 999_999_937  # a prime; told at once
     model = create_model(f"mae_vit_16x1x2_patch{patch}", **SMALL | {"image_size": 2 * patch}, target="hog")
     out = model(torch.rand(2, 3, 2 * patch, 2 * patch))
     assert out.pred.shape[2] == model.config.predicted_numbers == numbers_of_patch(patch, 3)

@@ -24,8 +24,8 @@ def cell_side(patch_size: int) -> int:
     That is 8 for patches of 8, 16 and 32 pixels, 7 for those of 14, and the whole of a smaller patch.
     A cell of one pixel, which tells no more than that pixel, is for patches of one pixel alone.
     """
-    sides = [side for side in range(2, patch_size + 1) if patch_size % side == 0]
-    return min(sides or [1], key=lambda side: abs(math.log(side / CELL)))
+    sides = [side for side in range(2, min(patch_size, CELL**2) + 1) if patch_size % side == 0]
+    return min(sides or [patch_size], key=lambda side: abs(math.log(side / CELL)))
 
 
 def numbers_of_patch(patch_size: int, channels: int) -> int:
