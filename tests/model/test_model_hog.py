@@ -10,7 +10,6 @@ from quarterview.data.augment import normalise
 from quarterview.data.open import open_source
 from quarterview.errors import UserError
 from quarterview.model.hog import cell_side, numbers_of_patch, oriented_gradients
-from quarterview.model.mae import create_model
 from quarterview.model.targets import HOGTarget
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -141,7 +140,7 @@ def test_a_patchs_gradients_see_the_next_patch():
 def test_cells_fit_patches(patch, cell):
     assert cell_side(patch) == cell
     assert cell_side(999_999_937) == 999_999_937  # a prime; told at once
-    model = create_model(f"mae_vit_16x1x2_patch{patch}", **SMALL | {"image_size": 2 * patch}, target="hog")
+    model = qv.create_model(f"mae_vit_16x1x2_patch{patch}", **SMALL | {"image_size": 2 * patch}, target="hog")
     out = model(torch.rand(2, 3, 2 * patch, 2 * patch))
     assert out.pred.shape[2] == model.config.predicted_numbers == numbers_of_patch(patch, 3)
     assert numbers_of_patch(patch, 3) == 27 * (patch // cell) ** 2
@@ -158,7 +157,7 @@ def test_thin_pictures_have_a_target(size):
 
 def test_the_loss_is_that_of_the_hidden_patches_in_float32():
     torch.manual_seed(0)
-    model = create_model("mae_vit_16x2x2_patch8", **SMALL, target="hog", mean=MEAN, std=STD)
+    model = qv.create_model("mae_vit_16x2x2_patch8", **SMALL, target="hog", mean=MEAN, std=STD)
     images = torch.randn(3, 3, 32, 32)
     out = model(images)
     truth = model.target(images, model.patchify(images), None)
@@ -174,7 +173,7 @@ def test_the_loss_is_that_of_the_hidden_patches_in_float32():
 @pytest.mark.parametrize("options", [{}, {"decoder": "cross", "predict_share": 0.5}, {"predict_all": True}])
 def test_several_masks_and_any_decoder_will_do(options):
     torch.manual_seed(0)
-    model = create_model("mae_vit_16x2x2_patch8", **SMALL, target="hog", **options)
+    model = qv.create_model("mae_vit_16x2x2_patch8", **SMALL, target="hog", **options)
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 3, 16)
     both = model(images, noise=noise)
     apart = [model(images, noise=noise[:, i]).loss for i in range(3)]
@@ -184,14 +183,14 @@ def test_several_masks_and_any_decoder_will_do(options):
 
 
 def test_patches_need_not_be_normalisable_and_nothing_is_drawn():
-    model = create_model("mae_vit_16x2x2_patch8", **SMALL, target="hog")
+    model = qv.create_model("mae_vit_16x2x2_patch8", **SMALL, target="hog")
     assert not model.config.predicts_pictures
     assert not model.config.normalises_patches
     assert model.config.norm_pix_loss
     assert not any(name.startswith("target") for name in model.state_dict())
     with pytest.raises(UserError, match="nothing to reconstruct"):
         model.reconstruct(torch.rand(1, 3, 32, 32))
-    create_model("mae_vit_16x1x2_patch1", **SMALL | {"image_size": 4}, in_chans=1, target="hog")
+    qv.create_model("mae_vit_16x1x2_patch1", **SMALL | {"image_size": 4}, in_chans=1, target="hog")
 
 
 @pytest.mark.slow
