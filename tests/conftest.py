@@ -1,6 +1,10 @@
 """What every test runs under: one thread, and hypothesis examples that are the same every time."""
 
+import os
 from collections.abc import Callable
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for what tests start
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

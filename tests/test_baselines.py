@@ -17,7 +17,7 @@ from quarterview.objectives.choice import DEFAULTS
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal, metrics
 
-KINDS = ("mae", "pca", "denoising", "beit", "supervised", "simclr", "byol", "mocov3", "tokenizer")
+KINDS = ("mae", "pca", "hog", "denoising", "beit", "supervised", "simclr", "byol", "mocov3", "tokenizer")
 COMPARING = ("simclr", "byol", "mocov3")
 
 
@@ -30,6 +30,8 @@ def config(out: Path, kind: str, words: Path | None = None, **changes) -> qv.Pre
     }
     if kind == "pca":
         values |= {"target": "pca", "pca_components": 9}
+    elif kind == "hog":
+        values |= {"target": "hog"}
     else:
         values |= {"objective": kind, **DEFAULTS.get(kind, {})}
     if kind == "tokenizer":
@@ -87,7 +89,7 @@ def test_what_was_trained_is_what_it_says(runs, kind):
         return
     weights = read(out)
     model = load(out)
-    assert weights.has_decoder == (kind in ("mae", "pca", "denoising", "beit"))
+    assert weights.has_decoder == (kind in ("mae", "pca", "hog", "denoising", "beit"))
     assert isinstance(model, Classifier if kind == "supervised" else MaskedAutoencoder)
     features = model.encode(torch.zeros(2, 3, 16, 16))
     assert features.shape == (2, 17, 32)
@@ -108,7 +110,7 @@ def test_the_frozen_patch_embedding_of_mocov3_is_the_first_one(runs):
     assert not torch.equal(first["model/norm.weight"], last["model/norm.weight"])
 
 
-@pytest.mark.parametrize("kind", ["pca", "beit", "simclr", "supervised"])
+@pytest.mark.parametrize("kind", ["pca", "hog", "beit", "simclr", "supervised"])
 def test_the_encoder_is_fine_tuned_and_exported(runs, tmp_path, kind):
     images = "--train shapes:40:size=16 --test shapes:20:size=16:seed=1"
     flags = f"--out {tmp_path}/tuned --steps 2 --batch-size 8 --recipe small --workers 0 --device cpu"
@@ -118,18 +120,19 @@ def test_the_encoder_is_fine_tuned_and_exported(runs, tmp_path, kind):
         parts = ["--parts", "vit"] if form == "transformers" and kind != "simclr" else []
         assert run(["export", str(runs / kind), "--to", form, "--out", str(tmp_path / form), *parts]) == 0
         card = (tmp_path / form / "README.md").read_text()
-        assert ("| decoder |" in card) == (kind in ("pca", "beit"))
+        assert ("| decoder |" in card) == (kind in ("pca", "hog", "beit"))
     again = read(tmp_path / "safetensors" / "model.safetensors")
-    assert again.has_decoder == (kind in ("pca", "beit"))
+    assert again.has_decoder == (kind in ("pca", "hog", "beit"))
 
 
 def test_pictures_are_drawn_of_those_that_predict_them(runs, tmp_path):
-    for kind, drawn in (("mae", True), ("pca", True), ("beit", False), ("simclr", False)):
+    for kind, drawn in (("mae", True), ("pca", True), ("hog", False), ("beit", False), ("simclr", False)):
         assert any((runs / kind / "samples").glob("*.png")) == drawn
         code = run(["reconstruct", str(runs / kind), "shapes:8:size=16", "--out", str(tmp_path / "p.png")])
         assert code == (0 if drawn else 2)
         assert run(["look", str(runs / kind), "shapes:4:size=16", "--out", str(tmp_path / "l.png")]) == 0
-    assert run(["doctor", str(runs / "beit")]) == 2
+    for kind in ("hog", "beit"):
+        assert run(["doctor", str(runs / kind)]) == 2
 
 
 def test_the_tokenizer_must_stay_the_same(runs, words, tmp_path):
@@ -168,6 +171,11 @@ def test_components_are_fitted_once(runs):
         ({"objective": "supervised", "batch_size": 15}, "even number"),
         ({"objective": "denoising", "compile": True}, "compile"),
         ({"objective": "denoising", "encoder_mask_tokens": True}, "denoising hides nothing"),
+        ({"objective": "denoising", "target": "hog"}, "--target pixels or pca"),
+        (
+            {"objective": "beit", "target": "hog", "encoder_mask_tokens": True},
+            "target hog with objective beit",
+        ),
         ({"objective": "denoising", "masks_per_image": 2}, "masks_per_image 2"),
         ({"mixup": 0.5}, "--objective supervised"),
         ({"noise": 0.5}, "--objective denoising"),
@@ -206,9 +214,9 @@ def test_unlabelled_images_cannot_be_learned_by_class(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("tokenizer", "beit")])
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("tokenizer", "beit", "hog")])
 def test_a_linear_probe_beats_random_weights(tmp_path, kind):
-    # BEiT does not within minutes on a core: docs/log.md.
+    # BEiT and HOG do not within minutes on a core: docs/log.md.
     long = {"data": ("shapes:2000:size=32",), "image_size": 32, "model": "mae_vit_64x3x4_patch4"}
     long |= {"batch_size": 64, "holdout": None, "log_every": 50, "eval_every": None, "checkpoint_every": None}
     long |= {"norm_pix_loss": False}  # on smooth grounds, normalised patches are mostly noise

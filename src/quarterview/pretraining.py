@@ -90,7 +90,9 @@ class PretrainConfig(
                     f"{field} {getattr(self, field)} with objective beit; accepted: {wanted[field]}, or "
                     "objective mae"
                 )
-        if name == "denoising" and (self.decoder == "cross" or self.encoder_mask_tokens or tokens):
+        if name == "denoising" and (
+            self.decoder == "cross" or self.encoder_mask_tokens or not self.predicts_pictures
+        ):
             raise UserError(
                 "denoising hides nothing and predicts pictures; accepted: the standard decoder, no mask "
                 "tokens in the encoder, and --target pixels or pca"

@@ -236,6 +236,7 @@ def test_the_configuration_arrives(tmp_path):
         ({"decoder_depth": 0}, "cannot hold a decoder without blocks"),
         ({"decoder": "cross"}, "cannot hold a cross-attention decoder; accepted: the part vit, or timm"),
         ({"predict_all": True}, "cannot hold predictions of visible patches"),
+        ({"target": "hog"}, r"predictions of oriented gradients \(HOG\) in cells of 8 × 8 pixels"),
         ({"mask": "grid"}, r"cannot hold grid masks \(only random ones\)"),
         ({"mask": "block", "predict_all": True}, "predictions of visible patches or block masks"),
     ],

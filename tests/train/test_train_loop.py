@@ -412,3 +412,56 @@ def test_signals_are_collected_and_the_handlers_put_back():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+HANDLED = (signal.SIGTERM, signal.SIGINT)
+
+
+def test_a_signal_within_one_use_is_seen_by_the_use_around_it():
+    before = [signal.getsignal(number) for number in HANDLED]
+    with stop_signals() as outer:
+        around = [signal.getsignal(number) for number in HANDLED]
+        with stop_signals() as inner:
+            with stop_signals():
+                os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert inner == ["SIGINT", "SIGTERM"]
+        assert [signal.getsignal(number) for number in HANDLED] == around
+        assert outer == ["SIGINT", "SIGTERM"]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert outer == ["SIGINT", "SIGTERM", "SIGTERM"]
+        with stop_signals() as later:  # asked before it began
+            assert later == outer
+    assert [signal.getsignal(number) for number in HANDLED] == before
+    with stop_signals() as anew:
+        assert anew == []
+
+
+def test_a_second_interrupt_within_leaves_all_handlers_as_they_were():
+    before = [signal.getsignal(number) for number in HANDLED]
+
+    def interrupt_twice() -> None:
+        with stop_signals() as outer, stop_signals():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert outer == ["SIGINT"]
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_twice()
+    assert [signal.getsignal(number) for number in HANDLED] == before
+
+
+def test_a_signal_in_the_last_step_of_a_run_is_seen_around_it(tmp_path, monkeypatch):
+    row = Journal.row
+
+    def asked_meanwhile(self, columns):
+        if columns["step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        row(self, columns)
+
+    monkeypatch.setattr(Journal, "row", asked_meanwhile)
+    with stop_signals() as asked:
+        assert qv.pretrain(tiny(tmp_path, steps=4)).status == "complete"
+        assert asked == ["SIGTERM"]

@@ -189,7 +189,7 @@ def draw_look(
         colours, share = principal_colours(some)
         rows[name] = colours.transpose(1, 2).unflatten(2, config.grid)
         shares.append(share)
-    autoencoder = isinstance(model, MaskedAutoencoder) and completes and model.config.target != "tokens"
+    autoencoder = isinstance(model, MaskedAutoencoder) and completes and model.config.predicts_pictures
     sentences = [*([title] if title else []), *_caption(model, shares, autoencoder)]
     if isinstance(model, MaskedAutoencoder) and autoencoder:
         rows |= completed_rows(model, images, keyed_noise(model, len(images), seed))

@@ -53,7 +53,7 @@ def held_out_hooks(objective: Objective, loader: Loader, folder: Path, micro_bat
         draw_panel(objective.model, few.images, noise, path, f"step {step}")
         return {}
 
-    drawn = isinstance(objective, MaskedAutoencoding) and objective.model.config.target != "tokens"
+    drawn = isinstance(objective, MaskedAutoencoding) and objective.model.config.predicts_pictures
     return [val_loss, panel] if drawn else [val_loss]
 
 

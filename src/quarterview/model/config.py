@@ -5,11 +5,12 @@ from typing import Literal
 
 from quarterview.errors import UserError, check_types
 from quarterview.model import masking
+from quarterview.model.hog import cell_side, numbers_of_patch
 from quarterview.model.masking import MaskKind
 from quarterview.model.vit import ViTShape, check_width, parse_model_name
 
 DecoderKind = Literal["standard", "cross"]
-TargetKind = Literal["pixels", "pca", "tokens"]
+TargetKind = Literal["pixels", "pca", "hog", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ class MAEConfig(ViTConfig):
     mask_unit: int = 1
     """Of random masks: the side, in patches, of squares that are hidden or shown as one (Pixio: 2 to 4)."""
     target: TargetKind = "pixels"
-    """What is predicted of a patch: its pixels, its largest principal components (pca), or the tokens that a
-    tokenizer has for it, by cross-entropy (table 1d)."""
+    """What is predicted of a patch: its pixels, its largest principal components (pca), histograms of its
+    oriented gradients (hog; MaskFeat), or the tokens that a tokenizer has for it, by cross-entropy (table
+    1d)."""
     norm_pix_loss: bool = True
     """Of --target pixels: normalise them by each patch's own mean and deviation."""
     pca_components: int = 96
@@ -144,6 +146,11 @@ class MAEConfig(ViTConfig):
         return self.target == "pixels" and self.norm_pix_loss
 
     @property
+    def predicts_pictures(self) -> bool:
+        """Whether predictions can be drawn."""
+        return self.target in ("pixels", "pca")
+
+    @property
     def predicted_numbers(self) -> int:
         """How many numbers are predicted of a patch.
 
@@ -155,6 +162,8 @@ class MAEConfig(ViTConfig):
             return min(self.pca_components, numbers)
         if self.target == "pixels":
             return numbers
+        if self.target == "hog":
+            return numbers_of_patch(self.shape.patch_size, self.in_chans)
         if self.vocabulary is None:
             raise UserError(
                 "a model of tokens without a vocabulary; accepted: --tokenizer, or --vocabulary N"
@@ -166,6 +175,9 @@ class MAEConfig(ViTConfig):
         """What is predicted of a patch, in words."""
         if self.target == "pca":
             return f"{self.predicted_numbers} principal components of patches"
+        if self.target == "hog":
+            cell = cell_side(self.shape.patch_size)
+            return f"oriented gradients (HOG) in cells of {cell} × {cell} pixels"
         if self.target == "tokens":
             return f"tokens, of {self.vocabulary}"
         return "pixels normalised by patch" if self.norm_pix_loss else "pixels"

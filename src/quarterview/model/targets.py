@@ -1,8 +1,8 @@
 """What the decoder learns to predict.
 
 A target is a module: it says how many numbers it wants for a patch, makes them from the true
-patches, and judges predictions: pixels, principal components, or the tokens of a tokenizer
-(He et al. 2021, table 1d).
+patches, and judges predictions: pixels, principal components, the tokens of a tokenizer
+(He et al. 2021, table 1d), or histograms of oriented gradients (Wei et al. 2022).
 """
 
 from typing import Protocol
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from quarterview.errors import UserError
 from quarterview.model.config import MAEConfig
+from quarterview.model.hog import cell_side, numbers_of_patch, oriented_gradients
+from quarterview.model.vit import patchify
 
 NORM_EPS = 1e-6
 
@@ -139,6 +141,32 @@ class PatchMoments:
         return self.mean, vectors * largest.sign()
 
 
+class HOGTarget(nn.Module):
+    """The histograms of oriented gradients of the patch's cells, by channel (MaskFeat, Wei et al. 2022).
+
+    They are made of the whole picture, so that a gradient at the edge of a patch sees the next one. The
+    mean and deviation that a channel was normalised by make no difference to them. A patch's numbers are
+    by row and column of its cells, channel and orientation.
+    """
+
+    def __init__(self, patch_size: int, channels: int) -> None:
+        super().__init__()
+        self.cell, self.cells = cell_side(patch_size), patch_size // cell_side(patch_size)
+        self.width = numbers_of_patch(patch_size, channels)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, patches: Tensor, wanted: Tensor | None) -> Tensor:
+        histograms = oriented_gradients(images.float(), self.cell)  # [B, C, O, H/c, W/c]
+        numbers = patchify(histograms.flatten(1, 2), self.cells)  # [B, L, width]
+        return numbers if wanted is None else take(numbers, wanted)
+
+    def loss(self, pred: Tensor, truth: Tensor) -> Tensor:
+        return F.mse_loss(pred.float(), truth, reduction="none").mean(dim=-1)
+
+    def to_pixels(self, pred: Tensor, mean: Tensor, std: Tensor) -> None:
+        return None
+
+
 class Tokenizer(Protocol):
     """Something that names each patch of a picture by one of a fixed number of words."""
 
@@ -194,7 +222,7 @@ class TokenTarget(nn.Module):
         return None
 
 
-def target_of(config: MAEConfig) -> PixelTarget | PCATarget | TokenTarget:
+def target_of(config: MAEConfig) -> PixelTarget | PCATarget | HOGTarget | TokenTarget:
     """The target that a configuration asks for.
 
     Raises:
@@ -202,6 +230,8 @@ def target_of(config: MAEConfig) -> PixelTarget | PCATarget | TokenTarget:
     """
     if config.target == "pca":
         return PCATarget(config.shape.patch_size**2 * config.in_chans, config.predicted_numbers)
+    if config.target == "hog":
+        return HOGTarget(config.shape.patch_size, config.in_chans)
     if config.target == "tokens":
         return TokenTarget(config.predicted_numbers)
     return PixelTarget(config.predicted_numbers, normalised=config.norm_pix_loss)

@@ -361,6 +361,7 @@ LATER = Table(
         Arm("4 cls tokens, squares of 2 × 2 hidden", {"cls_tokens": 4, "mask_unit": 2}),
         Arm("fused blocks (MFF)", {"fused_blocks": "study"}),
         Arm("cross decoder (CrossMAE)", {"decoder": "cross", "predict_share": 1 / 3}),
+        Arm("oriented gradients (HOG)", {"target": "hog"}),
     ),
     (
         *_ahead("uniform features serve the linear probe", "uniform features (U-MAE)", "the paper's", _LIN),
@@ -373,6 +374,7 @@ LATER = Table(
         ),
         *_ahead("fused blocks serve the linear probe", "fused blocks (MFF)", "the paper's", _LIN),
         Finding("the cross decoder is as good", "cross decoder (CrossMAE)", "the paper's", _FT, "as good"),
+        *_ahead("HOG is ahead of pixels (MaskFeat)", "oriented gradients (HOG)", "the paper's", _FT, _LIN),
     ),
 )
 

@@ -18,8 +18,6 @@ HEAD = 32
 """Width of a decoder's head."""
 TOKENIZER = "tokenizer"
 """The folder of its run."""
-_NEWER: Mapping[str, Any] = {"cls_tokens": 1, "fused_blocks": ()}
-"""Fields that came later, and what they were before: an arm without them keeps its folder."""
 _NOT_PLANNED = ("out", "seed", "data", "device", "workers", "steps", "epochs", "resume", "tokenizer")
 
 BudgetKind = Literal["minutes", "images", "flops"]
@@ -202,7 +200,6 @@ def key_of(arm: Arm, config: PretrainConfig) -> str:
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _NOT_PLANNED}
     if arm.start != "pretrain":
         values = {name: values[name] for name in ("model", "image_size", "in_chans", "cls_tokens")}
-    values = {name: value for name, value in values.items() if name not in _NEWER or value != _NEWER[name]}
     told = json.dumps([arm.start, arm.length, values], sort_keys=True, default=list)
     digest = hashlib.blake2b(told.encode(), digest_size=4).hexdigest()
     return f"{config.objective if arm.start == 'pretrain' else arm.start}-{digest}"

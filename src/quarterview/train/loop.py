@@ -392,18 +392,26 @@ def timed(batches: Iterator[Batch], meter: Meter) -> Iterator[Batch]:
         yield batch
 
 
+class _Asked(list[Literal["SIGTERM", "SIGINT"]]):
+    """The signals that came, in their order, and what notes them."""
+
+    def note(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT and "SIGINT" in self:
+            raise KeyboardInterrupt
+        self.append("SIGINT" if number == signal.SIGINT else "SIGTERM")
+
+
 @contextmanager
 def stop_signals() -> Iterator[list[Literal["SIGTERM", "SIGINT"]]]:
-    """Collect SIGTERM and Ctrl-C instead of dying of them; a second Ctrl-C interrupts as usual."""
-    asked: list[Literal["SIGTERM", "SIGINT"]] = []
+    """Collect SIGTERM and Ctrl-C instead of dying of them; a second Ctrl-C interrupts as usual.
 
-    def note(number: int, _frame: object) -> None:
-        if number == signal.SIGINT and "SIGINT" in asked:
-            raise KeyboardInterrupt
-        asked.append("SIGINT" if number == signal.SIGINT else "SIGTERM")
-
+    One within another has the same list, so what comes while the inner is open, in the last step of
+    a run of a study, say, is there for the outer to see.
+    """
+    around = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    asked = around if isinstance(around, _Asked) else _Asked()
     try:
-        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+        before = {n: signal.signal(n, asked.note) for n in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread, which alone may set handlers
         yield asked
         return
