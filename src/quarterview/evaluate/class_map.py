@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -37,17 +38,17 @@ def read_class_map(path: str | Path) -> ClassMap:
         raise UserError(f"class map {path} is too long; accepted: up to {MOST_BYTES:,} bytes")
     kind = path.suffix.lower()
     if kind in (".json", ".yaml", ".yml"):
-        return _from_table(text, path)
+        return _from_table(text, kind, path)
     if kind in (".csv", ".tsv", ".txt"):
         return _from_lines(text, kind, path)
     raise UserError(f"class map {path}; accepted: .json, .yaml, .csv, .tsv or .txt")
 
 
-def _from_table(text: str, path: Path) -> ClassMap:
+def _from_table(text: str, kind: str, path: Path) -> ClassMap:
     try:
-        content = read_yaml(text)  # JSON is YAML
-    except ValueError as error:
-        raise UserError(f"class map {path} is no YAML: {error}") from None
+        content = json.loads(text) if kind == ".json" else read_yaml(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"class map {path} is no {kind[1:].upper()}: {error}") from None
     accepted = f"accepted in {path}: a table of names, such as n01440764: tench, or of numbers"
     if not isinstance(content, dict):
         raise UserError(f"a class map that is no table; {accepted}")

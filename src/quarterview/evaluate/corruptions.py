@@ -7,7 +7,7 @@ What it draws is a function of (seed, image, corruption, severity).
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from importlib.metadata import version
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ class Corruption(NamedTuple):
 
 
 @cache
-def library() -> tuple[Callable[..., np.ndarray], str]:
+def library() -> tuple[Callable[..., Any], str]:
     """The function that corrupts, and the library's name and version.
 
     Raises:
@@ -101,7 +101,7 @@ def corrupt(pixels: Tensor, what: Corruption, image: int, seed: int) -> Tensor:
             if what.name != "spatter":
                 raise
             made = given  # not a drop fell, and the library divides by how many
-    changed = torch.from_numpy(np.ascontiguousarray(made)).permute(2, 0, 1)
+    changed = torch.from_numpy(np.array(made)).permute(2, 0, 1)
     if factor == 1:
         return changed.contiguous()
     return torch.nn.functional.avg_pool2d(changed.float(), factor).round().to(torch.uint8)

@@ -357,8 +357,8 @@ ROBUSTNESS = Table(
     ),
     tuple(_ahead("MAE is ahead of random weights", "MAE", "random weights", _FT, "corrupted")),
     measures=(_FT, "corrupted"),
-    source="table 13: mCE of MAE and from scratch, lower is better, 41.8 and 42.3 (ViT-L), 33.8 and 41.3 (H), "
-    "but 51.7 and 45.8 (B)",
+    source="table 13: mCE of MAE and from scratch, lower is better, 41.8 and 42.3 (ViT-L), 33.8 and 41.3 "
+    "(H), but 51.7 and 45.8 (B)",
 )
 
 _ABLATED = {"norm_pix_loss": False}  # the paper's ablations predict plain pixels
