@@ -293,17 +293,17 @@ def set_accuracy(
 
 def _show_corrupted(found: Corrupted, config: RobustnessConfig, journal: Journal) -> None:
     _note_unreadable(found.unreadable, "test", journal)
-    columns = ["corruption", *(f"severity {s}" for s in found.severities), "mean"]
+    columns = ["corruption", *(str(s) for s in found.severities), "mean"]
     rows: list[tuple[str, ...]] = [("none", *("" for _ in found.severities), f"{found.clean:.1%}")]
     errors = found.corruption_errors if config.alexnet else {}
     for name, by_severity in found.accuracies.items():
         shares = (*by_severity.values(), fmean(by_severity.values()))
         rows.append((name.replace("_", " "), *(f"{share:.1%}" for share in shares)))
     if config.alexnet:
-        columns.append("error / AlexNet's")
-        shown = [f"{100 * errors[name]:.1f}" if name in errors else "" for name in found.accuracies]
+        columns.append("CE")
+        shown = [f"{errors[name]:.1%}" if name in errors else "" for name in found.accuracies]
         rows = [(*row, last) for row, last in zip(rows, ["", *shown], strict=True)]
-    title = f"accuracy on corrupted images; {found.images} test images, {found.classes} classes"
+    title = f"accuracy on corrupted images, by severity; {found.images} test images, {found.classes} classes"
     journal.table(title, columns, rows)
     if found.mean_error is not None:
         count = len([name for name in found.accuracies if name in COMMON])
@@ -313,8 +313,8 @@ def _show_corrupted(found: Corrupted, config: RobustnessConfig, journal: Journal
         )
     if config.alexnet:
         journal.say(
-            f"mCE {100 * found.mce:.1f}, relative to AlexNet's errors on ImageNet-C: for classifiers of "
-            "ImageNet's 1000 classes on its validation images"
+            f"mCE {100 * found.mce:.1f}: the mean of errors as shares of AlexNet's on ImageNet-C (the column "
+            "CE), which are for ImageNet's 1000 classes on its validation images"
         )
 
 
