@@ -25,6 +25,7 @@ from quarterview.evaluate.doctor import DoctorConfig
 from quarterview.evaluate.embed import EmbedConfig
 from quarterview.evaluate.features import ProbeConfig
 from quarterview.evaluate.finetune import FinetuneConfig
+from quarterview.evaluate.robustness import RobustnessConfig
 from quarterview.exchange.export import ExportConfig
 from quarterview.objectives.choice import DEFAULTS, ObjectiveKind
 from quarterview.pretraining import PretrainConfig, pretrain, start_values
@@ -265,6 +266,20 @@ class Linear(ProbeConfig):
 
 
 @dataclass(frozen=True)
+class Robustness(RobustnessConfig):
+    """Judge a classifier on corrupted pictures, as ImageNet-C has them, and on other sets."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CLASSIFIER")]
+    """A run of fine-tuning, a checkpoint folder, or other weights of a classifier."""
+
+    def execute(self, argv: Sequence[str]) -> int:
+        from quarterview.evaluate.robustness import robustness
+
+        robustness(self, Journal(), ["quarterview", *argv])
+        return 0
+
+
+@dataclass(frozen=True)
 class Embed(EmbedConfig):
     """Write the embeddings of images as Parquet: `quarterview embed RUN --data photos --out DIR`."""
 
@@ -389,6 +404,7 @@ Command = (
     | Finetune
     | Knn
     | Linear
+    | Robustness
     | Embed
     | Pack
     | Look

@@ -1,5 +1,9 @@
 """What arms are judged by: patches that are visible, and what there was before networks."""
 
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,11 +12,18 @@ from sklearn.decomposition import PCA
 from quarterview.data.augment import to_float
 from quarterview.data.open import open_source
 from quarterview.errors import RunError, UserError
-from quarterview.evaluate.features import encoder_features, partly_visible
+from quarterview.evaluate import corruptions
+from quarterview.evaluate.corruptions import COMMON, corrupt, one_of
+from quarterview.evaluate.features import class_scores, encoder_features, partly_visible
+from quarterview.exchange.weights import load_classifier
 from quarterview.model.create import create_model
-from quarterview.studies.measure import check_measures
+from quarterview.studies.conduct import conduct
+from quarterview.studies.measure import check_measures, judge, open_images, read_judged
+from quarterview.studies.named import STUDIES
 from quarterview.studies.plain_features import WORDS, patch_clusters, picture_components
+from quarterview.studies.plan import StudyConfig, base_of, unique_arms
 from quarterview.studies.study import check_measure
+from quarterview.train.journal import Journal
 
 
 @pytest.fixture
@@ -73,14 +84,25 @@ def test_too_few_pictures_are_refused():
 
 
 @pytest.mark.parametrize(
-    "measure", ["linear", "knn@10", "linear@100", "finetune", "finetune:0.5", "finetune:all"]
+    "measure", ["linear", "knn@10", "linear@100", "finetune", "finetune:0.5", "finetune:all", "corrupted"]
 )
 def test_measures(measure):
     check_measure(measure)
 
 
 @pytest.mark.parametrize(
-    "measure", ["probe", "linear:2", "finetune@50", "knn@0", "knn@101", "linear@x", "finetune:-1"]
+    "measure",
+    [
+        "probe",
+        "linear:2",
+        "finetune@50",
+        "corrupted:1",
+        "corrupted@50",
+        "knn@0",
+        "knn@101",
+        "linear@x",
+        "finetune:-1",
+    ],
 )
 def test_what_is_no_measure(measure):
     with pytest.raises(UserError):
@@ -89,7 +111,76 @@ def test_what_is_no_measure(measure):
 
 def test_measures_that_an_arm_cannot_have():
     check_measures("kmeans", ["linear", "knn"], 4)
-    check_measures("pretrain", ["finetune:4", "finetune:all", "linear@50"], 4)
-    for start, measure in (("pixels", "finetune"), ("pca", "knn@50"), ("pretrain", "finetune:5")):
+    check_measures("pretrain", ["finetune:4", "finetune:all", "linear@50", "corrupted"], 4)
+    for start, measure in (
+        ("pixels", "finetune"),
+        ("pixels", "corrupted"),
+        ("pca", "knn@50"),
+        ("pretrain", "finetune:5"),
+    ):
         with pytest.raises(UserError):
             check_measures(start, [measure], 4)
+
+
+# ---------------------------------------------------------------------- corrupted images
+
+
+def config(out: Path, **changes) -> StudyConfig:
+    values = {
+        **{"data": ("shapes:48:size=16",), "train": ("shapes:80:size=16:seed=1",), "seeds": 1},
+        **{"test": ("shapes:60:size=16:seed=2",), "out": str(out), "budget": "64images"},
+        **{"model": "mae_vit_32x2x2_patch4", "image_size": 16, "batch_size": 16, "labels": 40},
+        **{"tune_steps": 3, "device": "cpu", "workers": 0},
+    }
+    return StudyConfig(**{**values, **changes})
+
+
+@pytest.mark.parametrize("measures", [("corrupted",), ("corrupted", "finetune")])
+def test_corrupted_images_are_judged_by_what_was_fine_tuned(tmp_path, measures):
+    settings = config(tmp_path)
+    base = replace(base_of(STUDIES["robustness"], settings), precision="fp32")
+    images = open_images(settings, 3)
+    found = judge(None, "random", base, measures, images, settings, 0, tmp_path / "arm")
+    assert found.keys() == read_judged(tmp_path / "arm").keys() == set(measures)
+    right = found["corrupted"]
+    assert (right.shape, right.dtype) == ((60,), bool)
+
+    model = load_classifier(tmp_path / "arm" / "finetune")
+    pixels = [images.test.image(i).pixels for i in range(60)]
+    changed = [corrupt(x, *one_of(COMMON, 3, 0, i), i, 0) for i, x in enumerate(pixels)]
+    told, clean = (class_scores(model)(to_float(torch.stack(x))).argmax(1) for x in (changed, pixels))
+    np.testing.assert_array_equal(right, (told == images.test_labels).numpy())
+    if "finetune" in measures:
+        np.testing.assert_array_equal(found["finetune"], (clean == images.test_labels).numpy())
+        weights = tmp_path / "arm" / "finetune" / "checkpoints"
+        before = sorted(weights.rglob("*"))
+        (tmp_path / "arm" / "judged.npz").unlink()
+        again = judge(None, "random", base, ("corrupted",), images, settings, 0, tmp_path / "arm")
+        np.testing.assert_array_equal(again["corrupted"], right)
+        assert sorted(weights.rglob("*")) == before
+
+
+def test_the_study_of_robustness(tmp_path):
+    arms = unique_arms(STUDIES["robustness"], config(tmp_path), "words")
+    assert {one.arm.name for one in arms} == {"random weights", "MoCo v3", "MAE"}
+    assert {one.measures for one in arms} == {("finetune", "corrupted")}
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "base: {decoder_depth: 1, decoder_width: 32, decoder_heads: 2, precision: fp32}\n"
+        "tables:\n"
+        "  - title: Bad pictures\n"
+        "    measures: [corrupted]\n"
+        "    arms: {MAE: {}, random weights: random}\n"
+        "    findings: [{claim: it helps, first: MAE, second: random weights, measure: corrupted}]\n"
+    )
+    studied = conduct(str(mine), config(tmp_path / "out"), Journal(quiet=True))
+    assert studied.status == "complete"
+    assert "corrupted images" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_study_needs_the_extra_before_it_begins(monkeypatch):
+    corruptions.library.cache_clear()
+    monkeypatch.setitem(sys.modules, "imagecorruptions", None)
+    with pytest.raises(UserError, match="robustness"):
+        check_measures("random", ["finetune", "corrupted"], 4)
+    corruptions.library.cache_clear()

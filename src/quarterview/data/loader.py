@@ -188,7 +188,7 @@ class Loader:
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_ignore_signals if self.workers else None,
+            worker_init_fn=ignore_signals if self.workers else None,
             prefetch_factor=4 if self.workers else None,
         )
         with watched(iter(loader)) as samples:
@@ -365,7 +365,7 @@ def _collate(
     return stack(pixels), numbers[0], numbers[1], numbers[2], [r for many in reports for r in many]
 
 
-def _ignore_signals(_worker: int) -> None:
+def ignore_signals(_worker: int) -> None:
     """The main process decides when to stop; its workers end with it."""
     # Slurm sends its warning, one of the last two, to every process of a job.
     for number in (SIGINT, SIGTERM, SIGUSR1, SIGUSR2):

@@ -413,8 +413,7 @@ def central_batches(
         crop_pct: share of the sides of the largest central box; by default 0.875 for 224 × 224
             pixels, as the official evaluation of the paper, and 1 for other sizes.
     """
-    if crop_pct is None:
-        crop_pct = PAPER_CROP_PCT if tuple(image_size) == PAPER_SIZE else 1.0
+    crop_pct = crop_share(crop_pct, image_size)
     some: list[tuple[int, Tensor]] = []
     for sample, picture, reports in read_many(source, ids, decoding_threads()):
         if picture is not None:
@@ -426,6 +425,13 @@ def central_batches(
             some = []
     if some:
         yield [i for i, _ in some], stack([pixels for _, pixels in some])
+
+
+def crop_share(crop_pct: float | None, image_size: Sequence[int]) -> float:
+    """The share that was asked for, or the default of `central_batches`."""
+    if crop_pct is not None:
+        return crop_pct
+    return PAPER_CROP_PCT if tuple(image_size) == PAPER_SIZE else 1.0
 
 
 def decoding_threads() -> int:

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from quarterview import recipes
 from quarterview.data.open import open_sources
 from quarterview.data.source import Source, labels_of
 from quarterview.errors import UserError
+from quarterview.evaluate.corruptions import COMMON, library, one_of, predictions
 from quarterview.evaluate.features import (
     BackboneConfig,
     Encoder,
@@ -26,7 +28,8 @@ from quarterview.evaluate.features import (
 from quarterview.evaluate.finetune import SCRATCH, count_blocks, finetune, told_right
 from quarterview.evaluate.knn import nearest, vote
 from quarterview.evaluate.linear import check_classes, choose_strength, fit
-from quarterview.exchange.weights import load
+from quarterview.exchange.weights import load, load_classifier
+from quarterview.model.classifier import Classifier
 from quarterview.model.config import MAEConfig
 from quarterview.model.create import fresh_model
 from quarterview.model.mae import MaskedAutoencoder
@@ -34,12 +37,14 @@ from quarterview.objectives.choice import COMPARING
 from quarterview.pretraining import PretrainConfig
 from quarterview.studies.plain_features import patch_clusters, picture_components
 from quarterview.studies.plan import StudyConfig
-from quarterview.studies.study import Start, parts_of
+from quarterview.studies.study import TUNED, Start, parts_of
 from quarterview.train.distributed import choose_device
 
 NEIGHBOURS = 20
 TUNE_STEPS = 500
 """Updates of fine-tuning, if nothing is said and there is time."""
+SEVERITY = 3
+"""Of the corruptions: the middle one."""
 
 
 class Images(NamedTuple):
@@ -142,6 +147,22 @@ def tuned(
     return told_right(out, images.test_labels)
 
 
+def corrupted(model: Classifier, images: Images, precision: Literal["bf16", "fp32"]) -> np.ndarray:
+    """bool [M], on test images each of which has one of the 15 corruptions of ImageNet-C.
+
+    Which one, and what it draws, depends on the image's number alone: it is the same for all arms and seeds.
+
+    Args:
+        model: on its device.
+    """
+    asked = partial(one_of, COMMON, SEVERITY, 0)
+    found = [
+        told[:, 0] == images.test_labels[seen]
+        for seen, told in predictions(model, images.test, asked, precision=precision)
+    ]
+    return torch.cat(found).numpy()
+
+
 def judge(
     run: str | None,
     start: Start,
@@ -160,7 +181,7 @@ def judge(
     """
     found = read_judged(folder)
     missing = [measure for measure in measures if measure not in found]
-    still = [measure for measure in missing if not measure.startswith("finetune")]
+    still = [measure for measure in missing if parts_of(measure)[0] not in TUNED]
     if still:
         shape, encoders = _encoders(run, start, pretraining, still, config, seed)
         found |= frozen(encoders, shape, still, images, config, seed)
@@ -170,6 +191,13 @@ def judge(
             out = folder / measure.replace(":", "-")
             found[measure] = tuned(run or SCRATCH, pretraining, measure, images, config, seed, out)
             write_judged(folder, found)
+    if "corrupted" in missing:
+        out = folder / "finetune"
+        if not (out / "results" / "finetune.json").is_file():  # whose accuracy nobody asked for
+            tuned(run or SCRATCH, pretraining, "finetune", images, config, seed, out)
+        model = load_classifier(out).to(choose_device(config.device))
+        found["corrupted"] = corrupted(model, images, pretraining.precision)
+        write_judged(folder, found)
     return found
 
 
@@ -235,9 +263,11 @@ def write_judged(folder: Path, found: Mapping[str, np.ndarray]) -> None:
 
 def check_measures(start: Start, measures: Sequence[str], depth: int) -> None:
     """Raises UserError if an arm cannot be judged so: it has no network, or fewer blocks than that."""
+    if "corrupted" in measures:
+        library()  # before hours of training
     for measure in measures:
         kind, blocks, visible = parts_of(measure)
-        if start in ("pixels", "pca", "kmeans") and (kind == "finetune" or visible):
+        if start in ("pixels", "pca", "kmeans") and (kind in TUNED or visible):
             raise UserError(f"{measure} of {start}, which is no network; accepted: linear, knn")
         if blocks and depth < count_blocks(blocks) < math.inf:
             raise UserError(f"{measure} of an encoder of {depth} blocks; accepted: at most {depth}")

@@ -41,7 +41,10 @@ from quarterview.train.journal import Journal, replace_text
 
 Right = Mapping[tuple[str, str], Mapping[int, np.ndarray]]
 """By arm and measure: under each seed bool [M], which test images were told right."""
-_NAMES = {"finetune": "fine-tuning", "linear": "linear probe", "knn": "nearest neighbours"}
+_NAMES = {
+    **{"finetune": "fine-tuning", "corrupted": "fine-tuned, corrupted images"},
+    **{"linear": "linear probe", "knn": "nearest neighbours"},
+}
 _MARKS = {"reproduced": "yes", "not reproduced": "no", "cannot tell": "maybe"}
 
 

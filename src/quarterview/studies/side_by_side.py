@@ -51,10 +51,18 @@ class Here:
     def each(
         self, pieces: Sequence[Piece], begun: Callable[[Piece], None] = lambda _: None
     ) -> Iterator[Done]:
-        """Do them in order."""
-        for piece in pieces:
-            begun(piece)
-            yield Done(piece, piece.function(*piece.arguments))
+        """Do them in order.
+
+        Raises:
+            StoppedError: if a signal came, after the piece unless it stops by itself.
+        """
+        with stop_signals() as asked:
+            for piece in pieces:
+                begun(piece)
+                done = Done(piece, piece.function(*piece.arguments))
+                if asked:
+                    raise StoppedError(asked[0])
+                yield done
 
 
 class Workers:
@@ -99,7 +107,6 @@ class Workers:
         waiting = list(pieces)
         busy: dict[Connection, Piece] = {}
         failure: Exception | None = None
-        told = False
         if waiting:
             self._start()
         with stop_signals() as asked:
@@ -109,9 +116,8 @@ class Workers:
                         busy[pipe] = waiting.pop(0)
                         begun(busy[pipe])
                         pipe.send(busy[pipe])
-                elif not told:
-                    told = True
-                    for pipe in busy:
+                else:
+                    for pipe in busy:  # again and again: a run does not notice one in its last step
                         self._pipes[pipe].terminate()
                 for pipe in wait(list(busy), timeout=0.5):
                     assert isinstance(pipe, Connection)

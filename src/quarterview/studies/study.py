@@ -11,9 +11,11 @@ from quarterview.plain_yaml import MOST_BYTES, read_yaml
 from quarterview.pretraining import PretrainConfig
 from quarterview.recipes import from_values
 
-MEASURES = ("finetune", "linear", "knn")
+MEASURES = ("finetune", "linear", "knn", "corrupted")
 """How an arm is judged. ``finetune:K`` trains the last K blocks alone; ``linear@P`` and ``knn@P`` see P
-percent of the patches."""
+percent of the patches; ``corrupted`` shows what ``finetune`` made corrupted test images."""
+TUNED = ("finetune", "corrupted")
+"""Measures of networks that were fine-tuned."""
 STARTS = ("pretrain", "random", "pixels", "pca", "kmeans")
 Start = Literal["pretrain", "random", "pixels", "pca", "kmeans"]
 
@@ -109,7 +111,7 @@ class Study:
 def check_measure(measure: str) -> None:
     """Raises UserError if an arm cannot be judged so."""
     kind, blocks, visible = parts_of(measure)
-    if kind not in MEASURES or (blocks and kind != "finetune") or (visible and kind == "finetune"):
+    if kind not in MEASURES or (blocks and kind != "finetune") or (visible and kind in TUNED):
         raise unknown("measure", measure, [*MEASURES, "finetune:K", "linear@P", "knn@P"])
     if blocks:
         count_blocks(blocks)

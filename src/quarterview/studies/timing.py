@@ -22,7 +22,7 @@ from quarterview.studies.arm import images_of
 from quarterview.studies.measure import judge
 from quarterview.studies.plan import TOKENIZER, Planned, StudyConfig, base_of, tokenizer_config
 from quarterview.studies.side_by_side import Here, Piece, Workers
-from quarterview.studies.study import Start, Study
+from quarterview.studies.study import TUNED, Start, Study, parts_of
 from quarterview.train.distributed import World, choose_device
 from quarterview.train.loop import precision_context, usable_precision
 from quarterview.train.optim import adamw
@@ -50,7 +50,7 @@ class Judging:
     start: Start
     """What the arm is as far as this part's time goes: `random` stands for every network."""
     measures: tuple[str, ...]
-    """Of frozen features all that are asked for, in one pass; of fine-tuning one."""
+    """Of frozen features all that are asked for, in one pass; of fine-tuning those of one run."""
 
 
 class Tuning(NamedTuple):
@@ -84,9 +84,12 @@ class Timed:
 def parts_judged(one: Planned) -> list[Judging]:
     """What judging an arm consists of."""
     start: Start = "random" if one.arm.start == "pretrain" else one.arm.start
-    still = tuple(m for m in one.measures if not m.startswith("finetune"))
-    tuned = [m for m in one.measures if m.startswith("finetune")]
-    return [*([Judging(start, still)] if still else []), *(Judging("random", (m,)) for m in tuned)]
+    kinds = {measure: parts_of(measure)[0] for measure in one.measures}
+    still = tuple(m for m in one.measures if kinds[m] not in TUNED)
+    whole = tuple(m for m in one.measures if m in ("finetune", "corrupted"))  # of which one run is judged
+    partly = [(m,) for m in one.measures if kinds[m] in TUNED and m not in whole]
+    tuned = [Judging("random", each) for each in ([whole] if whole else []) + partly]
+    return [*([Judging(start, still)] if still else []), *tuned]
 
 
 def time_all(
@@ -105,7 +108,7 @@ def time_all(
         Piece(f"{part.start}, {', '.join(part.measures)}", function, (part, sample[part], config, its))
         for part in judged
         for its in [folder / str(next(numbers))]
-        for function in [time_tuning if part.measures[0].startswith("finetune") else time_judging]
+        for function in [time_tuning if parts_of(part.measures[0])[0] in TUNED else time_judging]
     ]
     pieces += [Piece(one.arm.name, seconds_an_image, (one.config, config.vocabulary)) for one in trained]
     if reader is not None:
@@ -140,7 +143,8 @@ def time_tuning(part: Judging, pretraining: PretrainConfig, config: StudyConfig,
     began = time.perf_counter()
     judge(None, "random", pretraining, part.measures, images, few, config.seed, folder)
     seconds = time.perf_counter() - began
-    metrics = folder / part.measures[0].replace(":", "-") / "metrics.jsonl"
+    tuned = part.measures[0].replace("corrupted", "finetune").replace(":", "-")
+    metrics = folder / tuned / "metrics.jsonl"
     rate = json.loads(metrics.read_text("utf-8").splitlines()[-1])["images_per_s"]
     update = _TUNED_BATCH / rate
     assert few.tune_steps is not None
