@@ -64,7 +64,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "pocket": Recipe(
         "Studies of many runs on two cores: a very small encoder, 64 wide, at 64 pixels.",
-        "quarterview study mask-ratio --base pocket --jobs 2 --budget 20m --data photos --train … --test …",
+        "quarterview pretrain --recipe pocket --data photos --out runs/photos; as a study's --base pocket",
         "See docs/results/cpu_studies.md.",
         {
             "model": "mae_vit_64x4x2_patch8",
