@@ -75,7 +75,6 @@ RECIPES: dict[str, Recipe] = {
             "epochs": 20,
             "batch_size": 64,
             "lr": 1e-3,
-            "precision": "fp32",
         },
     ),
     "laptop": Recipe(

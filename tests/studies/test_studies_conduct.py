@@ -50,6 +50,12 @@ tables:
     findings:
       - {claim: all, first: default, second: default, measure: linear, second_measure: "linear@50"}
       - {claim: gains, first: default, second: default, measure: linear, over: [none, none]}
+      - claim: the rest of the picture gains more
+        first: default
+        second: none
+        measure: linear
+        over: [default, none]
+        over_measure: "linear@50"
 """
 
 
@@ -107,6 +113,9 @@ def test_the_report_tells_what_was_judged(done):
     ratios, targets, plain, visible = content["tables"]
     assert [figure["arm"] for figure in plain["figures"]] == ["pixels", "components", "clusters", "default"]
     assert visible["findings"][1]["difference"]["mean"] == 0  # its own gain over its own
+    means = {(figure["arm"], figure["measure"]): figure["mean"] for figure in visible["figures"]}
+    gains = [means[arm, "linear"] - means[arm, "linear@50"] for arm in ("default", "none")]
+    assert visible["findings"][2]["difference"]["mean"] == pytest.approx(gains[0] - gains[1])
     assert set(visible["images_per_s"]) == {"default"}
     assert visible["operations"]["default"] > 0
     keys = {figure["arm"]: figure for figure in targets["figures"] if figure["measure"] == "knn"}

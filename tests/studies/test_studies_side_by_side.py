@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from quarterview.errors import RunError
 from quarterview.studies.measure import StoppedError
@@ -39,6 +40,18 @@ def test_a_process_serves_many_pieces_and_ends():
     for pid in found:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_cores_are_shared_out_and_the_environment_is_left_alone(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    with Workers(2) as workers:
+        asked = [Piece("threads", os.getenv, ("OMP_NUM_THREADS",)), Piece("torch", torch.get_num_threads, ())]
+        found = {done.piece.name: done.result for done in workers.each(asked)}
+    share = max(1, (os.cpu_count() or 1) // 2)
+    assert found == {"threads": str(share), "torch": share}
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert "MKL_NUM_THREADS" not in os.environ
 
 
 def test_nothing_is_started_where_there_is_nothing_to_do():

@@ -104,10 +104,11 @@ def tables_of(
         outcomes, waiting = [], []
         for finding in its.findings:
             asked = (finding.measure, finding.second_measure or finding.measure)
-            if not set(asked) <= set(measures):
+            taken_off = asked if finding.over_measure is None else (finding.over_measure,) * 2
+            if not {*asked, *(taken_off if finding.over else ())} <= set(measures):
                 continue
             arms_and_measures = [*zip((finding.first, finding.second), asked, strict=True)]
-            arms_and_measures += [*zip(finding.over or (), asked, strict=False)]
+            arms_and_measures += [*zip(finding.over or (), taken_off, strict=False)]
             figures_of = [right.get((keys[name], measure), {}) for name, measure in arms_and_measures]
             seeds = sorted(set.intersection(*(set(by_seed) for by_seed in figures_of)))
             if not seeds:

@@ -61,8 +61,11 @@ def decide(
     elif seeds > 1 and difference.high < edge:
         answer = "not reproduced"
     shown = signed if over is not None else _share
+    names = [finding.first, finding.second]
+    if finding.second_measure is not None:
+        names = [f"{names[0]} ({finding.measure})", f"{names[1]} ({finding.second_measure})"]
     figures = (
-        f"{finding.first} {shown(float(one.mean()))}, {finding.second} {shown(float(two.mean()))}: "
+        f"{names[0]} {shown(float(one.mean()))}, {names[1]} {shown(float(two.mean()))}: "
         f"{signed(difference.mean)} points, 95% interval {signed(difference.low)} to "
         f"{signed(difference.high)}, {seeds} seed{'s' if seeds > 1 else ''}"
     )

@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,6 +20,8 @@ import torch
 from quarterview.errors import RunError, UserError
 from quarterview.studies.measure import StoppedError
 from quarterview.train.loop import stop_signals
+
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Piece(NamedTuple):
@@ -140,7 +143,8 @@ class Workers:
             ours, theirs = context.Pipe()
             gpu = gpus[slot % len(gpus)] if gpus else None
             process = context.Process(target=_serve, args=(theirs, gpu, threads))
-            process.start()
+            with _environment(dict.fromkeys(_THREADS, str(threads))):  # which libraries read when they load
+                process.start()
             theirs.close()
             self._pipes[ours] = process
 
@@ -153,6 +157,21 @@ class Workers:
             pipe.close()
             process.join()
             return RunError(f"{piece.name}: its process ended with exit code {process.exitcode}")
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables of the environment, for processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def visible_gpus() -> list[str]:

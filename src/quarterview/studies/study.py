@@ -58,6 +58,8 @@ class Finding:
     """By which the other arm is judged, if by another one."""
     over: tuple[str, str] | None = None
     """Arms whose figures are taken off first, one from each: what is compared are gains."""
+    over_measure: str | None = None
+    """By which those are judged, if not as the arms that they are taken off."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ class Table:
             for name in (finding.first, finding.second, *(finding.over or ())):
                 if name not in names:
                     raise unknown(f"arm in a finding of {self.title}:", name, names)
-            for measure in (finding.measure, finding.second_measure or finding.measure):
+            asked = (finding.measure, finding.second_measure, finding.over_measure)
+            for measure in filter(None, asked):
                 if measure not in self.measures:
                     raise unknown(f"measure in a finding of {self.title}:", measure, self.measures)
             if finding.rule not in ("ahead", "as good"):
@@ -185,7 +188,9 @@ def _arm(name: str, content: object, where: str) -> Arm:
 
 
 def _finding(content: object, where: str) -> Finding:
-    texts = dict.fromkeys(("claim", "first", "second", "measure", "rule", "second_measure"), str)
+    texts = dict.fromkeys(
+        ("claim", "first", "second", "measure", "rule", "second_measure", "over_measure"), str
+    )
     given = _fields(content, f"a finding of {where}", {**texts, "over": list})
     over = given.pop("over", None)
     if over is not None and len(over) != 2:
