@@ -82,7 +82,8 @@ def test_ranks_see_the_same_samples_and_losses_as_one_alone(tmp_path, alone, siz
     assert one.keys() == many.keys()
     for name, value in one.items():
         # Keys have a bias whose gradient is 0 but for rounding, and AdamW magnifies what is left.
-        torch.testing.assert_close(many[name], value, rtol=1e-3, atol=1e-4)
+        atol = 1e-3 if name.endswith("qkv.bias") else 1e-4
+        torch.testing.assert_close(many[name], value, rtol=1e-3, atol=atol)
 
 
 @pytest.mark.slow
@@ -306,6 +307,16 @@ def test_a_rank_killed_under_torchrun_is_replaced_and_the_run_ends_as_it_would_h
     assert different(folder, tmp_path / "whole") == []
 
 
+def listens(place: str) -> bool:
+    """Whether a server is there."""
+    host, _, port = place.partition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
 @pytest.mark.slow
 def test_a_machine_that_is_lost_is_gone_without(tmp_path):
     """Two agents of an elastic run, as of two machines. One is killed with its rank; the other goes on."""
@@ -322,8 +333,9 @@ def test_a_machine_that_is_lost_is_gone_without(tmp_path):
         try:
             for _ in range(2):
                 agents.append(subprocess.Popen(words, env=environment, stdout=log, stderr=log))
-                time.sleep(1)  # the first holds the rendezvous
-            until = time.monotonic() + 200
+                until = time.monotonic() + 200
+                while not listens(place) and time.monotonic() < until:
+                    time.sleep(0.1)  # the first holds the rendezvous
             while not checkpoint.steps(tmp_path / "run" / "checkpoints") and time.monotonic() < until:
                 time.sleep(0.005)
             for pid in [*children_of(agents[1].pid), agents[1].pid]:
