@@ -26,7 +26,7 @@ from quarterview.studies.plan import (
     unique_arms,
 )
 from quarterview.studies.study import Arm, Finding, Study, Table, read_study
-from quarterview.studies.timing import Reading, Timed, Tuning, parts_judged
+from quarterview.studies.timing import Timed, Training, Tuning, parts_judged
 
 CONFIG = StudyConfig(
     data=("shapes",),
@@ -181,12 +181,26 @@ class Times:
         parts = {part for one in arms for part in parts_judged(one)}
         tuned = {part for part in parts if part.measures[0].startswith("finetune")}
         self.timed = Timed(
-            {one.key: step for one in trained},
-            tokenizer,
-            Reading(once, 0.0),
+            {one.key: Training(once, step) for one in trained},
+            Training(once if tokenizer else 0.0, tokenizer),
+            0.0,
             dict.fromkeys(parts - tuned, frozen),
             dict.fromkeys(tuned, Tuning(1.0, 0.1)),
         )
+
+
+def test_each_network_is_judged_by_its_own_time():
+    config = replace(CONFIG, model=None, budget="90m", seeds=1, tune_steps=100)
+    arms = unique_arms(STUDIES["scaling"], config, "words")
+    times = Times(arms).timed
+    parts = {one.config.model: parts_judged(one) for one in arms}
+    assert len(parts) == len({part for each in parts.values() for part in each}) == 3
+    large = parts["mae_vit_base_patch4"][0]
+    slow = replace(times, tuning={**times.tuning, large: Tuning(1.0, 1.0)})
+    one, two = (choose_lengths(arms, config, timed).arms for timed in (times, slow))
+    spared = 2 * 100 * 0.9 / (3 * 64 * 0.01)  # two arms, 100 updates, 0.9 s more each
+    trained = [(a.steps, b.steps) for a, b in zip(one, two, strict=True) if a.steps]
+    assert all(a - b == pytest.approx(spared, abs=1) for a, b in trained)
 
 
 @given(minutes=st.integers(8, 200), seeds=st.integers(1, 5), at_a_time=st.integers(1, 8))
@@ -214,7 +228,7 @@ def test_a_tokenizer_is_trained_once_and_before_the_rest():
     config = replace(CONFIG, budget="20m", seeds=1, measures=("linear",))
     arms = unique_arms(STUDIES["tokens"], config, "words")
     found = choose_lengths(arms, config, Times(arms, tokenizer=0.02).timed).arms
-    seconds = sum(0.5 + 2 + one.steps * 64 * 0.01 for one in found) + found[0].steps * 64 * 0.02
+    seconds = 0.5 + sum(0.5 + 2 + one.steps * 64 * 0.01 for one in found) + found[0].steps * 64 * 0.02
     assert 0.88 * 1200 < seconds <= 0.91 * 1200
 
 

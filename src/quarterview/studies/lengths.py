@@ -61,21 +61,19 @@ def choose_lengths(
         return config.seeds * sum(seconds) / at_a_time + max(seconds) * (1 - 1 / at_a_time)
 
     def beside_training(tune_steps: int) -> float:
-        reading = timed.reading.once
-        return side_by_side(
-            [timed.judged(one, tune_steps) + reading * (one.arm.start == "pretrain") for one in arms]
+        opening = {key: training.once for key, training in timed.training.items()}
+        return timed.tokenizer.once + side_by_side(
+            [timed.judged(one, tune_steps) + opening.get(one.key, 0.0) for one in arms]
         )
 
     if config.tune_steps is None:
         kept = (n for n in range(TUNE_STEPS, _LEAST_TUNED, -10) if beside_training(n) <= _JUDGING * left)
         tune_steps = next(kept, _LEAST_TUNED)
-    rates = [
-        (timed.steps[one.key] + timed.reading.image) * one.arm.length if one.key in timed.steps else 0.0
-        for one in arms
-    ]
-    rate = side_by_side(rates) + (timed.tokenizer + timed.reading.image if timed.tokenizer else 0.0)
+    seconds = {key: max(training.image, timed.reading) for key, training in timed.training.items()}
+    rates = [seconds.get(one.key, 0.0) * one.arm.length for one in arms]
+    rate = side_by_side(rates) + (timed.tokenizer.image and max(timed.tokenizer.image, timed.reading))
     images = (left - beside_training(tune_steps)) / rate if rate else 0.0
-    least = [one.config.batch_size / one.arm.length for one in arms if one.key in timed.steps]
+    least = [one.config.batch_size / one.arm.length for one in arms if one.key in timed.training]
     if images < min(least, default=0.0):
         raise UserError(
             f"a budget of {config.budget} for {len(arms)} arms under {config.seeds} seeds, which take "

@@ -1,46 +1,37 @@
 """How long the parts of a study take on this machine: what a budget of minutes is planned with."""
 
-import json
+import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-
-from quarterview.data.loader import Batch
-from quarterview.model.mae import MaskedAutoencoder
-from quarterview.model.targets import TokenTarget
-from quarterview.objectives.choice import COMPARING, fresh_objective, model_config_of
 from quarterview.pretraining import PretrainConfig
 from quarterview.speed.bench import loader_of, reading_time
-from quarterview.studies.arm import images_of
+from quarterview.studies.arm import images_of, train
 from quarterview.studies.measure import judge
 from quarterview.studies.plan import TOKENIZER, Planned, StudyConfig, base_of, tokenizer_config
 from quarterview.studies.side_by_side import Here, Piece, Workers
 from quarterview.studies.study import TUNED, Start, Study, parts_of
-from quarterview.train.distributed import World, choose_device
-from quarterview.train.loop import precision_context, usable_precision
-from quarterview.train.optim import adamw
-from quarterview.train.step import Step
+from quarterview.train.distributed import choose_device
+from quarterview.train.journal import metrics
 
-_TIMED = 3  # steps
+_STEPS = 12  # of training that are run, of which the second half is timed
 _READ_SECONDS = 3.0
 _TUNED = 40  # updates whose time is measured
 _TUNED_BATCH = 64  # of the recipe `small`
 
 
-class Reading(NamedTuple):
-    """Seconds that reading the pre-training images takes, beside training."""
+class Training(NamedTuple):
+    """Seconds that training takes."""
 
     once: float
-    """At the beginning of a run: all are read where they are then held in memory."""
+    """To open the images and to write the checkpoint."""
     image: float
-    """For each image as often as it is seen."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +39,9 @@ class Judging:
     """A part of judging an arm that is timed, and kept, by itself."""
 
     start: Start
-    """What the arm is as far as this part's time goes: `random` stands for every network."""
+    """What the arm is as far as this part's time goes: `random` stands for every one that has a network."""
+    network: tuple[object, ...]
+    """Which one, and the size of the images."""
     measures: tuple[str, ...]
     """Of frozen features all that are asked for, in one pass; of fine-tuning those of one run."""
 
@@ -65,11 +58,12 @@ class Tuning(NamedTuple):
 class Timed:
     """What was measured."""
 
-    steps: dict[str, float]
-    """Seconds of a training step for one image, by arm."""
-    tokenizer: float
-    """Likewise of the tokenizer; 0 where there is none."""
-    reading: Reading
+    training: dict[str, Training]
+    """By arm."""
+    tokenizer: Training
+    """Zeros where there is none."""
+    reading: float
+    """Seconds to read an image, where images are not held in memory."""
     judging: dict[Judging, float]
     """Seconds of judging frozen features."""
     tuning: dict[Judging, Tuning]
@@ -88,8 +82,9 @@ def parts_judged(one: Planned) -> list[Judging]:
     still = tuple(m for m in one.measures if kinds[m] not in TUNED)
     whole = tuple(m for m in one.measures if m in ("finetune", "corrupted"))  # of which one run is judged
     partly = [(m,) for m in one.measures if kinds[m] in TUNED and m not in whole]
-    tuned = [Judging("random", each) for each in ([whole] if whole else []) + partly]
-    return [*([Judging(start, still)] if still else []), *tuned]
+    network = (one.config.model, one.config.image_size, one.config.in_chans, one.config.cls_tokens)
+    tuned = [Judging("random", network, each) for each in ([whole] if whole else []) + partly]
+    return [*([Judging(start, network, still)] if still else []), *tuned]
 
 
 def time_all(
@@ -103,6 +98,11 @@ def time_all(
     reader = next((one for one in trained if one.config.tokenizer == str(out / TOKENIZER)), None)
     sample = {part: next(one.config for one in arms if part in parts_judged(one)) for part in judged}
     numbers = count()
+    words = folder / TOKENIZER
+    made = Training(0.0, 0.0)
+    if reader is not None:
+        one = Piece("tokenizer", time_training, (tokenizer_config(reader.config, "", config), words))
+        made = next(done.result for done in workers.each([one]))
     pieces = [Piece("reading", time_reading, (base_of(study, config),))]
     pieces += [
         Piece(f"{part.start}, {', '.join(part.measures)}", function, (part, sample[part], config, its))
@@ -110,18 +110,17 @@ def time_all(
         for its in [folder / str(next(numbers))]
         for function in [time_tuning if parts_of(part.measures[0])[0] in TUNED else time_judging]
     ]
-    pieces += [Piece(one.arm.name, seconds_an_image, (one.config, config.vocabulary)) for one in trained]
-    if reader is not None:
-        made = tokenizer_config(reader.config, "", config)
-        pieces.append(Piece("tokenizer", seconds_an_image, (made, config.vocabulary)))
+    for one in trained:
+        its_words = one.config.tokenizer == str(out / TOKENIZER)
+        its = replace(one.config, tokenizer=str(words)) if its_words else one.config
+        pieces.append(Piece(one.arm.name, time_training, (its, folder / one.key)))
     found = {id(done.piece): done.result for done in workers.each(pieces)}
     results = [found[id(piece)] for piece in pieces]
     shutil.rmtree(folder, ignore_errors=True)
     taken = dict(zip(judged, results[1:], strict=False))
-    steps = results[1 + len(judged) :]
     return Timed(
-        {one.key: seconds for one, seconds in zip(trained, steps, strict=False)},
-        steps[-1] if reader is not None else 0.0,
+        dict(zip((one.key for one in trained), results[1 + len(judged) :], strict=True)),
+        made,
         results[0],
         {part: seconds for part, seconds in taken.items() if not isinstance(seconds, Tuning)},
         {part: seconds for part, seconds in taken.items() if isinstance(seconds, Tuning)},
@@ -141,68 +140,38 @@ def time_tuning(part: Judging, pretraining: PretrainConfig, config: StudyConfig,
     images = images_of(config, pretraining.in_chans)
     few = replace(config, tune_steps=min(config.tune_steps or _TUNED, _TUNED))
     began = time.perf_counter()
-    judge(None, "random", pretraining, part.measures, images, few, config.seed, folder)
+    with _silence():
+        judge(None, "random", pretraining, part.measures, images, few, config.seed, folder)
     seconds = time.perf_counter() - began
     tuned = part.measures[0].replace("corrupted", "finetune").replace(":", "-")
-    metrics = folder / tuned / "metrics.jsonl"
-    rate = json.loads(metrics.read_text("utf-8").splitlines()[-1])["images_per_s"]
-    update = _TUNED_BATCH / rate
+    update = _TUNED_BATCH / metrics(folder / tuned)[-1]["images_per_s"]
     assert few.tune_steps is not None
     return Tuning(max(0.0, seconds - few.tune_steps * update), update)
 
 
-def time_reading(config: PretrainConfig) -> Reading:
-    """Seconds that reading takes."""
-    device = choose_device(config.device)
+def time_training(config: PretrainConfig, folder: Path) -> Training:
+    """Seconds of training, by a short run."""
+    half = _STEPS // 2
+    its = replace(config, out=str(folder), steps=_STEPS, log_every=half, checkpoint_every=None)
     began = time.perf_counter()
-    loader = loader_of(config, device)
+    with _silence():
+        train(its)
+    seconds = time.perf_counter() - began
+    image = 1 / metrics(folder)[-1]["images_per_s"]
+    return Training(max(0.0, seconds - _STEPS * config.batch_size * image), image)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """What a run says that is thrown away is of no use to anyone."""
+    with Path(os.devnull).open("w") as nothing, redirect_stdout(nothing):
+        yield
+
+
+def time_reading(config: PretrainConfig) -> float:
+    """Seconds to read an image, over so many that what was read ahead makes no difference; 0 from memory."""
+    loader = loader_of(config, choose_device(config.device))
     assert loader is not None
-    once = time.perf_counter() - began
     if loader.cached is not None:
-        return Reading(once, 0.0)
-    return Reading(once, reading_time(loader, config, _READ_SECONDS) / config.batch_size)
-
-
-def seconds_an_image(config: PretrainConfig, vocabulary: int) -> float:
-    """How long a training step takes for an image that is at hand, measured now.
-
-    Args:
-        vocabulary: words of the tokenizer, where one is used or made.
-    """
-    world = World(choose_device(config.device))
-    precision = usable_precision(config.precision, world.device)
-    blank = ((0.0,) * config.in_chans, (1.0,) * config.in_chans)
-    model_config = model_config_of(config, *blank, class_names=None, classes=10, vocabulary=vocabulary)
-    objective = fresh_objective(config, model_config, 100, world.gather)
-    assert isinstance(objective, nn.Module)
-    objective.to(world.device).train()
-    if isinstance(objective.model, MaskedAutoencoder) and isinstance(objective.model.target, TokenTarget):
-        objective.model.target.use(_AnyWords(vocabulary, config.patches))
-    if config.compile:
-        objective.model.compile()
-    step = Step(
-        objective, adamw(objective, config.weight_decay), world, precision_context(precision, world.device)
-    )
-    size = config.batch_size
-    images = torch.randn(2, size, config.in_chans, *config.image_size, device=world.device)
-    ids = torch.arange(size, device=world.device)
-    second = images[1] if config.objective in COMPARING else None
-    batch = Batch(images[0], ids, torch.zeros_like(ids), ids % 10, second)
-    times = []
-    for _ in range(1 + _TIMED):
-        began = time.perf_counter()
-        loss, _ = step.gradients(batch)
-        step.apply(loss)
-        loss.item()  # so that the device is done
-        times.append(time.perf_counter() - began)
-    return sum(times[1:]) / _TIMED / size
-
-
-class _AnyWords:
-    """A tokenizer whose words nobody asked for, to see how long predicting them takes."""
-
-    def __init__(self, vocabulary: int, patches: int) -> None:
-        self.vocabulary, self.patches = vocabulary, patches
-
-    def tokens(self, images: Tensor) -> Tensor:
-        return torch.zeros(len(images), self.patches, dtype=torch.int64, device=images.device)
+        return 0.0
+    return reading_time(loader, config, _READ_SECONDS) / config.batch_size
