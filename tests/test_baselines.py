@@ -167,6 +167,7 @@ def test_components_are_fitted_once(runs):
         ({"objective": "byol", "parallel": "fsdp"}, "ddp"),
         ({"uniformity": 0.01, "accum_iter": 2}, "uniformity 0.01"),
         ({"objective": "denoising", "uniformity": 0.01}, "uniformity 0.01"),
+        ({"fused_blocks": (1,), "uniformity": 0.01}, "uniformity 0.01 with fused_blocks"),
         ({"objective": "mocov3", "init_from": "x"}, "init_from"),
         ({"objective": "supervised", "batch_size": 15}, "even number"),
         ({"objective": "denoising", "compile": True}, "compile"),

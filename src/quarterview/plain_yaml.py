@@ -9,11 +9,22 @@ MOST_BYTES = 1_000_000
 
 
 class _Plain(yaml.SafeLoader):
-    """Without merges: a few lines of them stand for any number of entries, which are made at once."""
+    """Without merges: a few lines of them stand for any number of entries, which are made at once.
+
+    And without a key that comes twice, of which one would be lost in silence.
+    """
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
             raise yaml.constructor.ConstructorError(None, None, "merges (<<) are not read", node.start_mark)
+        seen = set[tuple[str, str]]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{key.value} is there twice", key.start_mark
+                    )
+                seen.add((key.tag, key.value))
 
 
 def read_yaml(text: str | bytes) -> Any:

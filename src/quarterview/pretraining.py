@@ -118,6 +118,11 @@ class PretrainConfig(
                 f"fused_blocks {blocks} with objective {name}, which has no decoder; accepted: "
                 f"with {', '.join(PREDICTING)}"
             )
+        if self.uniformity and self.fused_blocks:
+            raise UserError(
+                f"uniformity {self.uniformity} with fused_blocks, whose sum is no feature that anything else "
+                "reads; accepted: one of them"
+            )
         if name not in PREDICTING and self.init_from is not None:
             raise UserError(f"init_from with objective {name}; accepted: with {', '.join(PREDICTING)}")
         if name == "tokenizer" and self.probe_train:

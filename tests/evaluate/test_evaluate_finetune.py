@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from quarterview.data.augment import normalise, to_float
 from quarterview.data.open import open_source
 from quarterview.errors import UserError
-from quarterview.evaluate.finetune import FinetuneConfig, count_blocks, finetune, read_told
+from quarterview.evaluate.finetune import FinetuneConfig, count_blocks, finetune, read_told, start_of
 from quarterview.evaluate.rates import parameter_table
 from quarterview.exchange.weights import load, load_autoencoder, load_classifier, load_encoder, metadata
 from quarterview.model.classifier import Classifier, ClassifierConfig, freeze_all_but
@@ -187,6 +187,8 @@ def test_another_image_size_gets_its_own_positions(run):
 def test_a_model_that_does_not_fit_is_refused(run):
     with pytest.raises(UserError, match="mae_vit_64x3x2_patch4"):
         load_encoder(Classifier(replace(BASE, model="mae_vit_64x3x2_patch4")), run)
+    with pytest.raises(UserError, match=r"--cls-tokens 3, but .* has 1; accepted: neither"):
+        start_of(FinetuneConfig(run=str(run), cls_tokens=3))
 
 
 def test_logits_equal_timms_with_the_same_weights(run, disturbed):

@@ -218,7 +218,7 @@ def test_workers_and_broken_images_change_nothing_else(model, tmp_path):
 def test_sixteen_bits_and_other_channels_are_refused(model, tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 2**16, (4, 16, 16, 3), dtype=np.uint16))
     for workers in (0, 1):
-        with pytest.raises(UserError, match="accepted: 8-bit RGB"):
+        with pytest.raises(UserError, match=r"x\.npy.*: a picture of .*accepted: 8-bit RGB"):
             told(model, open_source(str(tmp_path / "x.npy"), 3), workers=workers)
     grey = classifier(ClassifierConfig("mae_vit_32x2x2_patch4", (16, 16), 1, (0.5,), (0.5,), classes=4))
     with pytest.raises(UserError, match="1 channel"):
@@ -257,7 +257,7 @@ def test_a_set_is_judged_between_its_own_classes(model, tmp_path):
     classes = {"a star": "star"}
     truth = classes_of(source, model.config, classes, "few")
     assert truth.tolist() == [3] * 10 + [1] * 10
-    found = set_accuracy(model, source, truth, settings(), "few")
+    found = set_accuracy(model, source, truth, settings())
     scores, _ = extract(
         {"": class_scores(model)}, source, range(20), model.config, torch.device("cpu"), precision="fp32"
     )
@@ -266,8 +266,22 @@ def test_a_set_is_judged_between_its_own_classes(model, tmp_path):
     assert (found.classes, found.images) == (2, 20)
     unrestricted = (scores[""].argmax(dim=1) == truth).double().mean()
     assert float(unrestricted) < found.accuracy  # which shows that some were taken for other classes
-    with pytest.raises(UserError, match="one class alone"):
-        set_accuracy(model, source, torch.ones(20, dtype=torch.int64), settings(), "few")
+
+
+def test_a_set_of_one_class_is_refused_before_anything_takes_long(run, tmp_path, monkeypatch):
+    folder = pictures(tmp_path / "one", ("star", "square"))
+    (tmp_path / "map.csv").write_text("square,star\n")
+    monkeypatch.setattr("quarterview.evaluate.robustness._corrupted", lambda *_: pytest.fail("begun"))
+    with pytest.raises(UserError, match="the set few has one class alone"):
+        robustness(
+            settings(
+                run=str(run),
+                test=("shapes:8:size=16",),
+                sets=(f"few={folder}",),
+                class_map=str(tmp_path / "map.csv"),
+            ),
+            Journal(quiet=True),
+        )
 
 
 @pytest.mark.parametrize(
@@ -278,10 +292,11 @@ def test_a_set_is_judged_between_its_own_classes(model, tmp_path):
         ("x.csv", 'n01,"star"\n\nn02,1\n'),
         ("x.tsv", "n01\tstar\nn02\t1\n"),
         ("x.txt", "n01 star\nn02 1\n"),
+        ("x.csv", "\ufeffn01,star\nn02,1\n"),
     ],
 )
 def test_class_maps(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, "utf-8")
     assert read_class_map(tmp_path / name) == {"n01": "star", "n02": "1"}
 
 
@@ -291,6 +306,8 @@ def test_class_maps(tmp_path, name, text):
         ("x.yaml", "no: star", "in quotes"),
         ("x.yaml", "- star", "no table"),
         ("x.json", "{", "no JSON"),
+        ("x.json", '{"n01": 1, "n01": 2}', "n01 is there twice"),
+        ("x.yaml", "n01: 1\nn01: 2", "n01 is there twice"),
         ("x.csv", "n01,star,2", "accepted: a name and a class"),
         ("x.txt", "n01 star\nn01 square", "two classes"),
         ("x.xml", "", "accepted: .json"),
@@ -335,6 +352,9 @@ def test_a_classifier_without_names(tmp_path):
     numbered = open_source(str(pictures(tmp_path / "y", ("2", "10"), each=1)), 3)
     eleven = ClassifierConfig("mae_vit_32x2x2_patch4", classes=11)
     assert classes_of(numbered, eleven, {}, "y").tolist() == [10, 2]
+    folders = tuple(str(i) for i in range(11))  # of which 10 comes after 1 in a folder
+    every = open_source(str(pictures(tmp_path / "z", folders, each=1)), 3)
+    assert classes_of(every, eleven, {}, "z").tolist() == [0, 1, 10, *range(2, 10)]
 
 
 # ---------------------------------------------------------------------- the command
@@ -380,20 +400,26 @@ def test_the_command(run, tmp_path, capsys):
     for said in ("glass blur", "by severity", "clean error", "2 of the 15", "sketch", "50.0%"):
         assert said in " ".join(out.split())
     assert "mCE" not in out
-    written = json.loads((run / "results" / "robustness.json").read_text())
-    assert written["argv"][:2] == ["quarterview", "robustness"]
-    assert written["settings"]["library"].startswith("imagecorruptions-imaug ")
-    assert written["data"]["sets"]["sketch"]["images"] == 12
-    results = written["results"]
-    assert results["corrupted"]["accuracies"].keys() == {"fog", "glass_blur", "saturate"}
-    assert results["corrupted"]["accuracies"]["fog"].keys() == {"1", "5"}
-    assert results["corrupted"]["clean"] == results["sets"]["same"]["accuracy"]  # of all its classes
-    assert (results["corrupted"]["images"], results["corrupted"]["classes"]) == (24, 4)
-    assert results["sets"]["sketch"]["classes"] == 2
+    names = ("corrupted", "set-sketch", "set-same")
+
+    def written():
+        return {name: json.loads((run / "results" / f"{name}.json").read_text()) for name in names}
+
+    found = written()
+    corrupted, sketch, same = found.values()
+    assert corrupted["argv"][:2] == ["quarterview", "robustness"]
+    assert corrupted["settings"]["library"].startswith("imagecorruptions-imaug ")
+    assert sketch["settings"]["class_map"] == {"ring": "circle"}
+    assert sketch["data"]["images"] == 12
+    results = corrupted["results"]
+    assert results["accuracies"].keys() == {"fog", "glass_blur", "saturate"}
+    assert results["accuracies"]["fog"].keys() == {"1", "5"}
+    assert results["clean"] == same["results"]["accuracy"]  # of all its classes
+    assert (results["images"], results["classes"]) == (24, 4)
+    assert sketch["results"]["classes"] == 2
 
     assert run_cli([*words, "--seed", "0"]) == 0
-    again = json.loads((run / "results" / "robustness.json").read_text())
-    assert again["results"] == results
+    assert [each["results"] for each in written().values()] == [each["results"] for each in found.values()]
 
 
 def test_the_command_with_alexnet(run, capsys):
@@ -413,9 +439,9 @@ def test_the_command_with_alexnet(run, capsys):
     assert f"mCE {100 * found.corrupted.mce:.1f}: the mean of errors as shares of AlexNet's" in out
     for name in ("elastic transform", "jpeg compression"):
         assert name in out  # nothing is cut off at 80 columns
-    written = json.loads((folder / "results" / "robustness.json").read_text())
-    assert written["results"]["corrupted"]["mce"] == found.corrupted.mce
-    assert len(written["results"]["corrupted"]["accuracies"]) == 15
+    written = json.loads((folder / "results" / "corrupted.json").read_text())
+    assert written["results"]["mce"] == found.corrupted.mce
+    assert len(written["results"]["accuracies"]) == 15
 
 
 def test_what_is_no_classifier_is_refused(tmp_path, capsys):

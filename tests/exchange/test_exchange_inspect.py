@@ -44,6 +44,14 @@ def test_an_autoencoder(model, tmp_path, capsys):
     assert sum(counted.values()) == sum(p.numel() for p in model.parameters())
 
 
+def test_what_predicts_no_pictures(tmp_path, capsys):
+    small = {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4}
+    model = create_model("mae_vit_tiny_patch8", image_size=32, **small, target="hog")
+    inspect(saved(tmp_path / "run", model), Journal())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "; not reconstruct, for oriented gradients (HOG) in cells of 8 × 8 pixels are no picture" in shown
+
+
 def test_an_encoder_and_a_classifier(model, tmp_path, capsys):
     names = ("decoder", "mask_token")
     torch.save({k: v for k, v in model.state_dict().items() if not k.startswith(names)}, tmp_path / "x.pth")

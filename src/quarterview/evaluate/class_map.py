@@ -31,7 +31,7 @@ def read_class_map(path: str | Path) -> ClassMap:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            text = file.read(MOST_BYTES + 1).decode()
+            text = file.read(MOST_BYTES + 1).decode("utf-8-sig")  # spreadsheets write a mark before the text
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"class map {path} cannot be read: {error}") from None
     if len(text) > MOST_BYTES:
@@ -46,7 +46,7 @@ def read_class_map(path: str | Path) -> ClassMap:
 
 def _from_table(text: str, kind: str, path: Path) -> ClassMap:
     try:
-        content = json.loads(text) if kind == ".json" else read_yaml(text)
+        content = json.loads(text, object_pairs_hook=_once) if kind == ".json" else read_yaml(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"class map {path} is no {kind[1:].upper()}: {error}") from None
     accepted = f"accepted in {path}: a table of names, such as n01440764: tench, or of numbers"
@@ -59,6 +59,15 @@ def _from_table(text: str, kind: str, path: Path) -> ClassMap:
                     f"a class map with {part!r}; {accepted}; in quotes where YAML reads it otherwise"
                 )
     return {str(name): str(target) for name, target in content.items()}
+
+
+def _once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """A table of JSON. Raises ValueError for a name that comes twice."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return table
 
 
 def _from_lines(text: str, kind: str, path: Path) -> ClassMap:
@@ -81,7 +90,8 @@ def classes_of(source: Source, config: ClassifierConfig, classes: ClassMap, wher
     """The classifier's class of every image of a labelled set.
 
     A name that the map does not have stands for itself. Where neither the classifier's classes have names
-    nor a map is given, a set of as many classes is taken to have them in the same order.
+    nor a map is given, a set of as many classes is taken to have them in the same order, unless it calls
+    them by numbers.
 
     Args:
         where: the set, for errors.
@@ -97,8 +107,9 @@ def classes_of(source: Source, config: ClassifierConfig, classes: ClassMap, wher
     if source.classes is None and int(present.min()) < 0:
         raise UserError(f"{where} has labels below 0; accepted: 0 to {config.classes - 1}")
     names = {int(n): source.classes[n] if source.classes else str(int(n)) for n in present}
-    in_order = not classes and config.class_names is None and source.classes is not None
-    if in_order and len(source.classes or ()) == config.classes:
+    theirs = source.classes or ()
+    in_order = not classes and config.class_names is None and len(theirs) == config.classes
+    if in_order and not all(name.isdecimal() for name in theirs):
         return labels
     numbers = torch.full((int(present.max()) + 1,), -1)
     for label, name in names.items():

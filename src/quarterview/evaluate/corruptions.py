@@ -62,10 +62,10 @@ def library() -> tuple[Callable[..., Any], str]:
         named = f"{_PACKAGE} {version(_PACKAGE)}"
         from imagecorruptions import corrupt
     except ImportError as error:
-        raise UserError(
-            f"corruptions need {_PACKAGE}, and there is: {error}; accepted: pip install "
-            "'quarterview[robustness]'"
-        ) from None
+        advice = "pip install 'quarterview[robustness]'"
+        if "libGL" in str(error):
+            advice = "the system's libGL, or opencv-python-headless in the place of opencv-python"
+        raise UserError(f"corruptions need {_PACKAGE}, and there is: {error}; accepted: {advice}") from None
     return corrupt, named
 
 
@@ -144,7 +144,7 @@ class _Pictures(Dataset):
                 for what in self.asked(index)
             ]
         except UserError as error:  # handed over, for torch would wrap it in a traceback
-            return error
+            return UserError(f"{self.source.name(index)}: {error}")
         return index, torch.stack(made)
 
 

@@ -85,8 +85,8 @@ class FinetuneConfig(SupervisedConfig, AugmentConfig, OptimConfig, RunningConfig
     """The network to train from scratch, such as mae_vit_tiny_patch4."""
     in_chans: int = 3
     """Channels of the images, from scratch; otherwise the run says."""
-    cls_tokens: int = 1
-    """How many cls tokens there are, likewise."""
+    cls_tokens: int | None = None
+    """How many cls tokens there are, from scratch, 1 if nothing is said; otherwise the run says."""
     from_ema: bool = False
     """Start from the moving average of the run's weights."""
     layer_decay: float = 0.75
@@ -408,10 +408,14 @@ def start_of(config: FinetuneConfig) -> ClassifierConfig:
                 "scratch says nothing of the network; accepted: --model mae_vit_tiny_patch4 --image-size 32"
             )
         network = (config.model, config.image_size, config.in_chans)
-        return ClassifierConfig(*network, cls_tokens=config.cls_tokens, pool=config.pool)
+        return ClassifierConfig(*network, cls_tokens=config.cls_tokens or 1, pool=config.pool)
     theirs = read_config(config.run, config.from_ema)
     if config.model not in (None, theirs.model):
         raise UserError(f"--model {config.model}, but {config.run} is {theirs.model}; accepted: neither")
+    if config.cls_tokens not in (None, theirs.cls_tokens):
+        raise UserError(
+            f"--cls-tokens {config.cls_tokens}, but {config.run} has {theirs.cls_tokens}; accepted: neither"
+        )
     size = config.image_size or theirs.image_size
     network = (theirs.model, size, theirs.in_chans, theirs.mean, theirs.std, theirs.cls_tokens)
     return ClassifierConfig(*network, pool=config.pool)

@@ -197,8 +197,9 @@ def draw_look(
 
 
 def _caption(model: MaskedAutoencoder | Classifier, shares: Sequence[float], autoencoder: bool) -> list[str]:
+    tokens = "cls tokens" if model.config.cls_tokens > 1 else "cls token"
     sentences = [
-        "Attention: from the cls token of the last block to the patches, brightest where most.",
+        f"Attention: from the {tokens} of the last block to the patches, brightest where most.",
         "Rollout: the same through all blocks (Abnar and Zuidema 2020).",
         f"Tokens: three principal components of all patch tokens, {shares[0]:.0%} of their variance;",
         f"less position: after removing what depends on the place alone, {shares[1]:.0%} of the rest.",
@@ -206,7 +207,7 @@ def _caption(model: MaskedAutoencoder | Classifier, shares: Sequence[float], aut
     if isinstance(model, MaskedAutoencoder) and autoencoder:
         return [*sentences, *completed_caption(model)]
     if isinstance(model, Classifier) and model.config.pool == "mean":
-        sentences.append("This classifier reads the mean of its patch tokens and not its cls token.")
+        sentences.append(f"This classifier reads the mean of its patch tokens and not its {tokens}.")
     return [*sentences, "No reconstruction: this model predicts no pictures."]
 
 

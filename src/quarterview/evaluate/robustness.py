@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import fmean
 from typing import Any, Literal
@@ -204,18 +204,22 @@ def robustness(config: RobustnessConfig, journal: Journal, argv: Sequence[str] =
     truths = {
         name: classes_of(source, model.config, classes, f"the set {name}") for name, source in sources.items()
     }
-    corrupted = None if test is None else _corrupted(model, test, classes, config, journal)
-    if corrupted is not None:
+    for name, truth in truths.items():
+        if len(truth.unique()) < 2:
+            raise UserError(f"the set {name} has one class alone; accepted: two or more")
+    corrupted = None
+    if test is not None:
+        corrupted = _corrupted(model, test, classes, config, journal)
         _show_corrupted(corrupted, config, journal)
-    sets = {name: set_accuracy(model, source, truths[name], config, name) for name, source in sources.items()}
+        _record_corrupted(config, corrupted, _described(config.test, test), classes, argv)
+    sets = dict[str, SetAccuracy]()
+    for name, source in sources.items():
+        sets[name] = set_accuracy(model, source, truths[name], config)
+        described = _described(specs[name], source)
+        _record(config, f"set-{name}", classes, described, {}, asdict(sets[name]), argv)
     if sets:
         _show_sets(sets, journal)
-    found = Robustness(corrupted, sets)
-    data: dict[str, Any] = {"sets": {n: _described(specs[n], source) for n, source in sources.items()}}
-    if test is not None:
-        data["test"] = _described(config.test, test)
-    _record(config, found, data, argv)
-    return found
+    return Robustness(corrupted, sets)
 
 
 def _corrupted(
@@ -255,7 +259,7 @@ def _corrupted(
 
 
 def set_accuracy(
-    model: Classifier, source: Source, truth: torch.Tensor, config: RobustnessConfig, name: str = ""
+    model: Classifier, source: Source, truth: torch.Tensor, config: RobustnessConfig
 ) -> SetAccuracy:
     """The accuracy on a set, of a classifier that chooses between the classes that the set has.
 
@@ -263,14 +267,9 @@ def set_accuracy(
 
     Args:
         model: on its device.
-        truth: int64 [N], of `classes_of`.
-
-    Raises:
-        UserError: if the set has one class alone.
+        truth: int64 [N], of `classes_of`, two classes or more.
     """
     present = truth.unique()
-    if len(present) < 2:
-        raise UserError(f"the set {name} has one class alone; accepted: two or more")
     device = next(model.parameters()).device
     scores, seen = extract(
         {"": class_scores(model)},
@@ -337,31 +336,43 @@ def _described(specs: Sequence[str], source: Source) -> dict[str, Any]:
     return {"specs": list(specs), "fingerprint": source.fingerprint(), "images": len(source)}
 
 
-def _record(
-    config: RobustnessConfig, found: Robustness, data: Mapping[str, Any], argv: Sequence[str]
+def _record_corrupted(
+    config: RobustnessConfig,
+    found: Corrupted,
+    data: Mapping[str, Any],
+    classes: ClassMap,
+    argv: Sequence[str],
 ) -> None:
-    """Write the result into the run's results folder; nothing for weights outside a run."""
+    names = ("corruptions", "severities", "seed", "alexnet")
+    settings = {"library": library()[1], **{name: getattr(config, name) for name in names}}
+    results: dict[str, Any] = {
+        **asdict(found),
+        "standard_error": standard_error(found.clean, found.images),
+        "mean_error": found.mean_error,
+    }
+    if config.alexnet:
+        results |= {"corruption_errors": found.corruption_errors, "mce": found.mce}
+    _record(config, "corrupted", classes, data, settings, results, argv)
+
+
+def _record(
+    config: RobustnessConfig,
+    what: str,
+    classes: ClassMap,
+    data: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    results: Mapping[str, Any],
+    argv: Sequence[str],
+) -> None:
+    """Write a result into the run's results folder; nothing for weights outside a run."""
     folder, weights = results_folder(config.run), read(config.run, config.ema)
     if folder is None or weights.file is None:
         return
-    left_out = ("run", "test", "sets", "workers")
-    names = [field.name for field in fields(RobustnessConfig) if field.name not in left_out]
     settings = {
         "weights": str(weights.file.resolve().relative_to(folder.parent)),
         "weights_digest": weights.digest,
-        **{name: getattr(config, name) for name in names},
+        **{name: getattr(config, name) for name in ("ema", "crop_pct", "batch_size", "precision", "device")},
+        "class_map": dict(classes),
+        **settings,
     }
-    results: dict[str, Any] = {"sets": {name: asdict(each) for name, each in found.sets.items()}}
-    if found.corrupted is not None:
-        corrupted = found.corrupted
-        settings["library"] = library()[1]
-        results["corrupted"] = {
-            **asdict(corrupted),
-            "standard_error": standard_error(corrupted.clean, corrupted.images),
-            "mean_error": corrupted.mean_error,
-        }
-        if config.alexnet:
-            errors = {"corruption_errors": corrupted.corruption_errors, "mce": corrupted.mce}
-            results["corrupted"] |= errors
-    name = "robustness-ema" if config.ema else "robustness"
-    write_result(folder, name, argv, settings, data, results)
+    write_result(folder, f"{what}-ema" if config.ema else what, argv, settings, data, results)

@@ -71,7 +71,8 @@ def recognise(found: Foreign, given: str, allow_partial: Sequence[str] = ()) -> 
         UserError: if they are no plain vision transformer's, or some are missing or not understood.
     """
     family, tensors = _to_our_names(found.tensors, given)
-    if CLS_TOKENS in found.config and "reg_token" in tensors:
+    registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
+    if registers and found.config.get(CLS_TOKENS) == 1 + registers:
         tensors |= _cls_tokens(tensors.pop("reg_token"), tensors)
     dropped = [name for name in tensors if _matches(name, _NEEDLESS)]
     notes: list[str] = []

@@ -65,8 +65,11 @@ def uses(weights: Weights) -> str:
     frozen = "knn, linear, embed, look, compare, finetune, export"
     if isinstance(weights.config, ClassifierConfig):
         return f"classifying; {frozen}; pretrain --init-from takes its encoder"
-    if weights.has_decoder:
+    if weights.has_decoder and weights.config.predicts_pictures:
         return f"{frozen}, reconstruct, pretrain --init-from"
+    if weights.has_decoder:
+        what = weights.config.described_target
+        return f"{frozen}, pretrain --init-from; not reconstruct, for {what} are no picture"
     return f"{frozen}, pretrain --init-from with a fresh decoder; not reconstruct, which wants a trained one"
 
 

@@ -65,12 +65,16 @@ def export_timm(model: Model, folder: str | Path, facts: Facts | None = None) ->
 
 def _check_expressible(model: Model) -> None:
     """Raises UserError unless timm can hold a model."""
-    several = model.config.cls_tokens
-    if several > 1 and isinstance(model, Classifier) and model.config.pool == "cls":
+    if not timm_holds(model):
         raise UserError(
-            f"timm cannot hold a head that reads the mean of {several} cls tokens (it reads the first); "
-            "accepted: onnx, torch-export or safetensors"
+            f"timm cannot hold a head that reads the mean of {model.config.cls_tokens} cls tokens (it reads "
+            "the first); accepted: onnx, torch-export or safetensors"
         )
+
+
+def timm_holds(model: Model) -> bool:
+    """Whether timm can hold a model: all but a head that reads several cls tokens."""
+    return not (model.config.cls_tokens > 1 and isinstance(model, Classifier) and model.config.pool == "cls")
 
 
 def model_args(model: Model) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from quarterview.exchange.card import Target
 from quarterview.exchange.facts import Facts
 from quarterview.exchange.folder import write_folder
 from quarterview.exchange.preprocessing import for_transformers, preprocessing_of
+from quarterview.exchange.timm import timm_holds
 from quarterview.exchange.verify import (
     BATCHES,
     Exported,
@@ -156,7 +157,9 @@ def _limits_of_pretraining(config: MAEConfig) -> Iterator[str]:
 
 def _way_out(model: Model, part: str) -> str:
     holds = [name for name in get_args(Part) if name != part and not any(_limits(model, name))]
-    others = "timm, onnx, torch-export or safetensors"
+    others = "onnx, torch-export or safetensors"
+    if timm_holds(model):
+        others = f"timm, {others}"
     return f"the part {' or '.join(holds)}, or {others}" if holds else others
 
 

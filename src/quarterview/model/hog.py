@@ -15,7 +15,7 @@ CELL = 8
 """Side of a cell in pixels, where patches allow it."""
 EPS = 1e-5
 """What is added to the length of a histogram, in squares and deviations of the pixels: far below the faintest
-edge of an 8-bit picture, far above what rounding leaves of a flat one."""
+edge of an 8-bit picture in cells of 8 pixels, far above what rounding leaves of a flat one."""
 
 
 def cell_side(patch_size: int) -> int:
