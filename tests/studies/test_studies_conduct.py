@@ -15,7 +15,7 @@ import pytest
 from quarterview.cli import run
 from quarterview.errors import UserError
 from quarterview.evaluate.verdict import estimate
-from quarterview.studies.conduct import conduct, open_study
+from quarterview.studies.conduct import _settings, conduct, open_study
 from quarterview.studies.measure import read_judged
 from quarterview.studies.plan import StudyConfig
 from quarterview.train import checkpoint
@@ -45,7 +45,7 @@ tables:
     measures: [knn]
     arms: {pixels: pixels, components: pca, clusters: kmeans, default: {}}
   - title: Visible
-    measures: [linear, "linear@50"]
+    measures: [linear, "linear@50", knn, "knn@50"]
     arms: {default: {}, none: random}
     findings:
       - {claim: all, first: default, second: default, measure: linear, second_measure: "linear@50"}
@@ -95,7 +95,7 @@ def test_each_arm_is_trained_and_judged_under_each_seed(done):
     folders = judged(done)
     assert len(folders) == 2 * 7
     wanted = {"pixels": {"knn"}, "pca": {"knn"}, "kmeans": {"knn"}}
-    wanted["random"] = {"linear", "knn", "finetune:1", "linear@50"}
+    wanted["random"] = {"linear", "knn", "finetune:1", "linear@50", "knn@50"}
     for name, found in folders.items():
         kind = name.split("-")[0]
         assert kind == "mae" or found.keys() == wanted[kind]
@@ -133,25 +133,49 @@ def test_the_report_tells_what_was_judged(done):
     assert shared["high"] == shared["default"]
     with (done / "study.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * (2 + 3 * 3 + 4 + 2 * 2)
+    assert len(rows) == 2 * (2 + 3 * 3 + 4 + 2 * 4)
+    assert {row["seed"] for row in rows} == {"0", "1"}
     assert {row["test_images"] for row in rows} == {"60"}
     page = (done / "report.html").read_text()
     assert "Is &lt;this&gt; a study?" in page
     assert "Targets &amp; starts" in page
     assert not [word for word in ('src="', 'href="http', "url(h", "<script", "@import") if word in page]
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 2  # the curves over an axis, and over many measures
     assert (done / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_done_is_not_done_again(done, study):
     before = {path: path.stat().st_mtime_ns for path in (done / "runs").rglob("*") if path.is_file()}
-    assert conduct(str(study), config(done), Journal(quiet=True)).status == "complete"
+    told = {name: (done / name).read_text() for name in ("study.json", "study.csv", "report.html")}
+    assert conduct(str(study), config(done), Journal(quiet=True), ["looked", "again"]).status == "complete"
     assert before == {path: path.stat().st_mtime_ns for path in (done / "runs").rglob("*") if path.is_file()}
+    assert told == {name: (done / name).read_text() for name in told}
 
 
 def test_another_study_in_the_folder_is_refused(done, study):
     with pytest.raises(UserError, match="labels"):
         conduct(str(study), config(done, labels=50), Journal(quiet=True))
+    with pytest.raises(UserError, match=r"settings \(train\)"):  # other images
+        conduct(str(study), config(done, train=("shapes:81:size=16:seed=1",)), Journal(quiet=True))
+
+
+def test_a_recipe_that_changed_is_another_study(done, study, tmp_path):
+    base = tmp_path / "base.yaml"
+    base.write_text("lr: 2.0e-3\n")
+    out = tmp_path / "out"
+    asked = config(out, base=str(base), seeds=1, measures=("knn", "linear"))
+    out.mkdir()
+    (out / "plan.json").write_text((done / "plan.json").read_text())
+    with pytest.raises(UserError, match="other settings"):
+        conduct(str(study), asked, Journal(quiet=True))
+    plan = json.loads((done / "plan.json").read_text())
+    plan["settings"] = _settings(open_study(str(study)), asked)
+    (out / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(UserError, match="says nothing of low"):
+        conduct(str(study), asked, Journal(quiet=True))
+    base.write_text("lr: 3.0e-3\n")
+    with pytest.raises(UserError, match=r"other settings \(pretraining\)"):
+        conduct(str(study), asked, Journal(quiet=True))
 
 
 @pytest.mark.slow

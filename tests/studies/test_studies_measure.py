@@ -17,6 +17,7 @@ from quarterview.evaluate.corruptions import COMMON, corrupt, one_of
 from quarterview.evaluate.features import class_scores, encoder_features, partly_visible
 from quarterview.exchange.weights import load_classifier
 from quarterview.model.create import create_model
+from quarterview.pretraining import PretrainConfig
 from quarterview.studies.conduct import conduct
 from quarterview.studies.measure import check_measures, judge, open_images, read_judged
 from quarterview.studies.named import STUDIES
@@ -110,8 +111,9 @@ def test_what_is_no_measure(measure):
 
 
 def test_measures_that_an_arm_cannot_have():
-    check_measures("kmeans", ["linear", "knn"], 4)
-    check_measures("pretrain", ["finetune:4", "finetune:all", "linear@50", "corrupted"], 4)
+    four = PretrainConfig(model="mae_vit_32x4x2_patch4", image_size=16)
+    check_measures("kmeans", ["linear", "knn"], four)
+    check_measures("pretrain", ["finetune:4", "finetune:all", "linear@50", "corrupted"], four)
     for start, measure in (
         ("pixels", "finetune"),
         ("pixels", "corrupted"),
@@ -119,7 +121,9 @@ def test_measures_that_an_arm_cannot_have():
         ("pretrain", "finetune:5"),
     ):
         with pytest.raises(UserError):
-            check_measures(start, [measure], 4)
+            check_measures(start, [measure], four)
+    with pytest.raises(UserError, match="corrupted images of 1 channels"):
+        check_measures("pretrain", ["corrupted"], replace(four, in_chans=1))
 
 
 # ---------------------------------------------------------------------- corrupted images
@@ -139,7 +143,7 @@ def config(out: Path, **changes) -> StudyConfig:
 def test_corrupted_images_are_judged_by_what_was_fine_tuned(tmp_path, measures):
     settings = config(tmp_path)
     base = replace(base_of(STUDIES["robustness"], settings), precision="fp32")
-    images = open_images(settings, 3)
+    images = open_images(settings.train, settings.test, 3)
     found = judge(None, "random", base, measures, images, settings, 0, tmp_path / "arm")
     assert found.keys() == read_judged(tmp_path / "arm").keys() == set(measures)
     right = found["corrupted"]
@@ -182,5 +186,5 @@ def test_a_study_needs_the_extra_before_it_begins(monkeypatch):
     corruptions.library.cache_clear()
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     with pytest.raises(UserError, match="robustness"):
-        check_measures("random", ["finetune", "corrupted"], 4)
+        check_measures("random", ["finetune", "corrupted"], PretrainConfig())
     corruptions.library.cache_clear()

@@ -1,5 +1,6 @@
 """What a study will run: arms once each, lengths within the budget, operations as torch counts them."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -26,7 +27,14 @@ from quarterview.studies.plan import (
     unique_arms,
 )
 from quarterview.studies.study import Arm, Finding, Study, Table, read_study
-from quarterview.studies.timing import Timed, Training, Tuning, parts_judged
+from quarterview.studies.timing import (
+    Timed,
+    Training,
+    Tuning,
+    parts_judged,
+    time_training,
+    time_tuning,
+)
 
 CONFIG = StudyConfig(
     data=("shapes",),
@@ -189,6 +197,25 @@ class Times:
         )
 
 
+def test_short_runs_tell_how_long_things_take(tmp_path):
+    words = {"data": ("shapes:96:size=16",), "train": ("shapes:80:size=16:seed=1",), "image_size": 16}
+    words |= {"test": ("shapes:60:size=16:seed=2",), "labels": 40, "device": "cpu", "workers": 0}
+    config = replace(CONFIG, **words, batch_size=16, tune_steps=4)
+    one = unique_arms(STUDIES["schedule"], config, "words")[0]
+    its = replace(one.config, precision="fp32")
+    began = time.perf_counter()
+    training = time_training(its, tmp_path / "trained")
+    took = time.perf_counter() - began
+    assert 0 < training.image < took / (16 * 6)  # no longer than all of what was timed
+    assert training.once + 12 * 16 * training.image == pytest.approx(took, rel=0.5)
+    part = next(part for part in parts_judged(one) if part.measures == ("finetune",))
+    began = time.perf_counter()
+    tuning = time_tuning(part, its, config, tmp_path / "tuned")
+    took = time.perf_counter() - began
+    assert 0 < tuning.update < took / 4
+    assert 0 <= tuning.once < took
+
+
 def test_each_network_is_judged_by_its_own_time():
     config = replace(CONFIG, model=None, budget="90m", seeds=1, tune_steps=100)
     arms = unique_arms(STUDIES["scaling"], config, "words")
@@ -271,6 +298,39 @@ def test_heads_share_a_width_evenly(width):
     assert heads == 1 or width // heads >= 32
 
 
+def test_each_arm_has_a_decoder_and_fused_blocks_for_its_own_encoder():
+    small, large = {"model": "mae_vit_32x4x2_patch4"}, {"model": "mae_vit_64x8x2_patch4"}
+    table = Table(
+        "Sizes",
+        (
+            *(Arm(f"share {i}", its, decoder_share=0.5) for i, its in enumerate((small, large))),
+            *(Arm(f"fused {i}", {**its, "fused_blocks": "study"}) for i, its in enumerate((small, large))),
+        ),
+    )
+    arms = {one.arm.name: one.config for one in unique_arms(Study("s", "", (table,)), CONFIG, "words")}
+    assert [arms[f"share {i}"].decoder_width for i in (0, 1)] == [16, 32]
+    assert [arms[f"fused {i}"].fused_blocks for i in (0, 1)] == [(1,), (1, 3, 5)]
+    with pytest.raises(UserError, match="fuses blocks of an encoder of 2"):
+        unique_arms(STUDIES["later"], CONFIG, "words")
+
+
+def test_arms_with_their_own_images_or_tokenizer_are_other_arms():
+    arms = (
+        Arm("default"),
+        Arm("others", {"data": ("shapes:9",)}),
+        *(
+            Arm(f"words {name}", {"target": "tokens", "tokenizer": name})
+            for name in ("study", "mine", "theirs")
+        ),
+        Arm("the same words", {"target": "tokens", "tokenizer": "study"}),
+    )
+    study = Study("s", "", (Table("Sources", arms),))
+    found = {one.arm.name: one for one in unique_arms(study, CONFIG, "words")}
+    assert list(found) == ["default", "others", "words study", "words mine", "words theirs"]
+    moved = replace(CONFIG, data=("elsewhere",))
+    assert [one.key for one in unique_arms(study, moved, "w")] == [one.key for one in found.values()]
+
+
 def test_heads_and_tokenizers_may_be_small():
     config = replace(CONFIG, model=None, head_width=32, vocabulary=64, tokenizer_width=16)
     arms = unique_arms(STUDIES["baselines"], config, "words")
@@ -339,6 +399,12 @@ def test_a_study_from_a_file(tmp_path):
         ("rule: as good", "rule: equal", "as good"),
         ("claim: more is better, ", "", "claim"),
         ("length: 0.5", "length: -1", "length -1"),
+        ("length: 0.5", "length: true", "length True"),
+        ("x: 25", "x: .nan", "x nan"),
+        ("mask_ratio: 0.25", "epochs: 3", "epochs in arm low"),
+        ("base: {decoder_depth: 1}", "base: {seed: 1}", "seed in study .* base"),
+        ("decoder_share: 0.5", "decoder_share: 0.5, decoder_width: 8", "accepted: either"),
+        ("measure: linear}", "measure: linear, over_measure: linear}", "beside over"),
         ("start: random", "start: randum", "randum"),
         ("tables:", "table:", "tables"),
         ("base: {decoder_depth: 1}", "base: {decoder_dept: 1}", "decoder_depth"),

@@ -19,10 +19,17 @@ def is_done(one: Planned, seed: int, out: Path) -> bool:
     return set(one.measures) <= read_judged(place(out, one.key, seed)).keys()
 
 
-@lru_cache(maxsize=1)
 def images_of(config: StudyConfig, channels: int) -> Images:
     """The labelled images of a study, opened once in a process."""
-    return open_images(config, channels)
+    return _opened(config.train, config.test, channels)
+
+
+_opened = lru_cache(maxsize=1)(open_images)
+
+
+def forget_images() -> None:
+    """Open them anew: they may have changed since another study."""
+    _opened.cache_clear()
 
 
 def conduct_one(one: Planned, seed: int, config: StudyConfig, out: Path) -> None:

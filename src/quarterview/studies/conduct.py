@@ -1,12 +1,13 @@
 """Run a study: every arm under every seed, judged, and a report that grows.
 
 What is done is never done again: runs go on from their checkpoints, measures are kept, and the
-lengths that were planned at the first start stay. After each arm the report is written anew.
+lengths that were planned at the first start stay. On the way the report is written anew, as often as
+it takes little of the time.
 """
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,9 +17,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from quarterview.data.loader import LoadConfig
+from quarterview.data.open import open_sources
 from quarterview.errors import UserError, unknown
 from quarterview.running import to_plain
-from quarterview.studies.arm import conduct_one, images_of, is_done, place, train
+from quarterview.studies.arm import conduct_one, forget_images, images_of, is_done, place, train
 from quarterview.studies.lengths import choose_lengths
 from quarterview.studies.measure import StoppedError, check_measures, read_judged
 from quarterview.studies.named import STUDIES
@@ -28,13 +31,14 @@ from quarterview.studies.plan import (
     StudyConfig,
     base_of,
     flops_an_image,
+    planned_values,
     read_budget,
     tokenizer_config,
     unique_arms,
 )
 from quarterview.studies.report import Progress, write_report
 from quarterview.studies.side_by_side import Here, Piece, Workers
-from quarterview.studies.study import Study, read_study
+from quarterview.studies.study import TUNED, Study, parts_of, read_study
 from quarterview.studies.timing import time_all
 from quarterview.train.distributed import ranks
 from quarterview.train.journal import Journal, duration, metrics, replace_text
@@ -82,24 +86,35 @@ def conduct(name: str, config: StudyConfig, journal: Journal, argv: Sequence[str
     with ExitStack() as held:
         out.mkdir(parents=True, exist_ok=True)
         held.enter_context(lock(out, 0.0))
-        images_of(config, base_of(study, config).in_chans)  # that what is wrong with them is told now
+        forget_images()
+        jobs = jobs_of(config)
+        config = _share_cores(study, config, jobs)
         arms = unique_arms(study, config, str(out / TOKENIZER))
         for one in arms:
-            check_measures(one.arm.start, one.measures, one.config.shape.depth)
-        jobs = jobs_of(config)
+            check_measures(one.arm.start, one.measures, one.config)
+        settings = _settings(study, config)  # opens the images: what is wrong with them is told now
         try:
             with Workers(jobs) if jobs > 1 else Here() as workers:
-                config, arms = _plan(study, config, arms, out, journal, began, workers)
+                config, arms = _plan(study, config, settings, arms, out, journal, began, workers)
                 _train_tokenizer(arms, config, out, journal)
-                report = _Sparing(partial(_report, study, config, arms, out, began, argv))
-                for _ in workers.each(_work(study, config, arms, out), lambda piece: journal.say(piece.name)):
+                left = _work(study, config, arms, out)
+                facts = provenance(argv) if left else _known_facts(out) or provenance(argv)
+                report = _Sparing(partial(_report, study, config, arms, out, began, facts))
+                for _ in workers.each(left, lambda piece: journal.say(piece.name)):
                     report()
         except StoppedError as stopped:
             signal: Any = stopped.signal
             journal.say(f"stopped by {signal}; the same command goes on from there")
-            return Studied(signal, _report(study, config, arms, out, began, argv))
-        path = _report(study, config, arms, out, began, argv, journal)
+            return Studied(signal, _report(study, config, arms, out, began, provenance(argv)))
+        path = _report(study, config, arms, out, began, facts, journal)
     return Studied("complete", path)
+
+
+def _share_cores(study: Study, config: StudyConfig, jobs: int) -> StudyConfig:
+    """The same, with as many decoding threads as a run has of the cores, unless someone said how many."""
+    if config.workers is not None or jobs == 1 or base_of(study, config).workers is not None:
+        return config
+    return replace(config, workers=max(1, LoadConfig().threads // jobs))
 
 
 def jobs_of(config: StudyConfig) -> int:
@@ -163,6 +178,7 @@ def _train_tokenizer(arms: Sequence[Planned], config: StudyConfig, out: Path, jo
 def _plan(
     study: Study,
     config: StudyConfig,
+    settings: dict[str, Any],
     arms: Sequence[Planned],
     out: Path,
     journal: Journal,
@@ -171,14 +187,19 @@ def _plan(
 ) -> tuple[StudyConfig, list[Planned]]:
     """The arms with their lengths, and the configuration with that of fine-tuning: those of the first
     start, or chosen now and written down."""
-    file, settings = out / "plan.json", _settings(study, config)
+    file = out / "plan.json"
     if file.is_file():
         known = json.loads(file.read_text("utf-8"))
         if known["settings"] != settings:
-            names = [n for n in settings if settings[n] != known["settings"].get(n)]
+            names = [n for n in settings if settings[n] != known["settings"].get(n)] or ["of another version"]
             raise UserError(
                 f"{out} holds a study with other settings ({', '.join(names)}); accepted: the same, or "
                 "another --out"
+            )
+        lost = [one.arm.name for one in arms if one.key not in known["steps"]]
+        if lost:
+            raise UserError(
+                f"{file} says nothing of {', '.join(lost)}: another version wrote it; accepted: another --out"
             )
         kept = [one._replace(steps=known["steps"][one.key]) for one in arms]
         return replace(config, tune_steps=known["tune_steps"]), kept
@@ -192,7 +213,7 @@ def _plan(
     trained = [one for one in made if one.steps]
     seen = sorted({one.steps * one.config.batch_size for one in trained if one.arm.length == 1})
     said = f"{seen[0]:,}" if len(seen) == 1 else f"{seen[0]:,} to {seen[-1]:,}"
-    tuned = any(measure.startswith("finetune") for one in made for measure in one.measures)
+    tuned = any(parts_of(measure)[0] in TUNED for one in made for measure in one.measures)
     journal.say(
         f"{len(made)} arms under {config.seeds} seeds, each of which sees {said} images"
         + (f", and {tune_steps} updates of fine-tuning" if tuned else "")
@@ -201,10 +222,18 @@ def _plan(
 
 
 def _settings(study: Study, config: StudyConfig) -> dict[str, Any]:
-    """What must stay the same when a study goes on; more seeds may be added."""
-    left_out = ("out", "device", "workers", "jobs", "seeds")
+    """What must stay the same when a study goes on; more seeds may be added, and files may have moved."""
+    left_out = ("out", "device", "workers", "jobs", "seeds", "data", "train", "test", "base")
     settings = {name: value for name, value in to_plain(config).items() if name not in left_out}
-    return {"study": json.loads(json.dumps(asdict(study))), **settings}
+    base = base_of(study, config)
+    images = images_of(config, base.in_chans)
+    prints = {
+        "data": open_sources(config.data, base.in_chans).fingerprint(),
+        "train": images.train.fingerprint(),
+        "test": images.test.fingerprint(),
+    }
+    told = {"study": asdict(study), "pretraining": planned_values(base), **prints, **settings}
+    return json.loads(json.dumps(told))
 
 
 # ---------------------------------------------------------------------- the report
@@ -216,7 +245,7 @@ def _report(
     arms: Sequence[Planned],
     out: Path,
     began: float,
-    argv: Sequence[str],
+    facts: Mapping[str, Any],
     journal: Journal | None = None,
 ) -> Path | None:
     """Write what was measured so far, and say it if there is a journal."""
@@ -227,11 +256,21 @@ def _report(
                 right.setdefault((one.key, measure), {})[seed] = told
     if not right:
         return None
-    facts = {**provenance(argv), "settings": to_plain(config), "took": duration(time.monotonic() - began)}
+    facts = {"settings": to_plain(config), "took": duration(time.monotonic() - began), **facts}
     done = sum(len(by_seed) for by_seed in right.values())
     asked = sum(len(one.measures) for one in arms) * config.seeds
     rates = {one.key: rate for one in arms if (rate := _rate(out, one, config)) is not None}
     return write_report(study, config, arms, right, rates, Progress(done, asked), facts, out, journal)
+
+
+def _known_facts(out: Path) -> dict[str, Any]:
+    """Of a study that is done: where its figures come from. Looking at it again changes nothing of that."""
+    try:
+        stored = json.loads((out / "study.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    names = (*provenance(()), "settings", "took")
+    return {name: stored[name] for name in names} if set(names) <= stored.keys() else {}
 
 
 def _rate(out: Path, one: Planned, config: StudyConfig) -> float | None:

@@ -64,13 +64,13 @@ class StoppedError(Exception):
         self.signal = signal
 
 
-def open_images(config: StudyConfig, channels: int) -> Images:
+def open_images(train_images: Sequence[str], test_images: Sequence[str], channels: int) -> Images:
     """Open the labelled images.
 
     Raises:
         UserError: if they have no labels, or train and test have other classes.
     """
-    train, test = open_sources(config.train, channels), open_sources(config.test, channels)
+    train, test = open_sources(train_images, channels), open_sources(test_images, channels)
     if train.classes and test.classes and list(train.classes) != list(test.classes):
         raise UserError("--train and --test have different classes; accepted: the same")
     images = Images(train, torch.tensor(labels_of(train)), test, torch.tensor(labels_of(test)))
@@ -261,10 +261,13 @@ def write_judged(folder: Path, found: Mapping[str, np.ndarray]) -> None:
     partial.replace(folder / "judged.npz")
 
 
-def check_measures(start: Start, measures: Sequence[str], depth: int) -> None:
+def check_measures(start: Start, measures: Sequence[str], pretraining: PretrainConfig) -> None:
     """Raises UserError if an arm cannot be judged so: it has no network, or fewer blocks than that."""
+    depth = pretraining.shape.depth
     if "corrupted" in measures:
         library()  # before hours of training
+        if pretraining.in_chans != 3:
+            raise UserError(f"corrupted images of {pretraining.in_chans} channels; accepted: 3")
     for measure in measures:
         kind, blocks, visible = parts_of(measure)
         if start in ("pixels", "pca", "kmeans") and (kind in TUNED or visible):

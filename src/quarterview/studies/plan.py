@@ -62,7 +62,8 @@ class StudyConfig:
     tokenizer_width: int | None = None
     """Channels inside that tokenizer."""
     measures: tuple[str, ...] = ()
-    """Judge by these alone: finetune, finetune:K, linear, knn. By default each table says."""
+    """Judge by these alone: finetune, finetune:K, linear, knn, linear@P or knn@P with P percent of the
+    patches visible, corrupted. By default each table says."""
     workers: int | None = None
     """Processes that decode images."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -137,12 +138,17 @@ def arm_config(base: PretrainConfig, arm: Arm, tokenizer: str, config: StudyConf
     """The pre-training of one arm. A tokenizer called `study` is the one that the study trains, and fused
     blocks called so are every other one but the last."""
     values: dict[str, Any] = dict(arm.values)
+    shape = replace(base, model=values.get("model", base.model)).shape
     if values.get("fused_blocks") == "study":  # the paper's 1, 3, 5, 7, 9 of twelve
-        values["fused_blocks"] = tuple(range(1, base.shape.depth - 1, 2))
+        values["fused_blocks"] = tuple(range(1, shape.depth - 1, 2))
+        if not values["fused_blocks"]:
+            raise UserError(
+                f"arm {arm.name} fuses blocks of an encoder of {shape.depth}; accepted: of 3 or more"
+            )
     if values.get("objective") in COMPARING and config.head_width is not None:
         values = {"head_width": config.head_width, **values}
     if arm.decoder_share is not None:
-        width = max(4, 4 * round(base.shape.width * arm.decoder_share / 4))  # four, for its positions
+        width = max(4, 4 * round(shape.width * arm.decoder_share / 4))  # four, for its positions
         values |= {"decoder_width": width, "decoder_heads": heads_of(width)}
     if values.get("tokenizer") == "study":
         values["tokenizer"] = tokenizer
@@ -197,12 +203,19 @@ def measures_of(table: Table, config: StudyConfig) -> tuple[str, ...]:
 
 def key_of(arm: Arm, config: PretrainConfig) -> str:
     """A name for a folder that another arm has only if its settings are the same."""
-    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _NOT_PLANNED}
+    values = planned_values(config)
     if arm.start != "pretrain":
         values = {name: values[name] for name in ("model", "image_size", "in_chans", "cls_tokens")}
+    mine = {name: arm.values.get(name, "study") for name in ("data", "tokenizer")}
+    values |= {name: value for name, value in mine.items() if value != "study"}  # the study's may have moved
     told = json.dumps([arm.start, arm.length, values], sort_keys=True, default=list)
     digest = hashlib.blake2b(told.encode(), digest_size=4).hexdigest()
     return f"{config.objective if arm.start == 'pretrain' else arm.start}-{digest}"
+
+
+def planned_values(config: PretrainConfig) -> dict[str, Any]:
+    """What decides how a run goes, but for its images, its seed and its length."""
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _NOT_PLANNED}
 
 
 def flops_an_image(config: PretrainConfig, vocabulary: int) -> float:

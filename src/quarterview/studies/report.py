@@ -6,7 +6,7 @@ The paper's figures stand beside ours, and each of its findings is marked by the
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -26,6 +26,7 @@ from quarterview.evaluate.page import (
 )
 from quarterview.evaluate.verdict import Estimate, estimate
 from quarterview.studies.plan import (
+    TOKENIZER,
     Planned,
     StudyConfig,
     arm_config,
@@ -36,7 +37,7 @@ from quarterview.studies.plan import (
     read_budget,
 )
 from quarterview.studies.rule import Outcome, decide
-from quarterview.studies.study import Arm, Study, Table, parts_of
+from quarterview.studies.study import TUNED, Arm, Study, Table, parts_of
 from quarterview.train.journal import Journal, replace_text
 
 Right = Mapping[tuple[str, str], Mapping[int, np.ndarray]]
@@ -45,6 +46,7 @@ _NAMES = {
     **{"finetune": "fine-tuning", "corrupted": "fine-tuned, corrupted images"},
     **{"linear": "linear probe", "knn": "nearest neighbours"},
 }
+_CURVE = 4  # measures that make a curve over them
 _MARKS = {"reproduced": "yes", "not reproduced": "no", "cannot tell": "maybe"}
 
 
@@ -62,6 +64,8 @@ class Found(NamedTuple):
     measures: tuple[str, ...]
     figures: Mapping[tuple[str, str], Estimate]
     """By arm's name and measure."""
+    seeds: Mapping[tuple[str, str], tuple[int, ...]]
+    """Likewise, in the order of the estimate's figures by seed."""
     outcomes: tuple[Outcome, ...]
     waiting: tuple[str, ...]
     """Claims whose arms were not both measured yet."""
@@ -122,6 +126,7 @@ def tables_of(
                 its,
                 measures,
                 figures,
+                {(arm, m): tuple(sorted(right[keys[arm], m])) for arm, m in figures},
                 tuple(outcomes),
                 tuple(waiting),
                 {arm: rates[one.key] for arm, one in trained.items() if one.key in rates},
@@ -160,7 +165,7 @@ def write_report(
     Returns:
         The page.
     """
-    found = tables_of(study, config, arms, right, rates, str(out / "tokenizer"))
+    found = tables_of(study, config, arms, right, rates, str(out / TOKENIZER))
     replace_text(out / "study.csv", as_csv(found))
     replace_text(
         out / "study.json", json.dumps(_as_json(study, found, arms, progress, facts), indent=1) + "\n"
@@ -177,7 +182,7 @@ def as_csv(found: Sequence[Found]) -> str:
     """A row for each arm, measure and seed; the last columns are the paper's figure and the test images."""
     written = io.StringIO()
     rows = csv.writer(written, lineterminator="\n")
-    rows.writerow(["table", "arm", "measure", "run", "accuracy", "paper", "test_images"])
+    rows.writerow(["table", "arm", "measure", "seed", "accuracy", "paper", "test_images"])
     for its in found:
         for arm in its.table.arms:
             for measure in its.measures:
@@ -185,8 +190,9 @@ def as_csv(found: Sequence[Found]) -> str:
                 if figure is None:
                     continue
                 paper = f"{arm.paper[measure] / 100:.3f}" if measure in arm.paper else ""
-                for run, value in enumerate(figure.by_seed):
-                    said = (its.table.title, arm.name, measure, run, f"{value:.5f}", paper, figure.images)
+                seeds = its.seeds[arm.name, measure]
+                for seed, value in zip(seeds, figure.by_seed, strict=True):
+                    said = (its.table.title, arm.name, measure, seed, f"{value:.5f}", paper, figure.images)
                     rows.writerow(said)
     return written.getvalue()
 
@@ -295,7 +301,10 @@ def _section(found: Found, number: int) -> str:
         f"<p><small>{escape(o.sentence)}</small></p></section>"
         for o in found.outcomes
     )
-    drawn = f"<figure>{curve(found, f'c{number}')}</figure>" if its.axis and found.figures else ""
+    draws = _drawing(found)
+    drawn = (
+        f"<figure>{curve(found, f'c{number}')}</figure>" if draws is not _draw_bars and found.figures else ""
+    )
     source = f" <small>He et al. 2021, {escape(its.source)}</small>" if its.source else ""
     caption = "Accuracy in percent, its 95% interval, and the paper's figure (ViT-L/16, ImageNet)"
     heads = ["", *(name_of(measure) for measure in found.measures), "images/s", "GFLOP/image"]
@@ -363,15 +372,52 @@ def _facts(study: Study, config: StudyConfig, arms: Sequence[Planned], facts: Ma
 
 
 def curve(found: Found, salt: str) -> str:
-    """Accuracy over the table's axis, a line for each measure, as SVG."""
+    """Accuracy over the table's axis, or its measures, as SVG."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(drawing_style(salt)):
         figure = Figure(figsize=(7, 3.6))
-        _draw_curve(figure.subplots(), found)
+        _drawing(found)(figure.subplots(), found)
         figure.tight_layout()
         return svg_of(figure)
+
+
+def _drawing(found: Found) -> Callable[[Any, Found], None]:
+    """How a table is drawn."""
+    if found.table.axis is not None:
+        return _draw_curve
+    return _draw_across if len(found.measures) >= _CURVE else _draw_bars
+
+
+def _draw_across(axes: Any, found: Found) -> None:
+    """Over the measures, a line for each arm, and for each kind of measure where there are several."""
+    kinds = list(dict.fromkeys(parts_of(measure)[0] for measure in found.measures))
+    places = list(dict.fromkeys(_place(measure) for measure in found.measures))
+    colours = dict(zip((arm.name for arm in found.table.arms), _colours(), strict=False))
+    for style, kind in zip(("-", "--", ":", "-."), kinds, strict=False):
+        mine = [measure for measure in found.measures if parts_of(measure)[0] == kind]
+        for arm, colour in colours.items():
+            points = [
+                (places.index(_place(measure)), found.figures[arm, measure])
+                for measure in mine
+                if (arm, measure) in found.figures
+            ]
+            if points:
+                x, figures = zip(*points, strict=True)
+                means, errors = [100 * figure.mean for figure in figures], _errors(figures)
+                label = arm if len(kinds) == 1 else f"{arm}, {_NAMES[kind]}"
+                look = {"color": colour, "linestyle": style, "marker": "o", "markersize": 5, "capsize": 3}
+                axes.errorbar(x, means, errors, label=label, linewidth=1.6, **look)
+    axes.set_xticks(range(len(places)), places)
+    axes.set_xlabel("blocks that are tuned" if kinds[0] == "finetune" else "patches that are visible")
+    _finish(axes)
+
+
+def _place(measure: str) -> str:
+    """Of a measure on the axis of measures."""
+    kind, blocks, visible = parts_of(measure)
+    return (blocks or "all") if kind in TUNED else f"{visible or 100}%"
 
 
 def _draw_curve(axes: Any, found: Found) -> None:
@@ -405,8 +451,8 @@ def _draw_bars(axes: Any, found: Found) -> None:
         errors = _errors([figure for _, figure in mine])
         axes.errorbar(means, places, xerr=errors, fmt="o", color=colour, capsize=2, label=name_of(measure))
     axes.set_yticks(range(len(arms)), [arm.name for arm in reversed(arms)])
+    axes.set_ylim(-0.6, len(arms) - 0.4)
     axes.set_xlabel("accuracy, %")
-    axes.set_title(found.table.title, fontsize=10, loc="left")
     _legend(axes, 7)
     axes.grid(axis="x", color=PLAIN, alpha=0.3, linewidth=0.7)
 
@@ -441,14 +487,15 @@ def draw(found: Sequence[Found], path: Path) -> None:
     """Every table as a picture, one below the other."""
     from matplotlib.figure import Figure
 
-    heights = [0.9 + 0.35 * len(its.table.arms) if its.table.axis is None else 3.0 for its in found]
+    ways = [_drawing(its) for its in found]
+    heights = [
+        0.9 + 0.35 * len(its.table.arms) if way is _draw_bars else 3.0
+        for way, its in zip(ways, found, strict=True)
+    ]
     figure = Figure(figsize=(7, sum(heights)), dpi=100)
     rows = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, its in zip(rows, found, strict=True):
-        if its.table.axis is None:
-            _draw_bars(axes, its)
-        else:
-            _draw_curve(axes, its)
-            axes.set_title(its.table.title, fontsize=10, loc="left")
+    for axes, way, its in zip(rows, ways, found, strict=True):
+        way(axes, its)
+        axes.set_title(its.table.title, fontsize=10, loc="left")
     figure.tight_layout()
     figure.savefig(path)

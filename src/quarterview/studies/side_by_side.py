@@ -3,15 +3,18 @@
 A process takes one piece after another, so that what it imported and opened serves the next one.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -63,6 +66,7 @@ class Here:
             for piece in pieces:
                 begun(piece)
                 done = Done(piece, piece.function(*piece.arguments))
+                _free_memory()
                 if asked:
                     raise StoppedError(asked[0])
                 yield done
@@ -87,8 +91,9 @@ class Workers:
     ) -> None:
         for pipe, process in self._pipes.items():
             pipe.close()  # a process without work ends by this
-            if kind is not None:
-                process.terminate()
+            while kind is not None and process.is_alive():
+                process.terminate()  # again and again: a run does not notice one in its last step
+                process.join(0.5)
         for process in self._pipes.values():
             process.join()
         self._pipes.clear()
@@ -105,29 +110,35 @@ class Workers:
 
         Raises:
             StoppedError: if a signal came.
-            RunError: if a piece failed, with its reason.
+            UserError, RunError: if a piece failed, with its reason.
         """
         waiting = list(pieces)
         busy: dict[Connection, Piece] = {}
+        done: list[Done] = []
         failure: Exception | None = None
         if waiting:
             self._start()
         with stop_signals() as asked:
-            while busy or (waiting and not asked and failure is None):
-                if not asked and failure is None:
+            while True:
+                if asked or failure is not None:
+                    for pipe in busy:  # again and again, as above
+                        self._pipes[pipe].terminate()
+                else:
                     for pipe in [pipe for pipe in self._pipes if pipe not in busy][: len(waiting)]:
                         busy[pipe] = waiting.pop(0)
                         begun(busy[pipe])
-                        pipe.send(busy[pipe])
-                else:
-                    for pipe in busy:  # again and again: a run does not notice one in its last step
-                        self._pipes[pipe].terminate()
+                        with suppress(OSError):  # of a process that died idle, of which its answer tells
+                            pipe.send(busy[pipe])
+                yield from done  # now that nobody waits for the next piece
+                done.clear()
+                if not busy:
+                    break
                 for pipe in wait(list(busy), timeout=0.5):
                     assert isinstance(pipe, Connection)
                     piece = busy.pop(pipe)
                     answer = self._answer(pipe, piece)
                     if not isinstance(answer, Exception):
-                        yield Done(piece, answer)
+                        done.append(Done(piece, answer))
                     elif not asked:
                         failure = failure or answer
         if asked:
@@ -138,7 +149,7 @@ class Workers:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         gpus = visible_gpus()
-        threads = max(1, (os.cpu_count() or 1) // self.at_a_time)
+        threads = max(1, torch.get_num_threads() // self.at_a_time)
         for slot in range(len(self._pipes), self.at_a_time):
             ours, theirs = context.Pipe()
             gpu = gpus[slot % len(gpus)] if gpus else None
@@ -186,6 +197,7 @@ def _serve(pipe: Connection, gpu: str | None, threads: int) -> None:
     if gpu is not None:  # before anything asks for one of them
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
+    Thread(target=_end_with_parent, daemon=True).start()
     with Path(os.devnull).open("w") as nothing:
         sys.stdout = nothing
         while True:
@@ -197,9 +209,29 @@ def _serve(pipe: Connection, gpu: str | None, threads: int) -> None:
                 answer = piece.function(*piece.arguments)
             except StoppedError as stopped:
                 answer = stopped
-            except (UserError, RunError, OSError) as error:
+            except UserError as error:
+                answer = UserError(f"{piece.name}: {error}")
+            except (RunError, OSError, torch.OutOfMemoryError) as error:
                 answer = RunError(f"{piece.name}: {error}; the same command goes on")
+            _free_memory()
             try:
                 pipe.send(answer)
             except OSError:  # nobody waits for it any more
                 return
+
+
+def _end_with_parent() -> None:
+    """Stop as upon a signal when the parent was killed without any: nobody would pass one on."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    while True:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+
+
+def _free_memory() -> None:
+    """Give back what a piece took of a GPU's memory, so that the next one may take as much."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -1,6 +1,7 @@
 """What a study is: arms that differ in few settings from one base, and what the paper found of them."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -95,6 +96,10 @@ class Table:
             for measure in filter(None, asked):
                 if measure not in self.measures:
                     raise unknown(f"measure in a finding of {self.title}:", measure, self.measures)
+            if finding.over_measure is not None and finding.over is None:
+                raise UserError(
+                    f"over_measure {finding.over_measure} in a finding of {self.title}; accepted: beside over"
+                )
             if finding.rule not in ("ahead", "as good"):
                 raise unknown(f"rule in a finding of {self.title}:", finding.rule, ("ahead", "as good"))
 
@@ -152,6 +157,7 @@ def read_study(path: str | Path) -> Study:
     if not tables:
         raise UserError(f"{where} has no tables; accepted: a list of them under `tables`")
     base = given.get("base") or {}
+    _leave_to_study(base, f"{where}, base")
     from_values(f"{where}, base", base, PretrainConfig)
     return Study(path.stem, given.get("purpose", ""), tuple(_table(t, where) for t in tables), base)
 
@@ -178,13 +184,30 @@ def _arm(name: str, content: object, where: str) -> Arm:
         raise unknown(f"start of arm {name} in {where}:", str(start), STARTS)
     own = {key: values.pop(key) for key in ("length", "x", "decoder_share") if key in values}
     for key, number in own.items():
-        if not isinstance(number, int | float) or number <= 0:
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            raise UserError(f"{key} {number} of arm {name} in {where}; accepted: a number")
+        if key != "x" and number <= 0:
             raise UserError(f"{key} {number} of arm {name} in {where}; accepted: a number above 0")
+    if "decoder_share" in own and not values.keys().isdisjoint(("decoder_width", "decoder_heads")):
+        raise UserError(
+            f"decoder_share beside decoder_width or decoder_heads in arm {name} of {where}; accepted: either"
+        )
+    _leave_to_study(values, f"arm {name} of {where}")
     accepted = set(PretrainConfig.__dataclass_fields__)
     for key in values:
         if key not in accepted:
             raise unknown(f"field of arm {name} in {where}:", str(key), sorted(accepted))
     return Arm(name, values, start, **own)
+
+
+def _leave_to_study(values: Mapping[str, Any], where: str) -> None:
+    """Raises UserError if fields are set that no arm has to itself."""
+    for key in ("steps", "epochs", "seed", "out", "device"):
+        if key in values:
+            raise UserError(
+                f"{key} in {where}; accepted: anything that the study's own flags do not decide "
+                "(--budget, --seeds, --out, --device), and `length`, an arm's share of the study's schedule"
+            )
 
 
 def _finding(content: object, where: str) -> Finding:
@@ -223,8 +246,3 @@ def _fields(content: object, where: str, kinds: Mapping[str, type] | None) -> di
 
 
 _SPOKEN = {str: "a text", dict: "a table of fields", list: "a list"}
-
-
-def arms_of(tables: Sequence[Table]) -> list[tuple[Table, Arm]]:
-    """Every arm of every table, in order."""
-    return [(table, arm) for table in tables for arm in table.arms]

@@ -403,7 +403,8 @@ class _Asked(list[Literal["SIGTERM", "SIGINT"]]):
 
 @contextmanager
 def stop_signals() -> Iterator[list[Literal["SIGTERM", "SIGINT"]]]:
-    """Collect SIGTERM and Ctrl-C instead of dying of them; a second Ctrl-C interrupts as usual.
+    """Collect SIGTERM and Ctrl-C instead of dying of them; a second Ctrl-C interrupts as usual. What is
+    ignored, as Ctrl-C in processes that another one stops, stays so.
 
     One within another has the same list, so what comes while the inner is open, in the last step of
     a run of a study, say, is there for the outer to see.
@@ -411,7 +412,8 @@ def stop_signals() -> Iterator[list[Literal["SIGTERM", "SIGINT"]]]:
     around = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     asked = around if isinstance(around, _Asked) else _Asked()
     try:
-        before = {n: signal.signal(n, asked.note) for n in (signal.SIGINT, signal.SIGTERM)}
+        heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+        before = {n: signal.signal(n, asked.note) for n in heard}
     except ValueError:  # not the main thread, which alone may set handlers
         yield asked
         return
