@@ -15,8 +15,8 @@ from quarterview.errors import RunError, UserError
 
 _REPLACEMENT_ATTEMPTS = 32
 _CHUNK = 256
-_TRIED = 16
-_QUICK = 5e-4  # seconds, below which handing an image to a thread takes longer than decoding it
+_TRIED = 8
+_QUICK = 2e-4  # seconds, below which handing an image to a thread takes longer than decoding it
 
 Made = TypeVar("Made")
 
