@@ -11,13 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from quarterview.cli import run
 from quarterview.errors import UserError
 from quarterview.evaluate.verdict import estimate
-from quarterview.studies.conduct import _settings, conduct, open_study
+from quarterview.studies.conduct import _settings, _share_cores, conduct, open_study
 from quarterview.studies.measure import read_judged
 from quarterview.studies.plan import StudyConfig
+from quarterview.studies.report import Found, _draw_across, _draw_bars, _drawing
+from quarterview.studies.study import Arm, Table
 from quarterview.train import checkpoint
 from quarterview.train.journal import Journal
 
@@ -140,7 +143,7 @@ def test_the_report_tells_what_was_judged(done):
     assert "Is &lt;this&gt; a study?" in page
     assert "Targets &amp; starts" in page
     assert not [word for word in ('src="', 'href="http', "url(h", "<script", "@import") if word in page]
-    assert page.count("<svg") == 2  # the curves over an axis, and over many measures
+    assert page.count("<svg") == 1
     assert (done / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -174,8 +177,56 @@ def test_a_recipe_that_changed_is_another_study(done, study, tmp_path):
     with pytest.raises(UserError, match="says nothing of low"):
         conduct(str(study), asked, Journal(quiet=True))
     base.write_text("lr: 3.0e-3\n")
-    with pytest.raises(UserError, match=r"other settings \(pretraining\)"):
+    with pytest.raises(UserError, match=r"other settings \(lr of the base\)"):
         conduct(str(study), asked, Journal(quiet=True))
+    base.write_text("lr: 2.0e-3\nlog_every: 7\n")  # of which no figure depends
+    with pytest.raises(UserError, match="says nothing of low"):
+        conduct(str(study), asked, Journal(quiet=True))
+    del plan["settings"]["pretraining"]
+    (out / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(UserError, match="another version wrote them"):
+        conduct(str(study), asked, Journal(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("cores", "jobs", "given", "expected"),
+    [
+        (64, 8, None, 8),
+        (16, 4, None, 4),
+        (2, 2, None, 1),
+        (2, 4, None, 1),
+        (64, 1, None, None),
+        (64, 8, 3, 3),
+    ],
+)
+def test_runs_beside_each_other_share_the_cores_to_decode(monkeypatch, study, cores, jobs, given, expected):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    given = replace(config(Path("x")), workers=given)
+    assert _share_cores(open_study("table1"), given, jobs).workers == expected
+
+
+def test_tables_are_drawn_as_they_are_judged():
+    def way(*measures):
+        table = Table("T", tuple(Arm(str(i), {"seed": i}) for i in range(9)), measures=measures)
+        figures = {
+            (arm.name, measure): estimate(np.eye(9)[[i, i]])
+            for i, arm in enumerate(table.arms)
+            for measure in measures
+        }
+        return _drawing(found := Found(table, measures, figures, {}, (), (), {}, {})), found
+
+    assert way("finetune", "linear")[0] is _draw_bars
+    assert way("finetune", "corrupted", "linear", "knn")[0] is _draw_bars  # of which there is no order
+    draws, found = way("linear@10", "linear@50", "knn@75", "knn")
+    assert draws is _draw_across
+    axes = Figure().subplots()
+    draws(axes, found)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["10%", "50%", "75%", "100%"]
+    assert len(axes.containers) == 2 * 9  # a line for each arm and kind
+    draws, found = way("finetune:0", "finetune:0.5", "finetune:1", "finetune")
+    axes = Figure().subplots()
+    draws(axes, found)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "0.5", "1", "all"]
 
 
 @pytest.mark.slow

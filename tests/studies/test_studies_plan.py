@@ -15,6 +15,7 @@ from quarterview.errors import UserError
 from quarterview.model.mae import MaskedAutoencoder
 from quarterview.model.targets import TokenTarget
 from quarterview.objectives.choice import DEFAULTS, fresh_objective, model_config_of
+from quarterview.studies.arm import images_of
 from quarterview.studies.lengths import choose_lengths
 from quarterview.studies.named import STUDIES
 from quarterview.studies.plan import (
@@ -35,6 +36,7 @@ from quarterview.studies.timing import (
     time_training,
     time_tuning,
 )
+from quarterview.train.journal import metrics
 
 CONFIG = StudyConfig(
     data=("shapes",),
@@ -206,14 +208,19 @@ def test_short_runs_tell_how_long_things_take(tmp_path):
     began = time.perf_counter()
     training = time_training(its, tmp_path / "trained")
     took = time.perf_counter() - began
-    assert 0 < training.image < took / (16 * 6)  # no longer than all of what was timed
-    assert training.once + 12 * 16 * training.image == pytest.approx(took, rel=0.5)
+    rows = metrics(tmp_path / "trained")
+    assert [row["step"] for row in rows] == [6, 12]
+    assert training.image == 1 / rows[1]["images_per_s"]  # of the second half, which needs no warming
+    assert training.once == pytest.approx(took - 12 * 16 * training.image, abs=0.5)
     part = next(part for part in parts_judged(one) if part.measures == ("finetune",))
+    images_of(config, 3)  # which is no part of it
     began = time.perf_counter()
     tuning = time_tuning(part, its, config, tmp_path / "tuned")
     took = time.perf_counter() - began
-    assert 0 < tuning.update < took / 4
-    assert 0 <= tuning.once < took
+    rows = metrics(tmp_path / "tuned" / "finetune")
+    assert rows[-1]["step"] == 4
+    assert tuning.update == 64 / rows[-1]["images_per_s"]
+    assert tuning.once == pytest.approx(took - 4 * tuning.update, abs=0.5)
 
 
 def test_each_network_is_judged_by_its_own_time():
@@ -274,7 +281,7 @@ def test_fine_tuning_is_as_long_as_there_is_time(minutes, expected):
 def test_a_budget_that_judging_alone_eats_is_refused():
     config = replace(CONFIG, budget="1m")
     arms = unique_arms(STUDIES["mask-ratio"], config, "words")
-    with pytest.raises(UserError, match="to be judged alone"):
+    with pytest.raises(UserError, match="to be opened and judged alone"):
         choose_lengths(arms, config, Times(arms, frozen=30.0).timed)
 
 
@@ -329,6 +336,20 @@ def test_arms_with_their_own_images_or_tokenizer_are_other_arms():
     assert list(found) == ["default", "others", "words study", "words mine", "words theirs"]
     moved = replace(CONFIG, data=("elsewhere",))
     assert [one.key for one in unique_arms(study, moved, "w")] == [one.key for one in found.values()]
+
+
+def test_the_bases_tokenizer_is_another_than_the_studys(tmp_path):
+    base = tmp_path / "base.yaml"
+    base.write_text("target: tokens\ntokenizer: mine\n")
+    table = Table("Words", (Arm("the base's"), Arm("the study's", {"tokenizer": "study"})))
+    arms = unique_arms(Study("s", "", (table,)), replace(CONFIG, base=str(base)), "words")
+    assert [one.config.tokenizer for one in arms] == ["mine", "words"]
+
+
+def test_an_arm_may_have_another_encoder_than_fits_the_base():
+    table = Table("Sizes", (Arm("a"), Arm("b", {"model": "mae_vit_32x4x1_patch7", "image_size": (28, 28)})))
+    pocket = replace(CONFIG, base="pocket", model=None)
+    assert unique_arms(Study("s", "", (table,)), pocket, "words")[1].config.patches == 16
 
 
 def test_heads_and_tokenizers_may_be_small():
@@ -403,6 +424,7 @@ def test_a_study_from_a_file(tmp_path):
         ("x: 25", "x: .nan", "x nan"),
         ("mask_ratio: 0.25", "epochs: 3", "epochs in arm low"),
         ("base: {decoder_depth: 1}", "base: {seed: 1}", "seed in study .* base"),
+        ("base: {decoder_depth: 1}", "base: {data: x}", "data in study .* base"),
         ("decoder_share: 0.5", "decoder_share: 0.5, decoder_width: 8", "accepted: either"),
         ("measure: linear}", "measure: linear, over_measure: linear}", "beside over"),
         ("start: random", "start: randum", "randum"),

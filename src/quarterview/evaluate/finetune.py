@@ -181,7 +181,8 @@ def finetune(config: FinetuneConfig, argv: Sequence[str] = ()) -> Finetuned:
         return _record(config, plan, run, argv)
 
     inputs = (*config.train, *config.test)
-    run = carry_out(config, inputs, plan.open, plan.build, ending, {"train", "test"}, argv)
+    may_change = {"train", "test", *(["run"] if _has_moved(config) else [])}
+    run = carry_out(config, inputs, plan.open, plan.build, ending, may_change, argv)
     if run.status != "complete":
         return Finetuned(run, None, 0, plan.described)
     if is_first_rank() and not (run.folder / "results" / "finetune.json").exists():
@@ -390,6 +391,15 @@ def _begun(config: FinetuneConfig) -> ClassifierConfig | None:
     return header if isinstance(header, ClassifierConfig) else None
 
 
+def _has_moved(config: FinetuneConfig) -> bool:
+    """Whether a run in the folder began with these very weights, which were elsewhere then."""
+    newest = checkpoint.newest(Path(config.out) / "checkpoints") if config.out else None
+    if newest is None or config.run == SCRATCH:
+        return False
+    state = checkpoint.read_state(newest)
+    return state["config"]["run"] != config.run and state["resolved"]["start"] == _weights_of(config)
+
+
 def _weights_of(config: FinetuneConfig) -> str | None:
     """Sixteen hex digits of the weights that a run starts from; None from scratch."""
     return None if config.run == SCRATCH else read(config.run, config.from_ema).digest
@@ -408,7 +418,9 @@ def start_of(config: FinetuneConfig) -> ClassifierConfig:
                 "scratch says nothing of the network; accepted: --model mae_vit_tiny_patch4 --image-size 32"
             )
         network = (config.model, config.image_size, config.in_chans)
-        return ClassifierConfig(*network, cls_tokens=config.cls_tokens or 1, pool=config.pool)
+        return ClassifierConfig(
+            *network, cls_tokens=1 if config.cls_tokens is None else config.cls_tokens, pool=config.pool
+        )
     theirs = read_config(config.run, config.from_ema)
     if config.model not in (None, theirs.model):
         raise UserError(f"--model {config.model}, but {config.run} is {theirs.model}; accepted: neither")

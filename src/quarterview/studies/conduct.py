@@ -6,6 +6,7 @@ it takes little of the time.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,7 +21,8 @@ import torch
 from quarterview.data.loader import LoadConfig
 from quarterview.data.open import open_sources
 from quarterview.errors import UserError, unknown
-from quarterview.running import to_plain
+from quarterview.pretraining import MAY_CHANGE as PRETRAINING_MAY_CHANGE
+from quarterview.running import MAY_CHANGE, to_plain
 from quarterview.studies.arm import conduct_one, forget_images, images_of, is_done, place, train
 from quarterview.studies.lengths import choose_lengths
 from quarterview.studies.measure import StoppedError, check_measures, read_judged
@@ -111,10 +113,10 @@ def conduct(name: str, config: StudyConfig, journal: Journal, argv: Sequence[str
 
 
 def _share_cores(study: Study, config: StudyConfig, jobs: int) -> StudyConfig:
-    """The same, with as many decoding threads as a run has of the cores, unless someone said how many."""
+    """The same, with no more decoding threads than a run has of the cores, unless someone said how many."""
     if config.workers is not None or jobs == 1 or base_of(study, config).workers is not None:
         return config
-    return replace(config, workers=max(1, LoadConfig().threads // jobs))
+    return replace(config, workers=min(LoadConfig().threads, max(1, (os.cpu_count() or 1) // jobs)))
 
 
 def jobs_of(config: StudyConfig) -> int:
@@ -191,10 +193,9 @@ def _plan(
     if file.is_file():
         known = json.loads(file.read_text("utf-8"))
         if known["settings"] != settings:
-            names = [n for n in settings if settings[n] != known["settings"].get(n)] or ["of another version"]
             raise UserError(
-                f"{out} holds a study with other settings ({', '.join(names)}); accepted: the same, or "
-                "another --out"
+                f"{out} holds a study with other settings ({_differences(known['settings'], settings)}); "
+                "accepted: the same, or another --out"
             )
         lost = [one.arm.name for one in arms if one.key not in known["steps"]]
         if lost:
@@ -232,8 +233,21 @@ def _settings(study: Study, config: StudyConfig) -> dict[str, Any]:
         "train": images.train.fingerprint(),
         "test": images.test.fingerprint(),
     }
-    told = {"study": asdict(study), "pretraining": planned_values(base), **prints, **settings}
+    free = {*MAY_CHANGE, *PRETRAINING_MAY_CHANGE}
+    lasting = {name: value for name, value in planned_values(base).items() if name not in free}
+    lasting["tokenizer"] = base.tokenizer
+    told = {"study": asdict(study), "pretraining": lasting, **prints, **settings}
     return json.loads(json.dumps(told))
+
+
+def _differences(known: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The names of what differs."""
+    if known.keys() != now.keys():
+        return "another version wrote them"
+    names = [name for name in now if known[name] != now[name] and name != "pretraining"]
+    before, after = known["pretraining"], now["pretraining"]
+    fields = [name for name in after if after[name] != before.get(name)]
+    return ", ".join([*names, *(f"{name} of the base" for name in fields if name not in names)])
 
 
 # ---------------------------------------------------------------------- the report

@@ -77,8 +77,8 @@ def choose_lengths(
     if images < min(least, default=0.0):
         raise UserError(
             f"a budget of {config.budget} for {len(arms)} arms under {config.seeds} seeds, which take "
-            f"{beside_training(tune_steps) / 60:.0f} minutes to be judged alone; accepted: more, fewer "
-            "--seeds, fewer --tune-steps or --measures linear"
+            f"{beside_training(tune_steps) / 60:.0f} minutes to be opened and judged alone; accepted: more, "
+            "fewer --seeds, fewer --tune-steps or --measures linear"
         )
     return Lengths([_with_images(one, images * one.arm.length) for one in arms], tune_steps)
 

@@ -216,7 +216,7 @@ def _encoders(
     shares = sorted({parts_of(measure)[2] for measure in measures})
     model = _model(run, pretraining, seed)
     if start in ("pixels", "pca", "kmeans"):
-        source = open_sources(config.data, pretraining.in_chans)
+        source = open_sources(pretraining.data, pretraining.in_chans)
         plain = {
             "pixels": lambda: pixel_features,
             "pca": lambda: picture_components(source, pretraining.image_size, seed),

@@ -10,6 +10,7 @@ from quarterview import recipes
 from quarterview.errors import UserError, check_types
 from quarterview.model.config import MAEConfig
 from quarterview.model.flops import block_flops, flops
+from quarterview.model.vit import parse_model_name
 from quarterview.objectives.choice import COMPARING, DEFAULTS
 from quarterview.pretraining import PretrainConfig
 from quarterview.studies.study import Arm, Study, Table, check_measure
@@ -138,7 +139,7 @@ def arm_config(base: PretrainConfig, arm: Arm, tokenizer: str, config: StudyConf
     """The pre-training of one arm. A tokenizer called `study` is the one that the study trains, and fused
     blocks called so are every other one but the last."""
     values: dict[str, Any] = dict(arm.values)
-    shape = replace(base, model=values.get("model", base.model)).shape
+    shape = parse_model_name(values.get("model", base.model))
     if values.get("fused_blocks") == "study":  # the paper's 1, 3, 5, 7, 9 of twelve
         values["fused_blocks"] = tuple(range(1, shape.depth - 1, 2))
         if not values["fused_blocks"]:
@@ -207,6 +208,8 @@ def key_of(arm: Arm, config: PretrainConfig) -> str:
     if arm.start != "pretrain":
         values = {name: values[name] for name in ("model", "image_size", "in_chans", "cls_tokens")}
     mine = {name: arm.values.get(name, "study") for name in ("data", "tokenizer")}
+    if config.tokenizer is not None and "tokenizer" not in arm.values:
+        mine["tokenizer"] = "of the base"
     values |= {name: value for name, value in mine.items() if value != "study"}  # the study's may have moved
     told = json.dumps([arm.start, arm.length, values], sort_keys=True, default=list)
     digest = hashlib.blake2b(told.encode(), digest_size=4).hexdigest()

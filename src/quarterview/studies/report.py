@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ from quarterview.studies.plan import (
     read_budget,
 )
 from quarterview.studies.rule import Outcome, decide
-from quarterview.studies.study import TUNED, Arm, Study, Table, parts_of
+from quarterview.studies.study import Arm, Study, Table, parts_of
 from quarterview.train.journal import Journal, replace_text
 
 Right = Mapping[tuple[str, str], Mapping[int, np.ndarray]]
@@ -46,7 +47,7 @@ _NAMES = {
     **{"finetune": "fine-tuning", "corrupted": "fine-tuned, corrupted images"},
     **{"linear": "linear probe", "knn": "nearest neighbours"},
 }
-_CURVE = 4  # measures that make a curve over them
+_CURVE = 4  # places that make a curve of measures
 _MARKS = {"reproduced": "yes", "not reproduced": "no", "cannot tell": "maybe"}
 
 
@@ -387,7 +388,9 @@ def _drawing(found: Found) -> Callable[[Any, Found], None]:
     """How a table is drawn."""
     if found.table.axis is not None:
         return _draw_curve
-    return _draw_across if len(found.measures) >= _CURVE else _draw_bars
+    kinds = {parts_of(measure)[0] for measure in found.measures}
+    alike = kinds == {"finetune"} or kinds <= {"linear", "knn"}
+    return _draw_across if alike and len({*map(_place, found.measures)}) >= _CURVE else _draw_bars
 
 
 def _draw_across(axes: Any, found: Found) -> None:
@@ -417,7 +420,7 @@ def _draw_across(axes: Any, found: Found) -> None:
 def _place(measure: str) -> str:
     """Of a measure on the axis of measures."""
     kind, blocks, visible = parts_of(measure)
-    return (blocks or "all") if kind in TUNED else f"{visible or 100}%"
+    return (blocks or "all") if kind == "finetune" else f"{visible or 100}%"
 
 
 def _draw_curve(axes: Any, found: Found) -> None:
@@ -480,7 +483,7 @@ def _legend(axes: Any, size: int) -> None:
 
 
 def _colours() -> Iterator[str]:
-    yield from COLOURS
+    yield from cycle(COLOURS)
 
 
 def draw(found: Sequence[Found], path: Path) -> None:

@@ -89,13 +89,14 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for pipe, process in self._pipes.items():
+        for pipe in self._pipes:
             pipe.close()  # a process without work ends by this
-            while kind is not None and process.is_alive():
+        left = list(self._pipes.values())
+        while left:
+            for process in left if kind is not None else ():
                 process.terminate()  # again and again: a run does not notice one in its last step
-                process.join(0.5)
-        for process in self._pipes.values():
-            process.join()
+            left[0].join(0.5)
+            left = [process for process in left if process.is_alive()]
         self._pipes.clear()
 
     def each(
@@ -194,6 +195,7 @@ def visible_gpus() -> list[str]:
 def _serve(pipe: Connection, gpu: str | None, threads: int) -> None:
     """Do pieces until there are no more. What runs say is in their folders, not on the console."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent passes it on
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which it does, and which may have come here ignored
     if gpu is not None:  # before anything asks for one of them
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)

@@ -157,7 +157,7 @@ def read_study(path: str | Path) -> Study:
     if not tables:
         raise UserError(f"{where} has no tables; accepted: a list of them under `tables`")
     base = given.get("base") or {}
-    _leave_to_study(base, f"{where}, base")
+    _leave_to_study(base, f"{where}, base", "data")
     from_values(f"{where}, base", base, PretrainConfig)
     return Study(path.stem, given.get("purpose", ""), tuple(_table(t, where) for t in tables), base)
 
@@ -200,9 +200,9 @@ def _arm(name: str, content: object, where: str) -> Arm:
     return Arm(name, values, start, **own)
 
 
-def _leave_to_study(values: Mapping[str, Any], where: str) -> None:
+def _leave_to_study(values: Mapping[str, Any], where: str, *more: str) -> None:
     """Raises UserError if fields are set that no arm has to itself."""
-    for key in ("steps", "epochs", "seed", "out", "device"):
+    for key in ("steps", "epochs", "seed", "out", "device", *more):
         if key in values:
             raise UserError(
                 f"{key} in {where}; accepted: anything that the study's own flags do not decide "

@@ -101,8 +101,7 @@ def time_all(
     words = folder / TOKENIZER
     made = Training(0.0, 0.0)
     if reader is not None:
-        one = Piece("tokenizer", time_training, (tokenizer_config(reader.config, "", config), words))
-        made = next(done.result for done in workers.each([one]))
+        made = time_training(tokenizer_config(reader.config, "", config), words)  # as it will be: here
     pieces = [Piece("reading", time_reading, (base_of(study, config),))]
     pieces += [
         Piece(f"{part.start}, {', '.join(part.measures)}", function, (part, sample[part], config, its))

@@ -5,6 +5,7 @@ optimiser on the device, and loss, norm and flags are read only where a row of m
 """
 
 import math
+import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -403,8 +404,8 @@ class _Asked(list[Literal["SIGTERM", "SIGINT"]]):
 
 @contextmanager
 def stop_signals() -> Iterator[list[Literal["SIGTERM", "SIGINT"]]]:
-    """Collect SIGTERM and Ctrl-C instead of dying of them; a second Ctrl-C interrupts as usual. What is
-    ignored, as Ctrl-C in processes that another one stops, stays so.
+    """Collect SIGTERM and Ctrl-C instead of dying of them; a second Ctrl-C interrupts as usual. Where a
+    process ignores Ctrl-C because its parent passes it on, it goes on to.
 
     One within another has the same list, so what comes while the inner is open, in the last step of
     a run of a study, say, is there for the outer to see.
@@ -412,7 +413,9 @@ def stop_signals() -> Iterator[list[Literal["SIGTERM", "SIGINT"]]]:
     around = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     asked = around if isinstance(around, _Asked) else _Asked()
     try:
-        heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+        heard = [signal.SIGTERM]
+        if multiprocessing.parent_process() is None or signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            heard.append(signal.SIGINT)
         before = {n: signal.signal(n, asked.note) for n in heard}
     except ValueError:  # not the main thread, which alone may set handlers
         yield asked
