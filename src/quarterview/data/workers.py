@@ -69,8 +69,8 @@ def _one_died(batches: Any) -> bool:
 
 def _death(error: Exception) -> RunError:
     return RunError(
-        f"a process that decodes images died ({' '.join(str(error).split())}); give the same command again, "
-        "with fewer --workers if the system ended it for want of memory"
+        f"a process that decodes images died ({' '.join(str(error).split())}); the same command goes on from "
+        "what is saved, if anything is. If the system ended the process for want of memory, give fewer --workers"
     )
 
 
