@@ -70,7 +70,7 @@ def _one_died(batches: Any) -> bool:
 def _death(error: Exception) -> RunError:
     return RunError(
         f"a process that decodes images died ({' '.join(str(error).split())}); the same command goes on from "
-        "what is saved, if anything is. If the system ended the process for want of memory, give fewer --workers"
+        "what is saved, if anything is. If the system ended it for want of memory, give fewer --workers"
     )
 
 
