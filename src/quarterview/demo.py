@@ -34,6 +34,7 @@ def demo_config(out: str, seed: int) -> PretrainConfig:
         decoder_depth=2,
         decoder_heads=2,
         norm_pix_loss=False,  # on smooth grounds, normalised patches are mostly noise
+        crop_min=0.8,  # so that the shape is in it
         steps=2300,
         batch_size=64,
         lr=3e-3,
