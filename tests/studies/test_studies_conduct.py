@@ -18,6 +18,7 @@ from quarterview.errors import UserError
 from quarterview.evaluate.verdict import estimate
 from quarterview.studies.conduct import _settings, _share_cores, conduct, open_study
 from quarterview.studies.measure import read_judged
+from quarterview.studies.plain_features import PLAIN
 from quarterview.studies.plan import StudyConfig
 from quarterview.studies.report import Found, _draw_across, _draw_bars, _drawing
 from quarterview.studies.study import Arm, Table
@@ -46,7 +47,7 @@ tables:
       - {claim: training helps, first: default, second: none, measure: knn}
   - title: Plain
     measures: [knn]
-    arms: {pixels: pixels, components: pca, clusters: kmeans, default: {}}
+    arms: {pixels: pixels, a: pca, b: pca_patches, c: kmeans, d: kmeans_pixels, default: {}}
   - title: Visible
     measures: [linear, "linear@50", knn, "knn@50"]
     arms: {default: {}, none: random}
@@ -96,8 +97,8 @@ def judged(out: Path) -> dict[str, dict[str, np.ndarray]]:
 def test_each_arm_is_trained_and_judged_under_each_seed(done):
     # `high` and `default` are one arm, for nothing in them differs.
     folders = judged(done)
-    assert len(folders) == 2 * 7
-    wanted = {"pixels": {"knn"}, "pca": {"knn"}, "kmeans": {"knn"}}
+    assert len(folders) == 2 * 9
+    wanted = {start: {"knn"} for start in PLAIN}
     wanted["random"] = {"linear", "knn", "finetune:1", "linear@50", "knn@50"}
     for name, found in folders.items():
         kind = name.split("-")[0]
@@ -114,7 +115,7 @@ def test_the_report_tells_what_was_judged(done):
     content = json.loads((done / "study.json").read_text())
     folders = judged(done)
     ratios, targets, plain, visible = content["tables"]
-    assert [figure["arm"] for figure in plain["figures"]] == ["pixels", "components", "clusters", "default"]
+    assert [figure["arm"] for figure in plain["figures"]] == ["pixels", *"abcd", "default"]
     assert visible["findings"][1]["difference"]["mean"] == 0  # its own gain over its own
     means = {(figure["arm"], figure["measure"]): figure["mean"] for figure in visible["figures"]}
     gains = [means[arm, "linear"] - means[arm, "linear@50"] for arm in ("default", "none")]
@@ -136,7 +137,7 @@ def test_the_report_tells_what_was_judged(done):
     assert shared["high"] == shared["default"]
     with (done / "study.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * (2 + 3 * 3 + 4 + 2 * 4)
+    assert len(rows) == 2 * (2 + 3 * 3 + 6 + 2 * 4)
     assert {row["seed"] for row in rows} == {"0", "1"}
     assert {row["test_images"] for row in rows} == {"60"}
     page = (done / "report.html").read_text()

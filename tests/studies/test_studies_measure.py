@@ -21,7 +21,15 @@ from quarterview.pretraining import PretrainConfig
 from quarterview.studies.conduct import conduct
 from quarterview.studies.measure import check_measures, judge, open_images, read_judged
 from quarterview.studies.named import STUDIES
-from quarterview.studies.plain_features import WORDS, patch_clusters, picture_components
+from quarterview.studies.plain_features import (
+    PATCH_COMPONENTS,
+    WORDS,
+    _nearness,
+    patch_clusters,
+    patch_components,
+    picture_clusters,
+    picture_components,
+)
 from quarterview.studies.plan import StudyConfig, base_of, unique_arms
 from quarterview.studies.study import check_measure
 from quarterview.train.journal import Journal
@@ -62,26 +70,94 @@ def test_components_of_pictures_are_scikit_learns():
     np.testing.assert_allclose(ours * signs, reference, rtol=0.02, atol=0.02)
 
 
-def test_clusters_of_patches_tell_stripes_apart(tmp_path):
+@pytest.fixture
+def stripes(tmp_path) -> np.ndarray:
+    """Pictures of random lines, [120, 16, 16, 3]: every other one has columns in place of rows."""
     generator = np.random.default_rng(0)
     lines = generator.integers(0, 256, (120, 16, 1, 1), dtype=np.uint8).repeat(16, 2).repeat(3, 3)
     lines[1::2] = lines[1::2].transpose(0, 2, 1, 3)
     np.save(tmp_path / "x.npy", lines)
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("make", "width"), [(patch_clusters, 4 * WORDS), (patch_components, 4 * 2 * PATCH_COMPONENTS)]
+)
+def test_patches_tell_stripes_apart(tmp_path, stripes, make, width):
     source = open_source(str(tmp_path / "x.npy"), 3)
-    encode = patch_clusters(source, (16, 16), 0)
-    features = encode(to_float(torch.from_numpy(lines).permute(0, 3, 1, 2)))
-    assert features.shape == (120, 4 * WORDS)
+    encode = make(source, (16, 16), 0)
+    features = encode(to_float(torch.from_numpy(stripes).permute(0, 3, 1, 2)))
+    assert features.shape == (120, width)
     assert features.min() >= 0
     unit = torch.nn.functional.normalize(features, dim=1)
     similar = unit @ unit.T - 2 * torch.eye(120)
     assert float((similar.argmax(1) % 2 == torch.arange(120) % 2).float().mean()) > 0.95
     some = torch.rand(2, 3, 16, 16)
-    assert torch.equal(patch_clusters(source, (16, 16), 0)(some), encode(some))
+    assert torch.equal(make(source, (16, 16), 0)(some), encode(some))
 
 
-def test_too_few_pictures_are_refused():
-    with pytest.raises(RunError, match="clusters of 60 patches"):
-        patch_clusters(open_source("shapes:3:size=8", 3), (8, 8), 0)
+def test_components_of_patches_are_scikit_learns(tmp_path):
+    # Pictures of one patch: what is said of a quarter is what is said of the picture.
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 6, 6, 3), dtype=np.uint8)
+    pixels[:, :3] //= 4  # that some components be larger than others
+    pixels[:, :, :2] //= 3
+    np.save(tmp_path / "x.npy", pixels)
+    images = to_float(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    features = patch_components(open_source(str(tmp_path / "x.npy"), 3), (6, 6), 0)(images)
+    quarters = features.unflatten(1, (2 * PATCH_COMPONENTS, 4))
+    assert torch.equal(quarters, quarters[:, :, :1].expand(-1, -1, 4))
+    positive, negative = quarters[:, :, 0].chunk(2, dim=1)
+    assert not (positive * negative).any()
+    rows = images.flatten(1).numpy()
+    even = (rows - rows.mean(1, keepdims=True)) / np.sqrt(rows.var(1, ddof=1, keepdims=True) + 10 / 255**2)
+    reference = PCA(whiten=True).fit_transform(even)[:, :2]
+    ours = (positive - negative)[:, :2].numpy()
+    ours *= np.sign((ours * reference).sum(0))
+    np.testing.assert_allclose(ours, reference, rtol=0.02, atol=0.05)
+
+
+def test_clusters_of_pictures_are_found(tmp_path):
+    # As many pictures as clusters, each there twice: most are a cluster (by any centres some 60% would be).
+    pixels = np.random.default_rng(0).integers(0, 256, (WORDS, 8, 8, 3), dtype=np.uint8).repeat(2, axis=0)
+    np.save(tmp_path / "x.npy", pixels)
+    images = to_float(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    features = picture_clusters(open_source(str(tmp_path / "x.npy"), 3), (8, 8), 0)(images)
+    assert features.shape == (2 * WORDS, WORDS)
+    first, second = features.argmax(1).unflatten(0, (WORDS, 2)).T
+    assert torch.equal(first, second)
+    assert len(first.unique()) > 0.8 * WORDS
+
+
+def test_nearness_by_hand():
+    centres = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 0.0]])
+    expected = torch.tensor([0.0, 1.0, 2.0])  # distances of 5, 1 and 0: 2 on average
+    torch.testing.assert_close(_nearness(torch.zeros(1, 2), centres), expected[None])
+    torch.testing.assert_close(_nearness(torch.zeros(2, 4, 2), centres), expected.expand(2, 4, 3))
+
+
+def test_few_pictures_have_few_clusters_and_one_is_refused():
+    few, one = open_source("shapes:3:size=8", 3), open_source("shapes:1:size=8", 3)
+    images = torch.rand(2, 3, 8, 8)
+    assert patch_clusters(few, (8, 8), 0)(images).shape == (2, 4 * 60)
+    assert picture_clusters(few, (8, 8), 0)(images).shape == (2, 3)
+    for make in (picture_components, picture_clusters):
+        with pytest.raises(RunError, match="of 1 pictures; accepted: 2 or more"):
+            make(one, (8, 8), 0)
+
+
+@pytest.mark.slow
+def test_patches_without_a_network_beat_random_weights(tmp_path):
+    train, test = ("shapes:800:size=32:seed=7",), ("shapes:800:size=32:seed=8",)
+    pretraining = PretrainConfig(data=train, image_size=32, model="mae_vit_64x3x4_patch4")
+    study = StudyConfig(data=train, train=train, test=test, out=str(tmp_path), device="cpu")
+    images = open_images(train, test, 3)
+    accuracy = {
+        start: judge(None, start, pretraining, ["linear"], images, study, 0, tmp_path / start)[
+            "linear"
+        ].mean()
+        for start in ("random", "kmeans", "pca_patches")
+    }
+    assert min(accuracy["kmeans"], accuracy["pca_patches"]) > 1.5 * accuracy["random"]
 
 
 @pytest.mark.parametrize(

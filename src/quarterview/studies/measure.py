@@ -23,7 +23,6 @@ from quarterview.evaluate.features import (
     encoder_features,
     extract,
     partly_visible,
-    pixel_features,
 )
 from quarterview.evaluate.finetune import SCRATCH, count_blocks, finetune, told_right
 from quarterview.evaluate.knn import nearest, vote
@@ -35,7 +34,7 @@ from quarterview.model.create import fresh_model
 from quarterview.model.mae import MaskedAutoencoder
 from quarterview.objectives.choice import COMPARING
 from quarterview.pretraining import PretrainConfig
-from quarterview.studies.plain_features import patch_clusters, picture_components
+from quarterview.studies.plain_features import PLAIN
 from quarterview.studies.plan import StudyConfig
 from quarterview.studies.study import TUNED, Start, parts_of
 from quarterview.train.distributed import choose_device
@@ -215,14 +214,9 @@ def _encoders(
     """
     shares = sorted({parts_of(measure)[2] for measure in measures})
     model = _model(run, pretraining, seed)
-    if start in ("pixels", "pca", "kmeans"):
+    if start in PLAIN:
         source = open_sources(pretraining.data, pretraining.in_chans)
-        plain = {
-            "pixels": lambda: pixel_features,
-            "pca": lambda: picture_components(source, pretraining.image_size, seed),
-            "kmeans": lambda: patch_clusters(source, pretraining.image_size, seed),
-        }
-        return model.config, {"": plain[start]()}
+        return model.config, {"": PLAIN[start](source, pretraining.image_size, seed)}
     model.to(choose_device(config.device))
     kind = "cls" if pretraining.objective in COMPARING and run is not None else "mean"
     encoders = {
@@ -270,7 +264,7 @@ def check_measures(start: Start, measures: Sequence[str], pretraining: PretrainC
             raise UserError(f"corrupted images of {pretraining.in_chans} channels; accepted: 3")
     for measure in measures:
         kind, blocks, visible = parts_of(measure)
-        if start in ("pixels", "pca", "kmeans") and (kind in TUNED or visible):
+        if start in PLAIN and (kind in TUNED or visible):
             raise UserError(f"{measure} of {start}, which is no network; accepted: linear, knn")
         if blocks and depth < count_blocks(blocks) < math.inf:
             raise UserError(f"{measure} of an encoder of {depth} blocks; accepted: at most {depth}")

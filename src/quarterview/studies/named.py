@@ -264,13 +264,19 @@ PLAIN = Table(
     (
         Arm("pixels", start="pixels"),
         Arm("components of pixels", start="pca"),
+        Arm("components of patches", start="pca_patches"),
+        Arm("clusters of pixels", start="kmeans_pixels"),
         Arm("clusters of patches", start="kmeans"),
         Arm("random weights", start="random"),
         Arm("MAE", {"norm_pix_loss": True}),
     ),
     tuple(
         finding
-        for name in ("pixels", "components of pixels", "clusters of patches")
+        for name in (
+            "pixels",
+            *("components of pixels", "components of patches"),
+            *("clusters of pixels", "clusters of patches"),
+        )
         for finding in _ahead(f"MAE is ahead of {name}", "MAE", name, _LIN)
     ),
     measures=(_LIN, "knn"),

@@ -1,9 +1,9 @@
-"""What one had before: principal components of pictures, and k-means of patches.
+"""What one had before: principal components and k-means, of whole pictures and of patches.
 
 Fitted to unlabelled images by scikit-learn, a batch at a time, and judged as any encoder is.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from quarterview.data.stream import SampleStream
 from quarterview.errors import RunError
 from quarterview.evaluate.features import Encoder, central_batches, pixel_features, shrunk
 
-COMPONENTS = 128
-"""Of pictures."""
+COMPONENTS, PATCH_COMPONENTS = 128, 64
+"""Of pictures, and of patches."""
 WORDS, PATCH = 256, 6
-"""Clusters, and the side of the patches that they are of (Coates et al. 2011, for pictures of 32 pixels)."""
+"""Clusters, and the side of the patches (Coates et al. 2011, for pictures of 32 pixels)."""
 _FITTED, _PATCHES_AN_IMAGE = 5000, 20
 _BATCH = 500
 _CONTRAST, _WHITENING = 10.0 / 255**2, 0.1  # Coates et al. 2011, for pixels in 0 … 1
@@ -31,18 +31,38 @@ def picture_components(source: Source, image_size: Sequence[int], seed: int) -> 
     Raises:
         RunError: if there are too few images.
     """
-    from sklearn.decomposition import IncrementalPCA
+    known = torch.cat([pixel_features(images) for images in _images(source, image_size, seed)])
+    project = _components(known, COMPONENTS, "pictures")
+    return lambda images: project(pixel_features(images).cpu())
 
-    def rows(images: Tensor) -> np.ndarray:
-        return pixel_features(images).cpu().numpy()
 
-    batches = [rows(images) for images in _images(source, image_size, seed)]
-    known = np.concatenate(batches)
-    count = min(COMPONENTS, *known.shape)
-    if len(known) < 2:
-        raise RunError(f"principal components of {len(known)} pictures; accepted: 2 or more")
-    pca = IncrementalPCA(count, whiten=True, batch_size=max(count, _BATCH)).fit(known)
-    return lambda images: torch.from_numpy(pca.transform(rows(images))).float()
+def picture_clusters(source: Source, image_size: Sequence[int], seed: int) -> Encoder:
+    """How near a whole picture, by its principal components, is to clusters of pictures.
+
+    Raises:
+        RunError: if there are too few images.
+    """
+    known = torch.cat([pixel_features(images) for images in _images(source, image_size, seed)])
+    project = _components(known, COMPONENTS, "pictures")
+    centres = _centres(project(known), seed, "pictures")
+    return _in_parts(lambda images: _nearness(project(pixel_features(images).cpu()), centres))
+
+
+def patch_components(source: Source, image_size: Sequence[int], seed: int) -> Encoder:
+    """What each quarter of a picture has of the principal components of patches, both signs apart.
+
+    Without the signs the sum over a quarter would be that of its mean patch (Coates and Ng 2011).
+
+    Raises:
+        RunError: if there are too few images.
+    """
+    project = _components(_some_patches(source, image_size, seed), PATCH_COMPONENTS, "patches")
+
+    def describe(patches: Tensor) -> Tensor:
+        found = project(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
+        return torch.cat([found.clamp(min=0), (-found).clamp(min=0)], dim=2)
+
+    return _in_parts(lambda images: _by_quarters(images, describe))
 
 
 def patch_clusters(source: Source, image_size: Sequence[int], seed: int) -> Encoder:
@@ -54,8 +74,46 @@ def patch_clusters(source: Source, image_size: Sequence[int], seed: int) -> Enco
     Raises:
         RunError: if there are too few images.
     """
+    known = _some_patches(source, image_size, seed).double()
+    mean = known.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov((known - mean).T))
+    whiten = ((vectors * (values.clamp(min=0) + _WHITENING).rsqrt()) @ vectors.T).float()
+    mean = mean.float()
+    centres = _centres((known.float() - mean) @ whiten, seed, "patches")
+    return _in_parts(
+        lambda images: _by_quarters(images, lambda patches: _nearness((patches - mean) @ whiten, centres))
+    )
+
+
+def _components(known: Tensor, count: int, of: str) -> Callable[[Tensor], Tensor]:
+    """The projection of rows to their largest principal components, each divided by its deviation."""
+    from sklearn.decomposition import IncrementalPCA
+
+    if len(known) < 2:
+        raise RunError(f"principal components of {len(known)} {of}; accepted: 2 or more")
+    count = min(count, *known.shape)
+    pca = IncrementalPCA(count, whiten=True, batch_size=max(count, _BATCH)).fit(known.numpy())
+    return lambda rows: torch.from_numpy(pca.transform(rows.numpy())).float()
+
+
+def _centres(known: Tensor, seed: int, of: str) -> Tensor:
+    """The centres of clusters of rows: float [WORDS, D], or one a row if there are fewer."""
     from sklearn.cluster import MiniBatchKMeans
 
+    if len(known) < 2:
+        raise RunError(f"clusters of {len(known)} {of}; accepted: 2 or more")
+    kmeans = MiniBatchKMeans(min(WORDS, len(known)), random_state=seed, n_init=3, batch_size=2048)
+    return torch.from_numpy(kmeans.fit(known.numpy()).cluster_centers_).float()
+
+
+def _nearness(x: Tensor, centres: Tensor) -> Tensor:
+    """How much nearer than on average each centre is, 0 if it is not: [..., D] -> [..., WORDS]."""
+    distances = torch.cdist(x, centres.expand(*x.shape[:-2], -1, -1))
+    return (distances.mean(dim=-1, keepdim=True) - distances).clamp(min=0)
+
+
+def _some_patches(source: Source, image_size: Sequence[int], seed: int) -> Tensor:
+    """Patches at random places, made even: float [N, P]."""
     generator = np.random.default_rng(seed)
     found = []
     for images in _images(source, image_size, seed):
@@ -63,27 +121,15 @@ def patch_clusters(source: Source, image_size: Sequence[int], seed: int) -> Enco
         places = generator.integers(0, patches.shape[1], (len(patches), _PATCHES_AN_IMAGE))
         chosen = patches.gather(1, torch.from_numpy(places)[:, :, None].expand(-1, -1, patches.shape[2]))
         found.append(_even(chosen.flatten(0, 1)))
-    known = torch.cat(found).double()
-    if len(known) < WORDS:
-        raise RunError(f"{WORDS} clusters of {len(known)} patches; accepted: more images")
-    mean = known.mean(0)
-    values, vectors = torch.linalg.eigh(torch.cov((known - mean).T))
-    whiten = ((vectors * (values.clamp(min=0) + _WHITENING).rsqrt()) @ vectors.T).float()
-    mean = mean.float()
-    kmeans = MiniBatchKMeans(WORDS, random_state=seed, n_init=3, batch_size=2048)
-    kmeans.fit(((known.float() - mean) @ whiten).numpy())
-    centres = torch.from_numpy(kmeans.cluster_centers_).float()
+    return torch.cat(found)
 
-    def encode(images: Tensor) -> Tensor:
-        images = shrunk(images.cpu())
-        rows, columns = (side - PATCH + 1 for side in images.shape[2:])
-        x = (_even(_patches(images)) - mean) @ whiten
-        distances = torch.cdist(x, centres.expand(len(x), -1, -1))
-        near = (distances.mean(dim=2, keepdim=True) - distances).clamp(min=0)  # [B, places, WORDS]
-        maps = near.transpose(1, 2).unflatten(2, (rows, columns))
-        return F.adaptive_avg_pool2d(maps, 2).flatten(1)
 
-    return _in_parts(encode)
+def _by_quarters(images: Tensor, describe: Callable[[Tensor], Tensor]) -> Tensor:
+    """What is said of even patches, [B, places, P] -> [B, places, D], as means over quarters: [B, 4 * D]."""
+    images = shrunk(images.cpu())
+    rows, columns = (side - PATCH + 1 for side in images.shape[2:])
+    maps = describe(_even(_patches(images))).transpose(1, 2).unflatten(2, (rows, columns))
+    return F.adaptive_avg_pool2d(maps, 2).flatten(1)
 
 
 def _in_parts(encode: Callable[[Tensor], Tensor], size: int = 32) -> Encoder:
@@ -107,3 +153,13 @@ def _even(patches: Tensor) -> Tensor:
     """Patches less their mean, divided by their deviation."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return (patches - mean) / (variance + _CONTRAST).sqrt()
+
+
+PLAIN: Mapping[str, Callable[[Source, Sequence[int], int], Encoder]] = {
+    "pixels": lambda _source, _size, _seed: pixel_features,
+    "pca": picture_components,
+    "pca_patches": patch_components,
+    "kmeans": patch_clusters,
+    "kmeans_pixels": picture_clusters,
+}
+"""What makes features without a network, by the start of an arm."""

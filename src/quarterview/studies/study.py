@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from quarterview.errors import UserError, unknown
 from quarterview.evaluate.finetune import count_blocks
@@ -17,8 +17,8 @@ MEASURES = ("finetune", "linear", "knn", "corrupted")
 percent of the patches; ``corrupted`` shows what ``finetune`` made corrupted test images."""
 TUNED = ("finetune", "corrupted")
 """Measures of networks that were fine-tuned."""
-STARTS = ("pretrain", "random", "pixels", "pca", "kmeans")
-Start = Literal["pretrain", "random", "pixels", "pca", "kmeans"]
+Start = Literal["pretrain", "random", "pixels", "pca", "pca_patches", "kmeans", "kmeans_pixels"]
+STARTS = get_args(Start)
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class Arm:
     values: Mapping[str, Any] = field(default_factory=dict)
     """In what it differs from the base: fields of a pre-training's configuration."""
     start: Start = "pretrain"
-    """random is the encoder of the base with its initial weights. pixels, their principal components (pca)
-    and clusters of patches (kmeans) are no networks, and judged as frozen features alone."""
+    """random is the encoder of the base with its initial weights. pixels, principal components of
+    pictures (pca) and of patches (pca_patches), and clusters of patches (kmeans) and of pictures
+    (kmeans_pixels) are no networks, and judged as frozen features alone."""
     length: float = 1.0
     """Of its schedule, as a share of the study's."""
     x: float | None = None
