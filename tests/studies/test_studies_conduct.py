@@ -111,6 +111,15 @@ def test_each_arm_is_trained_and_judged_under_each_seed(done):
     assert (done / "tokenizer" / "checkpoints").is_dir()
 
 
+@pytest.mark.parametrize("arms", ["{none: random, pixels: pixels}", "{none: random, half: {length: 0.5}}"])
+def test_a_study_need_train_nothing_whole(tmp_path, arms, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"purpose: x\ntables: [{{title: x, measures: [knn], arms: {arms}}}]\n")
+    studied = conduct(str(path), config(tmp_path / "out"), Journal())
+    assert studied.status == "complete"
+    assert "2 arms under 2 seeds\n" in capsys.readouterr().out
+
+
 def test_the_report_tells_what_was_judged(done):
     content = json.loads((done / "study.json").read_text())
     folders = judged(done)

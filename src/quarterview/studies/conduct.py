@@ -213,10 +213,11 @@ def _plan(
     replace_text(file, json.dumps(plan, indent=1) + "\n")
     trained = [one for one in made if one.steps]
     seen = sorted({one.steps * one.config.batch_size for one in trained if one.arm.length == 1})
-    said = f"{seen[0]:,}" if len(seen) == 1 else f"{seen[0]:,} to {seen[-1]:,}"
+    said = " to ".join(f"{images:,}" for images in dict.fromkeys((*seen[:1], *seen[-1:])))
     tuned = any(parts_of(measure)[0] in TUNED for one in made for measure in one.measures)
     journal.say(
-        f"{len(made)} arms under {config.seeds} seeds, each of which sees {said} images"
+        f"{len(made)} arms under {config.seeds} seeds"
+        + (f", each of which sees {said} images" if seen else "")
         + (f", and {tune_steps} updates of fine-tuning" if tuned else "")
     )
     return replace(config, tune_steps=tune_steps), made
