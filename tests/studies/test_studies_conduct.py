@@ -243,7 +243,7 @@ def test_tables_are_drawn_as_they_are_judged():
 def test_seeds_may_be_added_and_two_at_a_time_are_the_same(done, study, tmp_path):
     out = tmp_path / "out"
     assert conduct(str(study), config(out, seeds=1), Journal(quiet=True)).status == "complete"
-    assert len(judged(out)) == 7
+    assert len(judged(out)) == 9
     page = (out / "report.html").read_text()
     assert "with one seed nothing is known" in page
     assert conduct(str(study), config(out, seeds=2, jobs=2), Journal(quiet=True)).status == "complete"
@@ -271,7 +271,7 @@ def test_a_stopped_study_goes_on(done, study, tmp_path, jobs):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
-    assert len([found for found in judged(out).values() if found]) < 14
+    assert len([found for found in judged(out).values() if found]) < 18
     assert conduct(str(study), config(out), Journal(quiet=True)).status == "complete"
     one, two = judged(done), judged(out)
     for name, found in one.items():
