@@ -16,13 +16,13 @@ from typing import Literal
 import torch
 import tyro
 
-from quarterview.model.config import MAEConfig
-from quarterview.model.create import fresh_model
-from quarterview.model.flops import flops
-from quarterview.speed.rate import timed
-from quarterview.speed.update import update_of
-from quarterview.train.allocator import keep_freed_memory
-from quarterview.train.record import provenance
+from quarterview.benchmark.rate import timed
+from quarterview.benchmark.update import update_of
+from quarterview.models.config import MAEConfig
+from quarterview.models.create import fresh_model
+from quarterview.models.flops import flops
+from quarterview.training.allocator import keep_freed_memory
+from quarterview.training.record import provenance
 
 ARMS = {
     "standard": MAEConfig(),

@@ -18,14 +18,14 @@ import torch
 import tyro
 from torch import Tensor
 
-from quarterview import draws
-from quarterview.data.fetch import read_many
+from quarterview import rng
+from quarterview.commands.pretrain import PretrainConfig, pretrain
 from quarterview.data.loader import central
-from quarterview.data.open import open_source
+from quarterview.data.reading import read_many
+from quarterview.data.sources.open import open_source
+from quarterview.doctor.run import Diagnosis, DoctorConfig, doctor
 from quarterview.errors import RunError
-from quarterview.evaluate.doctor import Diagnosis, DoctorConfig, doctor
-from quarterview.pretraining import PretrainConfig, pretrain
-from quarterview.train.journal import Journal
+from quarterview.training.logging import Journal
 
 SIDE = 32
 """Pixels of the images as they are written."""
@@ -88,13 +88,13 @@ def write_arrays(data: str, count: int, seed: int, folder: Path) -> None:
 def shuffled(images: Tensor, seed: int) -> Tensor:
     """The pixels of each image in an order of its own."""
     flat = images.flatten(2)
-    order = draws.uniform(seed, "shuffled", 0, torch.arange(len(flat)), flat.shape[2]).argsort(dim=1)
+    order = rng.uniform(seed, "shuffled", 0, torch.arange(len(flat)), flat.shape[2]).argsort(dim=1)
     return flat.gather(2, order[:, None].expand(-1, flat.shape[1], -1)).view_as(images)
 
 
 def equal(images: Tensor, seed: int) -> Tensor:
     """The first image again and again, each pixel up to one grey level off."""
-    noise = draws.uniform(seed, "equal", 0, torch.arange(len(images)), images[0].numel())
+    noise = rng.uniform(seed, "equal", 0, torch.arange(len(images)), images[0].numel())
     return (images[:1].int() + (noise * 3).int().view_as(images) - 1).clamp(0, 255).to(torch.uint8)
 
 

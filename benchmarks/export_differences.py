@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 
 from quarterview.errors import UserError
-from quarterview.exchange import (
+from quarterview.models.classifier import Classifier, ClassifierConfig
+from quarterview.models.create import create_model
+from quarterview.weights import (
     Exported,
     export_onnx,
     export_safetensors,
@@ -22,9 +24,7 @@ from quarterview.exchange import (
     export_torch_export,
     export_transformers,
 )
-from quarterview.exchange.verify import Model
-from quarterview.model.classifier import Classifier, ClassifierConfig
-from quarterview.model.create import create_model
+from quarterview.weights.export.verify import Model
 
 SIZES = {
     "tiny/4 at 32, whole": ("mae_vit_tiny_patch4", 32, 3),

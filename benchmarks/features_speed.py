@@ -18,13 +18,13 @@ import torch
 import tyro
 from timm.models.vision_transformer import VisionTransformer
 
-from quarterview.evaluate.features import compile_blocks, encoder_features
-from quarterview.model.config import MAEConfig
-from quarterview.model.create import fresh_model
-from quarterview.speed.rate import timed
-from quarterview.train.allocator import keep_freed_memory
-from quarterview.train.loop import precision_context
-from quarterview.train.record import provenance
+from quarterview.benchmark.rate import timed
+from quarterview.evaluation.features import compile_blocks, encoder_features
+from quarterview.models.config import MAEConfig
+from quarterview.models.create import fresh_model
+from quarterview.training.allocator import keep_freed_memory
+from quarterview.training.record import provenance
+from quarterview.training.trainer import precision_context
 
 
 @torch.inference_mode()

@@ -144,8 +144,8 @@ KINDS = (
 
 def enter_weights(data: bytes, folder: Path) -> None:
     """The reader of checkpoints, and that of weights from elsewhere."""
-    from quarterview.exchange import weights
-    from quarterview.train import checkpoint
+    from quarterview.training import checkpoint
+    from quarterview.weights import loading as weights
 
     kind, data = KINDS[data[0] % len(KINDS)] if data else KINDS[0], data[1:]
     try:
@@ -198,9 +198,9 @@ _made: dict[str, dict[str, bytes] | bytes] = {}
 def SOUND() -> dict[str, bytes]:  # noqa: N802
     """The files of a checkpoint of a very small model."""
     if "sound" not in _made:
-        from quarterview.exchange.weights import metadata
-        from quarterview.model.create import create_model
-        from quarterview.train import checkpoint
+        from quarterview.models.create import create_model
+        from quarterview.training import checkpoint
+        from quarterview.weights.loading import metadata
 
         model = create_model(
             model="mae_vit_4x1x1_patch4", image_size=8, decoder_width=4, decoder_depth=1, decoder_heads=1
@@ -272,8 +272,8 @@ def weights_corpus() -> Iterator[bytes]:
 
 def enter_tar(data: bytes, _folder: Path) -> None:
     """The index of a tar shard: whatever it says lies in the file, each image once."""
-    from quarterview.data.tar_headers import BLOCK
-    from quarterview.data.tar_index import scan
+    from quarterview.data.sources.tar_headers import BLOCK
+    from quarterview.data.sources.tar_index import scan
 
     sealed, data = data[:1] < b"\x80", data[1:]
     data = _sealed_tar(data) if sealed else data
@@ -353,7 +353,7 @@ def enter_configuration(data: bytes, folder: Path) -> None:
     import yaml
 
     from quarterview import recipes
-    from quarterview.running import to_plain
+    from quarterview.training.run import to_plain
 
     path = folder / "recipe.yaml"
     path.write_bytes(data[1:])
@@ -370,7 +370,7 @@ def configuration_corpus() -> Iterator[bytes]:
     import yaml
 
     from quarterview import recipes
-    from quarterview.running import to_plain
+    from quarterview.training.run import to_plain
 
     for first, table, read in (
         (b"\0", recipes.RECIPES, recipes.read),
@@ -387,8 +387,8 @@ def configuration_words() -> list[str]:
     """The names of all fields, and what YAML has signs for."""
     from dataclasses import fields
 
-    from quarterview.evaluate.finetune import FinetuneConfig
-    from quarterview.pretraining import PretrainConfig
+    from quarterview.commands.finetune import FinetuneConfig
+    from quarterview.commands.pretrain import PretrainConfig
 
     names = {field.name for kind in (PretrainConfig, FinetuneConfig) for field in fields(kind)}
     return [
@@ -417,7 +417,7 @@ DOORS = {
 
 def ALLOWED() -> tuple[type[Exception], ...]:  # noqa: N802
     """How an input may be refused."""
-    from quarterview.data.source import BadSampleError
+    from quarterview.data.sources.base import BadSampleError
     from quarterview.errors import RunError, UserError
 
     return BadSampleError, UserError, RunError

@@ -32,12 +32,12 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 
 from quarterview.data.loader import _collate, _StreamedSamples
-from quarterview.data.open import open_source
 from quarterview.data.pack import PackConfig, pack
-from quarterview.data.policy import PRETRAINING
-from quarterview.data.stream import SampleStream
-from quarterview.train.journal import Journal
-from quarterview.train.record import provenance
+from quarterview.data.sampler import SampleStream
+from quarterview.data.sources.open import open_source
+from quarterview.data.transforms.randaugment import PRETRAINING
+from quarterview.training.logging import Journal
+from quarterview.training.record import provenance
 
 SIZE, SCALE = 224, (0.2, 1.0)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from quarterview.evaluate.knn import nearest, vote
-from quarterview.train.record import provenance
+from quarterview.evaluation.knn import nearest, vote
+from quarterview.training.record import provenance
 
 CLASSES = 1000
 

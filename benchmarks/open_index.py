@@ -21,12 +21,12 @@ import numpy as np
 import torch
 import tyro
 
-from quarterview.data.open import open_source
-from quarterview.data.shard_files import find_shards
-from quarterview.data.stream import SampleStream, ShardedStream
-from quarterview.data.tar import TarSource
-from quarterview.data.tar_index import SAMPLE, ShardIndex, index_folder, write_index
-from quarterview.train.record import provenance
+from quarterview.data.sampler import SampleStream, ShardedStream
+from quarterview.data.sources.open import open_source
+from quarterview.data.sources.shards import find_shards
+from quarterview.data.sources.tar import TarSource
+from quarterview.data.sources.tar_index import SAMPLE, ShardIndex, index_folder, write_index
+from quarterview.training.record import provenance
 
 IMAGE_BLOCKS = 200  # of 512 bytes: a hundred kilobytes
 BATCH = 4096

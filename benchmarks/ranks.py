@@ -19,12 +19,12 @@ from typing import Literal
 import torch
 import tyro
 
-from quarterview.model.config import MAEConfig
-from quarterview.model.create import fresh_model
-from quarterview.train.journal import metrics
-from quarterview.train.optim import adamw, optimizer_tensors
-from quarterview.train.record import provenance
-from quarterview.train.writer import Writer
+from quarterview.models.config import MAEConfig
+from quarterview.models.create import fresh_model
+from quarterview.training.logging import metrics
+from quarterview.training.optim import adamw, optimizer_tensors
+from quarterview.training.record import provenance
+from quarterview.training.writer import Writer
 
 
 def main(

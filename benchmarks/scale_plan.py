@@ -19,10 +19,10 @@ from typing import Literal
 
 import tyro
 
-from quarterview.dry_run import ADAM_BYTES, measure
-from quarterview.model.flops import Flops, flops
-from quarterview.pretraining import PretrainConfig
-from quarterview.train.distributed import choose_device
+from quarterview.commands.dry_run import ADAM_BYTES, measure
+from quarterview.commands.pretrain import PretrainConfig
+from quarterview.models.flops import Flops, flops
+from quarterview.training.distributed import choose_device
 
 IMAGENET = 1_281_167
 MEASURED = {

@@ -20,18 +20,18 @@ import numpy as np
 import torch
 import tyro
 
-from quarterview.data.shapes import ShapesSource
-from quarterview.dry_run import measure
-from quarterview.evaluate.features import encoder_features, extract
-from quarterview.evaluate.knn import knn_predict
-from quarterview.model.config import MAEConfig
-from quarterview.model.create import fresh_model
-from quarterview.model.flops import flops
-from quarterview.pretraining import PretrainConfig
-from quarterview.speed.rate import median, repeat
-from quarterview.speed.update import update_of
-from quarterview.train.allocator import keep_freed_memory
-from quarterview.train.record import provenance
+from quarterview.benchmark.rate import median, repeat
+from quarterview.benchmark.update import update_of
+from quarterview.commands.dry_run import measure
+from quarterview.commands.pretrain import PretrainConfig
+from quarterview.data.sources.shapes import ShapesSource
+from quarterview.evaluation.features import encoder_features, extract
+from quarterview.evaluation.knn import knn_predict
+from quarterview.models.config import MAEConfig
+from quarterview.models.create import fresh_model
+from quarterview.models.flops import flops
+from quarterview.training.allocator import keep_freed_memory
+from quarterview.training.record import provenance
 
 BASE = MAEConfig(
     model="mae_vit_tiny_patch16", image_size=(224, 224), decoder_width=128, decoder_depth=2, decoder_heads=4

@@ -39,20 +39,20 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from quarterview.benchmark.rate import product_rates, products_of, timed
 from quarterview.data.loader import Batch
-from quarterview.exchange import export_transformers
-from quarterview.model.config import MAEConfig
-from quarterview.model.flops import flops
-from quarterview.model.mae import MaskedAutoencoder
-from quarterview.model.targets import patch_statistics
-from quarterview.objectives.mae import MaskedAutoencoding
-from quarterview.speed.rate import product_rates, products_of, timed
-from quarterview.train.allocator import keep_freed_memory
-from quarterview.train.distributed import World
-from quarterview.train.loop import precision_context
-from quarterview.train.optim import adamw
-from quarterview.train.record import provenance
-from quarterview.train.step import Step
+from quarterview.methods.mae import MaskedAutoencoding
+from quarterview.models.config import MAEConfig
+from quarterview.models.flops import flops
+from quarterview.models.mae import MaskedAutoencoder
+from quarterview.models.targets import patch_statistics
+from quarterview.training.allocator import keep_freed_memory
+from quarterview.training.distributed import World
+from quarterview.training.optim import adamw
+from quarterview.training.record import provenance
+from quarterview.training.step import Step
+from quarterview.training.trainer import precision_context
+from quarterview.weights import export_transformers
 
 Peer = Literal["transformers", "lightly", "stable-pretraining"]
 OWN = "quarterview"

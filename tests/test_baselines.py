@@ -8,14 +8,14 @@ import torch
 import quarterview as qv
 from quarterview.cli import parse, run
 from quarterview.errors import UserError
-from quarterview.evaluate.features import ProbeConfig
-from quarterview.evaluate.linear import linear
-from quarterview.exchange.weights import load, load_autoencoder, load_tokenizer, read, read_config
-from quarterview.model.classifier import Classifier
-from quarterview.model.mae import MaskedAutoencoder
-from quarterview.objectives.choice import DEFAULTS
-from quarterview.train import checkpoint
-from quarterview.train.journal import Journal, metrics
+from quarterview.evaluation.features import ProbeConfig
+from quarterview.evaluation.linear import linear
+from quarterview.methods.registry import DEFAULTS
+from quarterview.models.classifier import Classifier
+from quarterview.models.mae import MaskedAutoencoder
+from quarterview.training import checkpoint
+from quarterview.training.logging import Journal, metrics
+from quarterview.weights.loading import load, load_autoencoder, load_tokenizer, read, read_config
 
 KINDS = ("mae", "pca", "hog", "denoising", "beit", "supervised", "simclr", "byol", "mocov3", "tokenizer")
 COMPARING = ("simclr", "byol", "mocov3")

@@ -19,9 +19,9 @@ from PIL import Image
 import quarterview as qv
 from quarterview import cli
 from quarterview.errors import UserError
-from quarterview.train import checkpoint
-from quarterview.train.journal import metrics
-from quarterview.train.loop import Trainer
+from quarterview.training import checkpoint
+from quarterview.training.logging import metrics
+from quarterview.training.trainer import Trainer
 
 MODEL = [
     *("--model", "mae_vit_32x2x2_patch4", "--image-size", "16", "--decoder-width", "32"),
@@ -418,7 +418,7 @@ def test_yaml_read_by_the_library_too(tmp_path):
     from quarterview.recipes import read
 
     config = qv.PretrainConfig(data=("a", "b"), image_size=32, lr=1e-3, out="x", mean=(0.1, 0.2, 0.3))
-    from quarterview.running import to_plain
+    from quarterview.training.run import to_plain
 
     (tmp_path / "c.yml").write_text(yaml.safe_dump(to_plain(config)))
     assert read(str(tmp_path / "c.yml")) == config

@@ -12,10 +12,10 @@ import yaml
 from PIL import Image
 
 from quarterview import cli, recipes
-from quarterview.dry_run import measure
+from quarterview.commands.dry_run import measure
+from quarterview.commands.pretrain import PretrainConfig, pretrain
 from quarterview.errors import UserError
-from quarterview.pretraining import PretrainConfig, pretrain
-from quarterview.train.distributed import choose_device
+from quarterview.training.distributed import choose_device
 
 TINY = {
     "model": "mae_vit_32x2x2_patch4",

@@ -21,26 +21,24 @@ from torch.utils.flop_counter import FlopCounterMode
 from quarterview import recipes
 from quarterview.data.cache import CachedSet
 from quarterview.data.loader import Batch, Loader
-from quarterview.data.open import open_sources
-from quarterview.data.stream import SampleStream
+from quarterview.data.sampler import SampleStream
+from quarterview.data.sources.open import open_sources
 from quarterview.errors import RunError, UserError
-from quarterview.evaluate.features import ProbeConfig, ProbeData, encoder_features, extract, make_encoders
-from quarterview.evaluate.linear import linear_accuracy
-from quarterview.evaluate.panel import draw_panel
-from quarterview.exchange.weights import load_encoder, load_into, metadata
-from quarterview.model import masking
-from quarterview.model.classifier import Classifier, ClassifierConfig, freeze_all_but
-from quarterview.model.create import create_model
-from quarterview.model.mae import MaskedAutoencoder
-from quarterview.model.positions import sincos_2d
-from quarterview.model.targets import PixelTarget
-from quarterview.objectives.mae import MaskedAutoencoding
-from quarterview.objectives.supervised import Supervised, SupervisedConfig
-from quarterview.train import checkpoint
-from quarterview.train.distributed import World
-from quarterview.train.journal import Journal, Meter
-from quarterview.train.loop import LoopConfig, Trainer
-from quarterview.train.optim import (
+from quarterview.evaluation.features import ProbeConfig, ProbeData, encoder_features, extract, make_encoders
+from quarterview.evaluation.linear import linear_accuracy
+from quarterview.evaluation.panel import draw_panel
+from quarterview.methods.mae import MaskedAutoencoding
+from quarterview.methods.supervised import Supervised, SupervisedConfig
+from quarterview.models import masking
+from quarterview.models.classifier import Classifier, ClassifierConfig, freeze_all_but
+from quarterview.models.create import create_model
+from quarterview.models.mae import MaskedAutoencoder
+from quarterview.models.positions import sincos_2d
+from quarterview.models.targets import PixelTarget
+from quarterview.training import checkpoint
+from quarterview.training.distributed import World
+from quarterview.training.logging import Journal, Meter
+from quarterview.training.optim import (
     OptimConfig,
     Schedule,
     adamw,
@@ -49,6 +47,8 @@ from quarterview.train.optim import (
     layer_decay_groups,
     warmup_steps,
 )
+from quarterview.training.trainer import LoopConfig, Trainer
+from quarterview.weights.loading import load_encoder, load_into, metadata
 
 CPU = torch.device("cpu")
 CLASSIFIER = ClassifierConfig("mae_vit_32x2x4_patch4", (16, 16), classes=5)

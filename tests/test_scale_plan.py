@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
-from quarterview.model.config import MAEConfig
-from quarterview.model.flops import flops
-from quarterview.model.mae import MaskedAutoencoder
+from quarterview.models.config import MAEConfig
+from quarterview.models.flops import flops
+from quarterview.models.mae import MaskedAutoencoder
 
 ROOT = Path(__file__).parents[1]
 TINY = "mae_vit_64x2x2_patch16"

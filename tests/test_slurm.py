@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from quarterview import cli, slurm
+from quarterview import cli
+from quarterview.commands import slurm
 from quarterview.errors import UserError
-from quarterview.train import checkpoint
-from quarterview.train.journal import Journal, metrics
+from quarterview.training import checkpoint
+from quarterview.training.logging import Journal, metrics
 
 TINY = [
     *("pretrain", "--data", "shapes:64:size=16", "--holdout", "0", "--model", "mae_vit_32x1x2_patch4"),
@@ -188,7 +189,7 @@ RANK = '''
 import os, signal, sys, time
 from pathlib import Path
 
-from quarterview.slurm import Task
+from quarterview.commands.slurm import Task
 
 
 def run(argv):

@@ -12,19 +12,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quarterview.exchange import load
-    from quarterview.model.config import MAEConfig
-    from quarterview.model.create import create_model
-    from quarterview.pretraining import PretrainConfig, pretrain
-    from quarterview.running import Run
+    from quarterview.commands.pretrain import PretrainConfig, pretrain
+    from quarterview.models.config import MAEConfig
+    from quarterview.models.create import create_model
+    from quarterview.training.run import Run
+    from quarterview.weights import load
 
 _HOMES = {
-    "MAEConfig": "quarterview.model.config",
-    "PretrainConfig": "quarterview.pretraining",
-    "Run": "quarterview.running",
-    "create_model": "quarterview.model.create",
-    "load": "quarterview.exchange",
-    "pretrain": "quarterview.pretraining",
+    "MAEConfig": "quarterview.models.config",
+    "PretrainConfig": "quarterview.commands.pretrain",
+    "Run": "quarterview.training.run",
+    "create_model": "quarterview.models.create",
+    "load": "quarterview.weights",
+    "pretrain": "quarterview.commands.pretrain",
 }
 
 __all__ = ["MAEConfig", "PretrainConfig", "Run", "create_model", "load", "pretrain"]

@@ -18,21 +18,21 @@ from torch import OutOfMemoryError
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from quarterview import recipes
+from quarterview.commands.bench import BenchConfig
+from quarterview.commands.finetune import FinetuneConfig
+from quarterview.commands.pretrain import PretrainConfig, pretrain, start_values
 from quarterview.data.pack import PackConfig
+from quarterview.doctor.run import DoctorConfig
 from quarterview.errors import RunError, ToldElsewhereError, UserError, unknown
-from quarterview.evaluate.compare import CompareConfig
-from quarterview.evaluate.doctor import DoctorConfig
-from quarterview.evaluate.embed import EmbedConfig
-from quarterview.evaluate.features import ProbeConfig
-from quarterview.evaluate.finetune import FinetuneConfig
-from quarterview.evaluate.robustness import RobustnessConfig
-from quarterview.exchange.export import ExportConfig
-from quarterview.objectives.choice import DEFAULTS, ObjectiveKind
-from quarterview.pretraining import PretrainConfig, pretrain, start_values
-from quarterview.running import RunningConfig, check_shares
-from quarterview.speed.bench import BenchConfig
+from quarterview.evaluation.embed import EmbedConfig
+from quarterview.evaluation.features import ProbeConfig
+from quarterview.evaluation.robustness import RobustnessConfig
+from quarterview.methods.registry import DEFAULTS, ObjectiveKind
+from quarterview.studies.compare import CompareConfig
 from quarterview.studies.plan import StudyConfig
-from quarterview.train.journal import Journal
+from quarterview.training.logging import Journal
+from quarterview.training.run import RunningConfig, check_shares
+from quarterview.weights.export.command import ExportConfig
 
 _DESCRIPTION = """Learn to see from a quarter of the picture: masked autoencoders for anyone's images.
 
@@ -52,7 +52,7 @@ class Pretrain(PretrainConfig):
     """Train as a Slurm job: nodes=2 gpus=8 hours=24 partition=main, … (docs/scale.md lists the names)."""
 
     def execute(self, argv: Sequence[str]) -> int:
-        from quarterview import dry_run
+        from quarterview.commands import dry_run
 
         config = PretrainConfig(**{f.name: getattr(self, f.name) for f in fields(PretrainConfig)})
         if self.dry_run:
@@ -82,7 +82,7 @@ class Bench(BenchConfig):
     allow_partial: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
 
     def execute(self, argv: Sequence[str]) -> int:
-        from quarterview.speed.bench import bench
+        from quarterview.commands.bench import bench
 
         config = BenchConfig(**{f.name: getattr(self, f.name) for f in fields(BenchConfig)})
         bench(config, Journal(), ["quarterview", *argv])
@@ -103,9 +103,9 @@ class Finetune(FinetuneConfig):
     """Train as a Slurm job: gpus=8 hours=4 partition=main, … (docs/scale.md lists the names)."""
 
     def execute(self, argv: Sequence[str]) -> int:
-        from quarterview.evaluate.finetune import check, finetune
-        from quarterview.evaluate.partial import partial
-        from quarterview.evaluate.rates import show_parameters
+        from quarterview.commands.finetune import check, finetune
+        from quarterview.commands.finetune_partial import partial
+        from quarterview.commands.finetune_table import show_parameters
 
         config = FinetuneConfig(**{f.name: getattr(self, f.name) for f in fields(FinetuneConfig)})
         command = ["quarterview", *argv]
@@ -133,7 +133,7 @@ class Doctor(DoctorConfig):
     """The folder of a run, finished or not."""
 
     def execute(self, argv: Sequence[str]) -> int:
-        from quarterview.evaluate.doctor import doctor
+        from quarterview.doctor.run import doctor
 
         config = DoctorConfig(**{f.name: getattr(self, f.name) for f in fields(DoctorConfig)})
         return 0 if doctor(config, Journal(), ["quarterview", *argv]).healthy else 1
@@ -153,7 +153,7 @@ class Compare(CompareConfig):
     resume: Annotated[str, tyro.conf.Suppress] = "auto"
 
     def execute(self, argv: Sequence[str]) -> int:
-        from quarterview.evaluate.compare import compare
+        from quarterview.studies.compare import compare
 
         config = CompareConfig(**{f.name: getattr(self, f.name) for f in fields(CompareConfig)})
         return _EXIT_CODES[compare(config, Journal(), ["quarterview", *argv]).status]
@@ -189,7 +189,7 @@ class Look:
     """Of the masks."""
 
     def execute(self, _argv: Sequence[str]) -> int:
-        from quarterview.evaluate.look import look
+        from quarterview.evaluation.look import look
 
         look(self.run, self.images, self.out, self.seed, self.heads)
         Journal().say(f"wrote {self.out}")
@@ -210,7 +210,7 @@ class Reconstruct:
     """Of the masks."""
 
     def execute(self, _argv: Sequence[str]) -> int:
-        from quarterview.evaluate.panel import reconstruct_files
+        from quarterview.evaluation.panel import reconstruct_files
 
         reconstruct_files(self.run, self.images, self.out, self.seed)
         Journal().say(f"wrote {self.out}")
@@ -227,7 +227,7 @@ class Knn(ProbeConfig):
     """How many neighbours vote, alike and by exp(cosine / 0.07); several numbers give a row each."""
 
     def execute(self, argv: Sequence[str]) -> int:
-        from quarterview.evaluate.knn import knn
+        from quarterview.evaluation.knn import knn
 
         knn(self, self.k, Journal(), ["quarterview", *argv])
         return 0
@@ -254,12 +254,12 @@ class Linear(ProbeConfig):
     def execute(self, argv: Sequence[str]) -> int:
         command = ["quarterview", *argv]
         if self.protocol == "paper":
-            from quarterview.evaluate.linear_paper import PaperConfig, linear_paper
+            from quarterview.evaluation.linear_paper import PaperConfig, linear_paper
 
             paper = PaperConfig(self.epochs, self.warmup_epochs, self.batch_size, self.blr)
             linear_paper(self, paper, Journal(), command)
         else:
-            from quarterview.evaluate.linear import linear
+            from quarterview.evaluation.linear import linear
 
             linear(self, Journal(), command)
         return 0
@@ -273,7 +273,7 @@ class Robustness(RobustnessConfig):
     """A run of fine-tuning, a checkpoint folder, or other weights of a classifier."""
 
     def execute(self, argv: Sequence[str]) -> int:
-        from quarterview.evaluate.robustness import robustness
+        from quarterview.evaluation.robustness import robustness
 
         robustness(self, Journal(), ["quarterview", *argv])
         return 0
@@ -287,7 +287,7 @@ class Embed(EmbedConfig):
     """A run, a checkpoint folder or a .safetensors file."""
 
     def execute(self, _argv: Sequence[str]) -> int:
-        from quarterview.evaluate.embed import embed
+        from quarterview.evaluation.embed import embed
 
         embed(self, Journal())
         return 0
@@ -318,7 +318,7 @@ class Inspect:
     """Others to compare them with."""
 
     def execute(self, _argv: Sequence[str]) -> int:
-        from quarterview.exchange.inspect import compare_weights, inspect
+        from quarterview.weights.inspect import compare_weights, inspect
 
         if self.other is None:
             inspect(self.path, Journal())
@@ -335,7 +335,7 @@ class Export(ExportConfig):
     """A run, a checkpoint folder or a .safetensors file."""
 
     def execute(self, _argv: Sequence[str]) -> int:
-        from quarterview.exchange.export import export
+        from quarterview.weights.export.command import export
 
         export(self, Journal())
         return 0
@@ -353,7 +353,7 @@ class Push:
     """Make it visible to its owner only."""
 
     def execute(self, _argv: Sequence[str]) -> int:
-        from quarterview.exchange.hub import push
+        from quarterview.weights.hub import push
 
         files = push(self.folder, self.name, self.private)
         Journal().say(f"uploaded {', '.join(files)} to {self.name}")
@@ -441,7 +441,7 @@ def _submit(
         inputs: the sets of images.
         check: refuses what so many ranks could not train.
     """
-    from quarterview import slurm
+    from quarterview.commands import slurm
 
     request = slurm.parse(words)
     if not config.out:

@@ -6,14 +6,14 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from quarterview.commands.pretrain import PretrainConfig, pretrain
 from quarterview.errors import UserError
-from quarterview.evaluate.features import ProbeConfig
-from quarterview.evaluate.linear import linear
-from quarterview.evaluate.panel import draw_curve
-from quarterview.pretraining import PretrainConfig, pretrain
-from quarterview.train.checkpoint import newest
-from quarterview.train.journal import Journal, duration, metrics
-from quarterview.train.lock import lock
+from quarterview.evaluation.features import ProbeConfig
+from quarterview.evaluation.linear import linear
+from quarterview.evaluation.panel import draw_curve
+from quarterview.training.checkpoint import newest
+from quarterview.training.lock import lock
+from quarterview.training.logging import Journal, duration, metrics
 
 COMMAND = ["quarterview", "demo"]
 PICTURES = "shapes:20000"

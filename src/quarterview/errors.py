@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 def unknown(what: str, given: str, accepted: Iterable[str]) -> UserError:
     """A UserError for a name that is none of the accepted ones, with the nearest of them."""
-    names = list(accepted)
+    names = [str(name) for name in accepted]
     lower = {name.lower(): name for name in names}
     near = difflib.get_close_matches(given.lower(), lower, n=1, cutoff=0.5)
     hint = f" Did you mean {lower[near[0]]!r}?" if near else ""

@@ -11,10 +11,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from quarterview.commands.finetune import FinetuneConfig
+from quarterview.commands.pretrain import PretrainConfig
 from quarterview.errors import UserError, unknown
-from quarterview.evaluate.finetune import FinetuneConfig
-from quarterview.plain_yaml import MOST_BYTES, read_yaml
-from quarterview.pretraining import PretrainConfig
+from quarterview.safe_yaml import MOST_BYTES, read_yaml
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from quarterview.data.arrays import ArraySource
-from quarterview.data.source import BadSampleError
+from quarterview.data.sources.arrays import ArraySource
+from quarterview.data.sources.base import BadSampleError
 from quarterview.errors import UserError
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quarterview.data.cifar import Cifar, read_cifar
+from quarterview.data.sources.cifar import Cifar, read_cifar
 from quarterview.errors import UserError
 
 DATA = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from quarterview.data.augment import crop_resize
 from quarterview.data.decode import _coarsest, _scaled, croppable_file, decode
-from quarterview.data.source import BadSampleError
+from quarterview.data.sources.base import BadSampleError
+from quarterview.data.transforms.crop import crop_resize
 from quarterview.errors import UserError
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from quarterview.data.folder import FolderSource, ListSource
-from quarterview.data.source import BadSampleError
+from quarterview.data.sources.base import BadSampleError
+from quarterview.data.sources.folder import FolderSource, ListSource
 from quarterview.errors import UserError
 
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from quarterview.data.augment import eval_box
+from quarterview.data.bad_samples import Ledger
 from quarterview.data.cache import CachedSet, load_all
-from quarterview.data.fetch import Report
-from quarterview.data.ledger import Ledger
 from quarterview.data.loader import Batch, DataConfig, Loader
-from quarterview.data.open import open_source
+from quarterview.data.reading import Report
+from quarterview.data.sampler import SampleStream
+from quarterview.data.sources.open import open_source
 from quarterview.data.statistics import channel_statistics
-from quarterview.data.stream import SampleStream
+from quarterview.data.transforms.crop import eval_box
 from quarterview.errors import RunError, UserError
 
 CPU = torch.device("cpu")

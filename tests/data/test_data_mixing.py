@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy.stats import beta as beta_distribution
 from scipy.stats import kstest
 
-from quarterview import draws
-from quarterview.data.mixing import beta, mix
+from quarterview import rng
+from quarterview.data.transforms.mixing import beta, mix
 
 
 def batch(count=64, side=12):
@@ -19,7 +19,7 @@ def batch(count=64, side=12):
 
 @pytest.mark.parametrize("alpha", [0.5, 0.8, 1.0])
 def test_the_shares_are_beta_distributed(alpha):
-    numbers = beta(draws.uniform(0, "x", 0, torch.arange(20_000), 1)[:, 0], alpha)
+    numbers = beta(rng.uniform(0, "x", 0, torch.arange(20_000), 1)[:, 0], alpha)
     assert kstest(numbers.numpy(), beta_distribution(alpha, alpha).cdf).pvalue > 0.01
 
 

@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from quarterview.data.arrays import ArraySource
-from quarterview.data.folder import FolderSource, ListSource
-from quarterview.data.open import open_source, open_sources
-from quarterview.data.parquet import ParquetSource
-from quarterview.data.shapes import ShapesSource
+from quarterview.data.sources.arrays import ArraySource
+from quarterview.data.sources.folder import FolderSource, ListSource
+from quarterview.data.sources.open import open_source, open_sources
+from quarterview.data.sources.parquet import ParquetSource
+from quarterview.data.sources.shapes import ShapesSource
 from quarterview.errors import UserError
 
 

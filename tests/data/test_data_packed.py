@@ -17,16 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from quarterview.data.augment import crop_resize
 from quarterview.data.decode import decode
 from quarterview.data.loader import Loader
-from quarterview.data.open import open_source, open_sources
 from quarterview.data.pack import PackConfig, pack, reduced, verify
-from quarterview.data.packed import INDEX, RECORD, PackedSource
-from quarterview.data.source import BadSampleError, croppable
-from quarterview.data.stream import SampleStream
+from quarterview.data.sampler import SampleStream
+from quarterview.data.sources.base import BadSampleError, croppable
+from quarterview.data.sources.open import open_source, open_sources
+from quarterview.data.sources.packed import INDEX, RECORD, PackedSource
+from quarterview.data.transforms.crop import crop_resize
 from quarterview.errors import RunError, UserError
-from quarterview.train.journal import Journal
+from quarterview.training.logging import Journal
 
 CPU = torch.device("cpu")
 
@@ -469,7 +469,7 @@ def test_a_hostile_index_with_the_right_checksum_is_refused_or_harmless(photos, 
 
 
 def _with_index(store: Path, rows: np.ndarray) -> None:
-    from quarterview.data.packed import blake2b
+    from quarterview.data.sources.packed import blake2b
 
     file = io.BytesIO()
     np.save(file, rows, allow_pickle=rows.dtype.hasobject)

@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from tar_shards import served
 
-from quarterview.data import parquet, shard_files
-from quarterview.data.open import open_source
-from quarterview.data.parquet import ParquetSource
-from quarterview.data.shard_cache import ShardCache
-from quarterview.data.source import BadSampleError
-from quarterview.data.stream import ShardedStream
+from quarterview.data.sampler import ShardedStream
+from quarterview.data.sources import parquet
+from quarterview.data.sources import shards as shard_files
+from quarterview.data.sources.base import BadSampleError
+from quarterview.data.sources.open import open_source
+from quarterview.data.sources.parquet import ParquetSource
+from quarterview.data.sources.shard_cache import ShardCache
 from quarterview.errors import RunError, UserError
 
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quarterview import draws
-from quarterview.data.shapes import CLASSES, ShapesSource, labels, render
+from quarterview import rng
+from quarterview.data.sources.shapes import CLASSES, ShapesSource, labels, render
 from quarterview.errors import UserError
 
 
@@ -38,7 +38,7 @@ def test_discs_stand_out_from_what_is_around_them():
     ids = torch.arange(1000)
     discs = ids[labels(ids, 0) == CLASSES.index("disc")]
     grey = ShapesSource(1000, seed=0, channels=1, size=64).images(discs)[:, 0] / 255
-    drawn = draws.uniform(0, "shapes/place", 0, discs, 5)[:, :, None, None]
+    drawn = rng.uniform(0, "shapes/place", 0, discs, 5)[:, :, None, None]
     radius = 0.32 + 0.1 * drawn[:, 0]
     centre_x, centre_y = (radius + (1 - 2 * radius) * drawn[:, i] for i in (1, 2))
     pixel = (torch.arange(64) + 0.5) / 64

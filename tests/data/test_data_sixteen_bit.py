@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from quarterview.data.decode import decode
-from quarterview.data.source import BadSampleError
+from quarterview.data.sources.base import BadSampleError
 
 ALL_BITS = "16 bits scaled to [0, 1]"
 PNG_COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}

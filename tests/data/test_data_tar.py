@@ -17,15 +17,16 @@ import pytest
 import torch
 from tar_shards import png, served, shard, shards
 
-from quarterview.data import shard_files, tar_index
 from quarterview.data.loader import DataConfig
-from quarterview.data.open import open_source, open_sources
-from quarterview.data.order import chosen_shuffle, shard_cache, stream_of
-from quarterview.data.shard_cache import ShardCache
-from quarterview.data.shard_files import ShardFile, expand_braces, find_shards
-from quarterview.data.source import BadSampleError, Concatenated, croppable, remarks, shard_starts
-from quarterview.data.stream import SampleStream, ShardedStream
-from quarterview.data.tar import TarSource
+from quarterview.data.sampler import SampleStream, ShardedStream
+from quarterview.data.shuffle import chosen_shuffle, shard_cache, stream_of
+from quarterview.data.sources import shards as shard_files
+from quarterview.data.sources import tar_index
+from quarterview.data.sources.base import BadSampleError, Concatenated, croppable, remarks, shard_starts
+from quarterview.data.sources.open import open_source, open_sources
+from quarterview.data.sources.shard_cache import ShardCache
+from quarterview.data.sources.shards import ShardFile, expand_braces, find_shards
+from quarterview.data.sources.tar import TarSource
 from quarterview.errors import RunError, UserError
 
 

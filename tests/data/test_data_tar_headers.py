@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quarterview.data.files import printable
-from quarterview.data.tar_headers import BLOCK, Faults, Member, is_header_of, members, named
-from quarterview.data.tar_index import chunked, scan
+from quarterview.data.sources.files import printable
+from quarterview.data.sources.tar_headers import BLOCK, Faults, Member, is_header_of, members, named
+from quarterview.data.sources.tar_index import chunked, scan
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 

@@ -10,12 +10,12 @@ import torch
 from tar_shards import served, shards
 
 import quarterview as qv
-from quarterview.data import shard_files
-from quarterview.data.open import open_source
-from quarterview.data.stream import ShardedStream
+from quarterview.data.sampler import ShardedStream
+from quarterview.data.sources import shards as shard_files
+from quarterview.data.sources.open import open_source
 from quarterview.errors import UserError
-from quarterview.train import checkpoint
-from quarterview.train.loop import Trainer
+from quarterview.training import checkpoint
+from quarterview.training.trainer import Trainer
 
 COUNTS = (9, 0, 17, 5, 12, 1, 20)
 STEPS = 10

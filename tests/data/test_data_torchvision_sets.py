@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quarterview.data.torchvision_sets import SETS, TorchvisionSource
+from quarterview.data.sources.torchvision_sets import SETS, TorchvisionSource
 from quarterview.errors import UserError
 
 

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
-from quarterview import draws
-from quarterview.data.augment import eval_box, random_crops
+from quarterview import rng
 from quarterview.data.cache import CachedSet, load_all
 from quarterview.data.loader import Loader
-from quarterview.data.open import open_source
-from quarterview.data.stream import SampleStream
-from quarterview.data.views import (
+from quarterview.data.sampler import SampleStream
+from quarterview.data.sources.open import open_source
+from quarterview.data.transforms.crop import eval_box, random_crops
+from quarterview.data.transforms.views import (
     BYOL,
     SIMCLR,
     Colours,
@@ -215,8 +215,8 @@ def test_workers_make_the_same_views(folder):
 
 def test_views_are_drawn_apart():
     assert (
-        draws.uniform(0, "crop", 0, torch.arange(3), 2)
-        .ne(draws.uniform(0, "crop 2", 0, torch.arange(3), 2))
+        rng.uniform(0, "crop", 0, torch.arange(3), 2)
+        .ne(rng.uniform(0, "crop 2", 0, torch.arange(3), 2))
         .all()
     )
 

@@ -16,10 +16,10 @@ import torch
 
 import quarterview as qv
 from quarterview.errors import RunError, UserError
-from quarterview.train import checkpoint
+from quarterview.training import checkpoint
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["quarterview.pretraining", "torch.utils.tensorboard"])
+CONTEXT.set_forkserver_preload(["quarterview.commands.pretrain", "torch.utils.tensorboard"])
 
 IMAGES, BATCH, STEPS = 256, 16, 20
 

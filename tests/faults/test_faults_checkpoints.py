@@ -15,10 +15,10 @@ from ranks import CONTEXT, STEPS, begin, config, different, end, killing, said, 
 
 import quarterview as qv
 from quarterview.errors import RunError, UserError
-from quarterview.train import checkpoint
-from quarterview.train.journal import metrics
-from quarterview.train.loop import Trainer
-from quarterview.train.writer import Writer
+from quarterview.training import checkpoint
+from quarterview.training.logging import metrics
+from quarterview.training.trainer import Trainer
+from quarterview.training.writer import Writer
 
 
 def once_at(step: int, act) -> None:

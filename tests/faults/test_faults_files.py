@@ -23,14 +23,14 @@ from safetensors.torch import save_file
 
 import quarterview as qv
 from quarterview import recipes
-from quarterview.data.arrays import ArraySource
-from quarterview.data.folder import FolderSource, ListSource
-from quarterview.data.open import open_source
-from quarterview.data.source import BadSampleError, Concatenated, remarks
+from quarterview.data.sources.arrays import ArraySource
+from quarterview.data.sources.base import BadSampleError, Concatenated, remarks
+from quarterview.data.sources.folder import FolderSource, ListSource
+from quarterview.data.sources.open import open_source
 from quarterview.errors import UserError
-from quarterview.exchange.foreign import card_licence
-from quarterview.exchange.weights import METADATA_KEY, metadata, read
-from quarterview.train import checkpoint
+from quarterview.training import checkpoint
+from quarterview.weights.convert.foreign import card_licence
+from quarterview.weights.loading import METADATA_KEY, metadata, read
 
 
 class Hostile:

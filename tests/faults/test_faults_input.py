@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from quarterview.data.decode import croppable_file, decode
-from quarterview.data.source import BadSampleError
+from quarterview.data.sources.base import BadSampleError
 from quarterview.errors import UserError
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["quarterview.pretraining", "torch.utils.tensorboard"])
+CONTEXT.set_forkserver_preload(["quarterview.commands.pretrain", "torch.utils.tensorboard"])
 
 
 def in_a_fresh_process(work, *arguments) -> float:

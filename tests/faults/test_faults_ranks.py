@@ -22,11 +22,11 @@ from ranks import BATCH, CONTEXT, STEPS, begin, config, different, end, killing,
 
 from quarterview.data.loader import shares
 from quarterview.errors import RunError
-from quarterview.train import checkpoint, distributed
-from quarterview.train.journal import metrics
-from quarterview.train.lock import lock
-from quarterview.train.loop import Trainer
-from quarterview.train.step import Step
+from quarterview.training import checkpoint, distributed
+from quarterview.training.lock import lock
+from quarterview.training.logging import metrics
+from quarterview.training.step import Step
+from quarterview.training.trainer import Trainer
 
 
 def note_ids(rank: int, log: Path) -> None:
@@ -443,7 +443,7 @@ def test_ranks_with_different_images_are_refused(tmp_path):
 
 
 def other_images(rank: int, log: Path) -> None:
-    from quarterview.data.shapes import ShapesSource
+    from quarterview.data.sources.shapes import ShapesSource
 
     ShapesSource.fingerprint = lambda self: f"{rank:016x}"
 

@@ -17,16 +17,16 @@ from PIL import Image
 
 import quarterview as qv
 from quarterview import cli
-from quarterview.data.arrays import ArraySource
-from quarterview.data.folder import FolderSource, ListSource
-from quarterview.data.parquet import ParquetSource
-from quarterview.data.source import BadSampleError
+from quarterview.data.sources.arrays import ArraySource
+from quarterview.data.sources.base import BadSampleError
+from quarterview.data.sources.folder import FolderSource, ListSource
+from quarterview.data.sources.parquet import ParquetSource
 from quarterview.errors import RunError
-from quarterview.train import checkpoint
-from quarterview.train.journal import metrics
+from quarterview.training import checkpoint
+from quarterview.training.logging import metrics
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["quarterview.pretraining", "torch.utils.tensorboard"])
+CONTEXT.set_forkserver_preload(["quarterview.commands.pretrain", "torch.utils.tensorboard"])
 
 STEPS, IMAGES = 120, 256
 FLAGS = (

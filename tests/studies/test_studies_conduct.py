@@ -15,15 +15,15 @@ from matplotlib.figure import Figure
 
 from quarterview.cli import run
 from quarterview.errors import UserError
-from quarterview.evaluate.verdict import estimate
 from quarterview.studies.conduct import _settings, _share_cores, conduct, open_study
 from quarterview.studies.measure import read_judged
 from quarterview.studies.plain_features import PLAIN
 from quarterview.studies.plan import StudyConfig
 from quarterview.studies.report import Found, _draw_across, _draw_bars, _drawing
 from quarterview.studies.study import Arm, Table
-from quarterview.train import checkpoint
-from quarterview.train.journal import Journal
+from quarterview.studies.verdict import estimate
+from quarterview.training import checkpoint
+from quarterview.training.logging import Journal
 
 STUDY = """
 purpose: Is <this> a study?

@@ -9,15 +9,14 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from quarterview.data.augment import to_float
-from quarterview.data.open import open_source
+from quarterview.commands.pretrain import PretrainConfig
+from quarterview.data.sources.open import open_source
+from quarterview.data.transforms.crop import to_float
 from quarterview.errors import RunError, UserError
-from quarterview.evaluate import corruptions
-from quarterview.evaluate.corruptions import COMMON, corrupt, one_of
-from quarterview.evaluate.features import class_scores, encoder_features, partly_visible
-from quarterview.exchange.weights import load_classifier
-from quarterview.model.create import create_model
-from quarterview.pretraining import PretrainConfig
+from quarterview.evaluation import corruptions
+from quarterview.evaluation.corruptions import COMMON, corrupt, one_of
+from quarterview.evaluation.features import class_scores, encoder_features, partly_visible
+from quarterview.models.create import create_model
 from quarterview.studies.conduct import conduct
 from quarterview.studies.measure import check_measures, judge, open_images, read_judged
 from quarterview.studies.named import STUDIES
@@ -32,7 +31,8 @@ from quarterview.studies.plain_features import (
 )
 from quarterview.studies.plan import StudyConfig, base_of, unique_arms
 from quarterview.studies.study import check_measure
-from quarterview.train.journal import Journal
+from quarterview.training.logging import Journal
+from quarterview.weights.loading import load_classifier
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import quarterview as qv
 from quarterview.data.loader import Batch
 from quarterview.errors import UserError
-from quarterview.model.mae import MaskedAutoencoder
-from quarterview.model.targets import TokenTarget
-from quarterview.objectives.choice import DEFAULTS, fresh_objective, model_config_of
+from quarterview.methods.registry import DEFAULTS, fresh_objective, model_config_of
+from quarterview.models.mae import MaskedAutoencoder
+from quarterview.models.targets import TokenTarget
 from quarterview.studies.arm import images_of
 from quarterview.studies.lengths import choose_lengths
 from quarterview.studies.named import STUDIES
@@ -36,7 +36,7 @@ from quarterview.studies.timing import (
     time_training,
     time_tuning,
 )
-from quarterview.train.journal import metrics
+from quarterview.training.logging import metrics
 
 CONFIG = StudyConfig(
     data=("shapes",),

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quarterview.data.fetch import Report, candidates, read_many
-from quarterview.data.source import Source
-from quarterview.data.stream import SampleStream
+from quarterview.data.reading import Report, candidates, read_many
+from quarterview.data.sampler import SampleStream
+from quarterview.data.sources.base import Source
 
 CACHE_BYTES = 2 << 30
 """Sets up to this size are held on the device by ``--cache auto``."""

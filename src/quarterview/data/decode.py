@@ -16,8 +16,8 @@ from PIL import Image, UnidentifiedImageError
 from simplejpeg import decode_jpeg, decode_jpeg_header
 
 from quarterview.data import sixteen_bit
-from quarterview.data.augment import crop_resize
-from quarterview.data.source import BadSampleError, Croppable, Picture, Whole
+from quarterview.data.sources.base import BadSampleError, Croppable, Picture, Whole
+from quarterview.data.transforms.crop import crop_resize
 from quarterview.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")

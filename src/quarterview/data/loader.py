@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from quarterview.data.augment import crop_resize, crop_resize_batch, eval_box, normalise, to_float
 from quarterview.data.cache import CachedSet
-from quarterview.data.fetch import Report, attempt, attempt_picture, opened, read_many
-from quarterview.data.policy import PRETRAINING, AugmentConfig, erase, randaugment
-from quarterview.data.source import Croppable, Source
-from quarterview.data.stream import SampleStream
-from quarterview.data.views import View, boxes_of, distort
+from quarterview.data.reading import Report, attempt, attempt_picture, opened, read_many
+from quarterview.data.sampler import SampleStream
+from quarterview.data.sources.base import Croppable, Source
+from quarterview.data.transforms.crop import crop_resize, crop_resize_batch, eval_box, normalise, to_float
+from quarterview.data.transforms.randaugment import PRETRAINING, AugmentConfig, erase, randaugment
+from quarterview.data.transforms.views import View, boxes_of, distort
 from quarterview.data.workers import watched
 from quarterview.errors import RunError, UserError, check_types
 

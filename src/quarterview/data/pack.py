@@ -25,13 +25,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from quarterview.data.augment import crop_resize
+from quarterview.data.bad_samples import Ledger
 from quarterview.data.decode import MAX_PIXELS
-from quarterview.data.fetch import Report, read
-from quarterview.data.ledger import Ledger
 from quarterview.data.loader import LoadConfig
-from quarterview.data.open import open_sources
-from quarterview.data.packed import (
+from quarterview.data.reading import Report, read
+from quarterview.data.sources.base import Source, remarks
+from quarterview.data.sources.open import open_sources
+from quarterview.data.sources.packed import (
     BROKEN,
     FLOAT32,
     FORMAT,
@@ -48,7 +48,7 @@ from quarterview.data.packed import (
     read_store,
     shard_ranges,
 )
-from quarterview.data.source import Source, remarks
+from quarterview.data.transforms.crop import crop_resize
 from quarterview.data.workers import watched
 from quarterview.errors import RunError, UserError, check_types
 

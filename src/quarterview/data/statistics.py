@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from quarterview.data.augment import to_float
-from quarterview.data.fetch import Report, read_many
-from quarterview.data.source import Source
-from quarterview.data.stream import SampleStream
+from quarterview.data.reading import Report, read_many
+from quarterview.data.sampler import SampleStream
+from quarterview.data.sources.base import Source
+from quarterview.data.transforms.crop import to_float
 from quarterview.errors import RunError
 
 STATISTICS_IMAGES = 1024

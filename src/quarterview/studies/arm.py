@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from quarterview.pretraining import PretrainConfig, pretrain
+from quarterview.commands.pretrain import PretrainConfig, pretrain
 from quarterview.studies.measure import Images, StoppedError, judge, open_images, read_judged
 from quarterview.studies.plan import Planned, StudyConfig
 

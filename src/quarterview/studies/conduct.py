@@ -18,11 +18,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from quarterview.commands.pretrain import MAY_CHANGE as PRETRAINING_MAY_CHANGE
 from quarterview.data.loader import LoadConfig
-from quarterview.data.open import open_sources
+from quarterview.data.sources.open import open_sources
 from quarterview.errors import UserError, unknown
-from quarterview.pretraining import MAY_CHANGE as PRETRAINING_MAY_CHANGE
-from quarterview.running import MAY_CHANGE, to_plain
 from quarterview.studies.arm import conduct_one, forget_images, images_of, is_done, place, train
 from quarterview.studies.lengths import choose_lengths
 from quarterview.studies.measure import StoppedError, check_measures, read_judged
@@ -42,10 +41,11 @@ from quarterview.studies.report import Progress, write_report
 from quarterview.studies.side_by_side import Here, Piece, Workers
 from quarterview.studies.study import TUNED, Study, parts_of, read_study
 from quarterview.studies.timing import time_all
-from quarterview.train.distributed import ranks
-from quarterview.train.journal import Journal, duration, metrics, replace_text
-from quarterview.train.lock import lock
-from quarterview.train.record import provenance
+from quarterview.training.distributed import ranks
+from quarterview.training.lock import lock
+from quarterview.training.logging import Journal, duration, metrics, replace_text
+from quarterview.training.record import provenance
+from quarterview.training.run import MAY_CHANGE, to_plain
 
 Status = Literal["complete", "SIGTERM", "SIGINT"]
 _REPORTING = 0.05  # of the time, at most, goes into reports on the way

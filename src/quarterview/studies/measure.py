@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from quarterview import recipes
-from quarterview.data.open import open_sources
-from quarterview.data.source import Source, labels_of
+from quarterview.commands.finetune import SCRATCH, count_blocks, finetune, told_right
+from quarterview.commands.pretrain import PretrainConfig
+from quarterview.data.sources.base import Source, labels_of
+from quarterview.data.sources.open import open_sources
 from quarterview.errors import UserError
-from quarterview.evaluate.corruptions import COMMON, library, one_of, predictions
-from quarterview.evaluate.features import (
+from quarterview.evaluation.corruptions import COMMON, library, one_of, predictions
+from quarterview.evaluation.features import (
     BackboneConfig,
     Encoder,
     choose_labelled,
@@ -24,20 +26,18 @@ from quarterview.evaluate.features import (
     extract,
     partly_visible,
 )
-from quarterview.evaluate.finetune import SCRATCH, count_blocks, finetune, told_right
-from quarterview.evaluate.knn import nearest, vote
-from quarterview.evaluate.linear import check_classes, choose_strength, fit
-from quarterview.exchange.weights import load, load_classifier
-from quarterview.model.classifier import Classifier
-from quarterview.model.config import MAEConfig
-from quarterview.model.create import fresh_model
-from quarterview.model.mae import MaskedAutoencoder
-from quarterview.objectives.choice import COMPARING
-from quarterview.pretraining import PretrainConfig
+from quarterview.evaluation.knn import nearest, vote
+from quarterview.evaluation.linear import check_classes, choose_strength, fit
+from quarterview.methods.registry import COMPARING
+from quarterview.models.classifier import Classifier
+from quarterview.models.config import MAEConfig
+from quarterview.models.create import fresh_model
+from quarterview.models.mae import MaskedAutoencoder
 from quarterview.studies.plain_features import PLAIN
 from quarterview.studies.plan import StudyConfig
 from quarterview.studies.study import TUNED, Start, parts_of
-from quarterview.train.distributed import choose_device
+from quarterview.training.distributed import choose_device
+from quarterview.weights.loading import load, load_classifier
 
 NEIGHBOURS = 20
 TUNE_STEPS = 500

@@ -7,7 +7,7 @@ is five times as wide.
 
 from collections.abc import Mapping, Sequence
 
-from quarterview.objectives.choice import DEFAULTS
+from quarterview.methods.registry import DEFAULTS
 from quarterview.studies.study import Arm, Finding, Study, Table
 
 _FT, _LIN = "finetune", "linear"

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quarterview.data.augment import to_float
-from quarterview.data.source import Source
-from quarterview.data.stream import SampleStream
+from quarterview.data.sampler import SampleStream
+from quarterview.data.sources.base import Source
+from quarterview.data.transforms.crop import to_float
 from quarterview.errors import RunError
-from quarterview.evaluate.features import Encoder, central_batches, pixel_features, shrunk
+from quarterview.evaluation.features import Encoder, central_batches, pixel_features, shrunk
 
 COMPONENTS, PATCH_COMPONENTS = 128, 64
 """Of pictures, and of patches."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
 from quarterview import recipes
+from quarterview.commands.pretrain import PretrainConfig
 from quarterview.errors import UserError, check_types
-from quarterview.model.config import MAEConfig
-from quarterview.model.flops import block_flops, flops
-from quarterview.model.vit import parse_model_name
-from quarterview.objectives.choice import COMPARING, DEFAULTS
-from quarterview.pretraining import PretrainConfig
+from quarterview.methods.registry import COMPARING, DEFAULTS
+from quarterview.models.config import MAEConfig
+from quarterview.models.flops import block_flops, flops
+from quarterview.models.vit import parse_model_name
 from quarterview.studies.study import Arm, Study, Table, check_measure
 
 HEAD = 32

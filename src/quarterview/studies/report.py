@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from quarterview.evaluate.page import (
+from quarterview.studies.page import (
     COLOURS,
     PLAIN,
     STYLE,
@@ -25,7 +25,6 @@ from quarterview.evaluate.page import (
     svg_of,
     table,
 )
-from quarterview.evaluate.verdict import Estimate, estimate
 from quarterview.studies.plan import (
     TOKENIZER,
     Planned,
@@ -39,7 +38,8 @@ from quarterview.studies.plan import (
 )
 from quarterview.studies.rule import Outcome, decide
 from quarterview.studies.study import Arm, Study, Table, parts_of
-from quarterview.train.journal import Journal, replace_text
+from quarterview.studies.verdict import Estimate, estimate
+from quarterview.training.logging import Journal, replace_text
 
 Right = Mapping[tuple[str, str], Mapping[int, np.ndarray]]
 """By arm and measure: under each seed bool [M], which test images were told right."""

@@ -17,8 +17,8 @@ from typing import Literal
 
 import numpy as np
 
-from quarterview.evaluate.verdict import Estimate, estimate, narrower, signed
 from quarterview.studies.study import Finding
+from quarterview.studies.verdict import Estimate, estimate, narrower, signed
 
 Answer = Literal["reproduced", "not reproduced", "cannot tell"]
 MARGIN = 0.01

@@ -22,7 +22,7 @@ import torch
 
 from quarterview.errors import RunError, UserError
 from quarterview.studies.measure import StoppedError
-from quarterview.train.loop import stop_signals
+from quarterview.training.trainer import stop_signals
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 

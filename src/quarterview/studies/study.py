@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from quarterview.commands.finetune import count_blocks
+from quarterview.commands.pretrain import PretrainConfig
 from quarterview.errors import UserError, unknown
-from quarterview.evaluate.finetune import count_blocks
-from quarterview.plain_yaml import MOST_BYTES, read_yaml
-from quarterview.pretraining import PretrainConfig
 from quarterview.recipes import from_values
+from quarterview.safe_yaml import MOST_BYTES, read_yaml
 
 MEASURES = ("finetune", "linear", "knn", "corrupted")
 """How an arm is judged. ``finetune:K`` trains the last K blocks alone; ``linear@P`` and ``knn@P`` see P

@@ -10,15 +10,15 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from quarterview.pretraining import PretrainConfig
-from quarterview.speed.bench import loader_of, reading_time
+from quarterview.commands.bench import loader_of, reading_time
+from quarterview.commands.pretrain import PretrainConfig
 from quarterview.studies.arm import images_of, train
 from quarterview.studies.measure import judge
 from quarterview.studies.plan import TOKENIZER, Planned, StudyConfig, base_of, tokenizer_config
 from quarterview.studies.side_by_side import Here, Piece, Workers
 from quarterview.studies.study import TUNED, Start, Study, parts_of
-from quarterview.train.distributed import choose_device
-from quarterview.train.journal import metrics
+from quarterview.training.distributed import choose_device
+from quarterview.training.logging import metrics
 
 _STEPS = 12  # of training that are run, of which the second half is timed
 _READ_SECONDS = 3.0

@@ -1,0 +1,1 @@
+"""What is done to an image on its way to the model."""

@@ -1,0 +1,1 @@
+"""Weights of ours, written as others read them."""

@@ -1,0 +1,154 @@
+"""RandAugment, random erasing, and what the loader does with them and with labels."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+
+from quarterview import rng
+from quarterview.data.cache import load_all
+from quarterview.data.loader import Loader
+from quarterview.data.sampler import SampleStream
+from quarterview.data.sources.open import open_source
+from quarterview.data.sources.subset import Subset, subset
+from quarterview.data.transforms.crop import random_crops
+from quarterview.data.transforms.randaugment import RANDAUGMENT, AugmentConfig, erase, randaugment
+from quarterview.errors import UserError
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.25, 0.25)
+PIXELS = torch.randint(0, 256, (3, 24, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_randaugment_is_timms_under_the_key():
+    mine = randaugment(PIXELS, RANDAUGMENT, MEAN, 1, 2, 3)
+    theirs = rand_augment_transform(
+        RANDAUGMENT,
+        {"translate_const": 9, "img_mean": (128, 102, 76), "interpolation": Image.Resampling.BICUBIC},
+    )
+    with rng.seeded(1, "randaugment", 2, 3):
+        expected = theirs(Image.fromarray(PIXELS.permute(1, 2, 0).numpy()))
+    assert np.array_equal(mine.permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+def test_randaugment_differs_by_sample_and_epoch_and_leaves_the_generators_alone():
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    made = {
+        randaugment(PIXELS, RANDAUGMENT, MEAN, 0, e, i).numpy().tobytes() for e in (0, 1) for i in range(8)
+    }
+    assert len(made) > 10
+    assert states[0] == random.getstate()
+    assert np.array_equal(states[1], np.random.get_state()[1])
+    assert torch.equal(states[2], torch.get_rng_state())
+
+
+def test_randaugment_wants_colour_pictures():
+    for pixels in (PIXELS[:1], PIXELS.float()):
+        with pytest.raises(UserError, match="8-bit RGB"):
+            randaugment(pixels, RANDAUGMENT, MEAN, 0, 0, 0)
+
+
+def test_erasing_fills_one_rectangle_with_noise_in_so_many_images():
+    images, ids = torch.full((4000, 3, 16, 16), 9.0), torch.arange(4000)
+    made = erase(images, 0.25, 0, ids * 0, ids)
+    gone = (made != 9).any(1)  # [B, H, W]
+    share = gone.flatten(1).any(1)
+    assert 0.23 < share.float().mean() < 0.27
+    areas = gone[share].flatten(1).float().mean(1)
+    assert areas.min() >= 0.01
+    assert areas.max() <= 0.36
+    for one in gone[share][:200]:
+        assert torch.equal(one, one.any(1)[:, None] & one.any(0))
+    noise = made[made != 9]
+    assert abs(noise.mean()) < 0.05
+    assert abs(noise.std() - 1) < 0.05
+
+
+def test_erasing_depends_on_the_sample_alone():
+    images, ids = torch.randn(32, 3, 16, 16), torch.arange(32)
+    whole = erase(images, 0.5, 3, ids % 2, ids)
+    assert torch.equal(whole[10:20], erase(images[10:20], 0.5, 3, ids[10:20] % 2, ids[10:20]))
+    assert torch.equal(erase(images, 0.0, 3, ids, ids), images)
+
+
+def loader(source, augment, cached=False, labels=None, workers=0):
+    stream = SampleStream(len(source), 0, 5)
+    held = load_all(source, torch.device("cpu"), 1 << 30, 1, lambda _: None) if cached else None
+    return Loader(
+        source,
+        stream,
+        (16, 16),
+        MEAN,
+        STD,
+        torch.device("cpu"),
+        workers,
+        held,
+        lambda _: None,
+        augment,
+        labels,
+    )
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_labels_are_those_of_the_pictures_shown(tmp_path, cached):
+    """Also where a broken image is replaced by another one."""
+    for i in range(12):
+        folder = tmp_path / f"class{i % 3}"
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), (20 * (i % 3 + 1),) * 3).save(folder / f"{i}.png")
+    (tmp_path / "class1" / "4.png").write_bytes(b"broken")
+    source = open_source(str(tmp_path), 3)
+    labels = torch.tensor([source.label(i) for i in range(12)])
+    plain = AugmentConfig(crop_min=0.5, randaugment=None, erase=0.0)
+    made = loader(source, plain, cached, labels)
+    shown, replaced = [], 0
+    for batch in made.batches([range(s, s + 6) for s in range(0, 48, 6)]):
+        values = batch.images[:, 0, 0, 0] * STD[0] + MEAN[0]
+        assert torch.equal((values * 255 / 20).round().long() - 1, batch.labels)
+        shown += batch.labels.tolist()
+        replaced += int((labels[batch.ids] != batch.labels).sum())
+    assert len(shown) == 48
+    assert replaced > 0
+
+
+def test_batches_with_randaugment_are_the_same_by_any_number_of_workers():
+    source = open_source("shapes:24:size=20", 3)
+    labels = torch.tensor([source.label(i) for i in range(24)])
+    parts = [range(s, s + 8) for s in range(0, 32, 8)]
+    one, two = (list(loader(source, AugmentConfig(), False, labels, w).batches(parts)) for w in (0, 2))
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+
+
+def test_the_smallest_crop_is_what_was_asked_for():
+    sizes, ids = torch.tensor([[64, 64]]).expand(50, 2), torch.arange(50)
+    least = [
+        float((random_crops(0, ids * 0, ids, sizes, scale=(share, 1.0))[0][:, 2:].prod(1) / 64**2).min())
+        for share in (0.08, 1.0)
+    ]
+    assert least[0] < 0.2
+    assert least[1] > 0.7  # only the aspect ratio takes something away
+
+
+def test_a_subset_is_a_source_of_its_own():
+    source = open_source("shapes:20:size=16", 3)
+    part = subset(source, [7, 3, 11])
+    assert len(part) == 3
+    assert torch.equal(part.image(1).pixels, source.image(3).pixels)
+    assert torch.equal(part.images(torch.tensor([2, 0]))[1], source.image(7).pixels)
+    assert part.label(2) == source.label(11)
+    assert part.name(0) == source.name(7)
+    assert part.fingerprint() != subset(source, [7, 3, 12]).fingerprint() != source.fingerprint()
+    assert subset(source, range(20)) is source
+    assert isinstance(part, Subset)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"erase": 1.5}, {"crop_min": 0.0}, {"randaugment": "rand-m-q5"}, {"randaugment": "auto"}]
+)
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(UserError, match="accepted"):
+        AugmentConfig(**wrong)

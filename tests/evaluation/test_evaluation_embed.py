@@ -1,0 +1,250 @@
+"""Embeddings: what is in the shards, and that no kill can be seen in them."""
+
+import json
+import multiprocessing
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from quarterview.data.loader import central
+from quarterview.data.sources.open import open_source
+from quarterview.data.transforms.crop import normalise, to_float
+from quarterview.errors import RunError, UserError
+from quarterview.evaluation.embed import EmbedConfig, embed, shard_ranges
+from quarterview.models.create import create_model
+from quarterview.training import checkpoint
+from quarterview.training.logging import Journal
+from quarterview.weights.loading import load, metadata, read
+
+# A server that has imported everything and run nothing forks the processes that are killed here.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["quarterview.evaluation.embed"])
+
+QUIET = Journal(quiet=True)
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+
+
+@pytest.fixture
+def run(tmp_path):
+    torch.manual_seed(0)
+    small = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "image_size": 16}
+    model = create_model("mae_vit_32x2x2_patch8", **small, mean=MEAN, std=STD)
+    folder = tmp_path / "run" / "checkpoints"
+    checkpoint.save(folder, 1, {"model": model.state_dict()}, {"step": 1}, metadata(model.config))
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Forty pictures of two classes, three of which cannot be read."""
+    generator = np.random.default_rng(0)
+    for i in range(40):
+        folder = tmp_path / "photos" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{i:02d}.png"
+        Image.fromarray(generator.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(file)
+        if i in (0, 7, 39):
+            file.write_bytes(file.read_bytes()[:60])
+    return tmp_path / "photos"
+
+
+def config(run, data, out, **changes):
+    values = {"run": str(run), "data": (str(data),), "out": str(out), "shard_size": 16, "batch_size": 6}
+    return EmbedConfig(**{**values, "device": "cpu", **changes})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All that a folder shows."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def column(folder: Path, name: str) -> list:
+    shards = sorted(folder.glob("*.parquet"))
+    return [value for shard in shards for value in pq.read_table(shard).column(name).to_pylist()]
+
+
+# ---------------------------------------------------------------------- what is written
+
+
+def expected(model, source, ids, features, block):
+    """Tokens by the model's own parts, in float32."""
+    pixels = torch.stack([central(source.image(i).pixels, (16, 16)) for i in ids])
+    with torch.no_grad():
+        images = normalise(to_float(pixels), MEAN, STD)
+        x = model.patch_embed(model.patchify(images)) + model.pos_embed[:, 1:]
+        x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], dim=1)  # its position is 0
+        for module in model.blocks[:block]:
+            x = module(x)
+        tokens = x if block is not None else model.norm(x)
+    return {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(1), "tokens": tokens}[features].numpy()
+
+
+@pytest.mark.parametrize(
+    ("features", "block", "dtype", "shape"),
+    [
+        ("mean", None, "float32", [32]),
+        ("cls", 1, "float32", [32]),
+        ("tokens", 2, "float16", [5, 32]),
+    ],
+)
+def test_the_rows_are_the_readable_images_in_order(run, photos, tmp_path, features, block, dtype, shape):
+    out, source, model = tmp_path / "out", open_source(str(photos), 3), load(run)
+    record = embed(config(run, photos, out, features=features, block=block, dtype=dtype), QUIET)
+    ids = column(out, "id")
+    broken = [i for i in range(40) if i not in ids]
+    assert len(broken) == 3
+    assert ids == sorted(ids)
+    assert column(out, "name") == [source.name(i) for i in ids]
+    assert column(out, "label") == [source.label(i) for i in ids]
+    found = np.array(column(out, "embedding"))
+    assert found.shape == (37, *shape)
+    reference = expected(model, source, ids, features, block)
+    assert np.abs(found - reference).max() < 0.06  # bf16 where the machine has it
+    assert np.corrcoef(found.ravel(), reference.ravel())[0, 1] > 0.999
+    kind = pq.read_schema(out / record["shards"][0]).field("embedding").type
+    while pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    assert kind == {"float32": pa.float32(), "float16": pa.float16()}[dtype]
+
+    assert record == json.loads((out / "embed.json").read_text())
+    assert record["complete"]
+    assert (record["rows"], record["shape"], record["dimension"]) == (37, shape, 32)
+    assert [row["id"] for row in record["unreadable"]] == broken
+    assert all(row["reason"] and row["name"] == source.name(row["id"]) for row in record["unreadable"])
+    assert record["classes"] == ["a", "b"]
+    assert record["settings"]["data_fingerprint"] == source.fingerprint()
+    assert record["settings"]["weights"] == read(next(run.rglob("model.safetensors"))).digest
+    assert sorted(files(out)) == ["embed.json", *record["shards"]]
+    assert [pq.read_metadata(out / name).num_rows for name in record["shards"]] == [
+        sum(16 * i <= sample < 16 * (i + 1) for sample in ids) for i in range(3)
+    ]
+
+
+def test_images_without_labels_have_none(run, tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 255, (9, 16, 16, 3), dtype=np.uint8))
+    record = embed(config(run, tmp_path / "x.npy", tmp_path / "out"), QUIET)
+    assert column(tmp_path / "out", "label") == [None] * 9
+    assert record["classes"] is None
+    table = pq.read_table(tmp_path / "out" / record["shards"][0])
+    flat = table.column("embedding").combine_chunks().flatten().to_numpy()
+    assert flat.reshape(9, 32).dtype == np.float32
+
+
+def test_shards_cover_every_image_once():
+    for images, size in [(1, 1), (7, 3), (16, 16), (17, 16), (100, 1000)]:
+        ranges = shard_ranges(images, size)
+        assert [i for ids in ranges.values() for i in ids] == list(range(images))
+        assert list(ranges) == sorted(ranges)
+        assert all(name.endswith(f"-of-{len(ranges):05d}.parquet") for name in ranges)
+
+
+# ---------------------------------------------------------------------- again
+
+
+def test_again_is_nothing_and_a_lost_shard_comes_back_the_same(run, photos, tmp_path):
+    out = tmp_path / "out"
+    embed(config(run, photos, out), QUIET)
+    before, times = files(out), {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    embed(config(run, photos, out), QUIET)
+    assert files(out) == before
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")} == times
+    next(out.glob("*-00001-of-*")).unlink()
+    embed(config(run, photos, out), QUIET)
+    assert files(out) == before
+
+
+def test_other_settings_or_weights_are_refused_and_named(run, photos, tmp_path):
+    out = tmp_path / "out"
+    embed(config(run, photos, out), QUIET)
+    before = files(out)
+    for changes, message in [
+        ({"features": "cls"}, "features mean there, cls here"),
+        ({"block": 1}, "block None there, 1 here"),
+        ({"dtype": "float16"}, "dtype float32 there, float16 here"),
+        ({"shard_size": 8}, "shard_size 16 there, 8 here"),
+        ({"data": ("shapes:40",)}, r"data_fingerprint .* there"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            embed(replace(config(run, photos, out), **changes), QUIET)
+    file = next(run.rglob("model.safetensors"))
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"weights .* there, .* here; accepted"):
+        embed(config(run, photos, out), QUIET)
+    assert files(out) == before
+
+
+def test_requests_that_cannot_be_met(run, photos, tmp_path):
+    with pytest.raises(UserError, match="block 3 of 2"):
+        embed(config(run, photos, tmp_path / "out", block=3), QUIET)
+    with pytest.raises(UserError, match="shard_size 0"):
+        config(run, photos, tmp_path / "out", shard_size=0)
+    with pytest.raises(UserError, match="holds other things, such as a"):
+        embed(config(run, photos, photos), QUIET)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.png").write_bytes(b"none")
+    with pytest.raises(UserError, match="none of the images"):
+        embed(config(run, tmp_path / "broken", tmp_path / "out"), QUIET)
+    (tmp_path / "out" / "embed.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        embed(config(run, photos, tmp_path / "out"), QUIET)
+
+
+def test_numbers_that_do_not_fit_are_never_written(run, photos, tmp_path):
+    file = next(run.rglob("model.safetensors"))
+    model = load(run)
+    for scale, dtype, error in [(1e6, "float16", UserError), (float("nan"), "float32", RunError)]:
+        model.norm.bias.data.fill_(scale)
+        checkpoint.save(file.parents[1], 1, {"model": model.state_dict()}, {}, metadata(model.config))
+        with pytest.raises(error, match=r"float16|no number"):
+            embed(config(run, photos, tmp_path / dtype, dtype=dtype), QUIET)
+        assert not list((tmp_path / dtype).glob("*.parquet"))
+
+
+# ---------------------------------------------------------------------- killed
+
+
+def life(settings: EmbedConfig) -> None:
+    torch.set_num_threads(1)
+    embed(settings, QUIET)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_the_bytes_are_the_same(run, photos, tmp_path):
+    changes = {"shard_size": 6, "batch_size": 4, "features": "tokens"}
+    embed(config(run, photos, tmp_path / "whole", **changes), QUIET)
+    whole, dice, killed, seen = files(tmp_path / "whole"), random.Random(0), 0, set()
+    parts = tmp_path / "parts"
+    for _ in range(40):
+        have = len(list(parts.glob("*.parquet")))
+        process = CONTEXT.Process(target=life, args=(config(run, photos, parts, **changes),))
+        process.start()
+        until = time.monotonic() + 60
+        while process.is_alive() and len(list(parts.glob("*.parquet"))) < have + dice.randint(1, 4):
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0, 0.01))
+        process.kill()
+        process.join(60)
+        assert process.exitcode in (-signal.SIGKILL, 0)
+        killed += process.exitcode != 0
+        now = files(parts)
+        assert all(whole[name] == content for name, content in now.items() if name.endswith(".parquet"))
+        seen.add(len(now))
+        if process.exitcode == 0:
+            break
+    assert killed >= 3
+    assert len(seen) >= 3
+    embed(config(run, photos, parts, **changes), QUIET)
+    assert files(parts) == whole
+    assert not list(parts.glob("*.partial"))
+    assert not list(parts.glob(".*.partial"))

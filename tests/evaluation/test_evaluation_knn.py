@@ -1,0 +1,188 @@
+"""Nearest neighbours against scikit-learn, on random and on real features."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from sklearn.neighbors import KNeighborsClassifier
+
+from quarterview.data.sources.open import open_source
+from quarterview.errors import UserError
+from quarterview.evaluation.features import ProbeConfig, ProbeData, extract, pixel_features
+from quarterview.evaluation.knn import TEMPERATURE, knn, knn_accuracies, knn_predict, nearest, vote
+from quarterview.models.create import create_model
+from quarterview.training import checkpoint
+from quarterview.training.logging import Journal
+from quarterview.weights.loading import metadata
+
+
+def sklearn_predict(train, labels, test, k, kind):
+    weights = "uniform" if kind == "majority" else lambda distance: np.exp((1 - distance) / TEMPERATURE)
+    reference = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weights)
+    return reference.fit(train.double().numpy(), labels.numpy()).predict(test.double().numpy())
+
+
+def blobs(train, test, classes=7, width=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes, (train,), generator=generator)
+    centres = torch.randn(classes, width, generator=generator)
+    features = centres[labels] + torch.randn(train, width, generator=generator)
+    return features, labels, torch.randn(test, width, generator=generator)
+
+
+@pytest.mark.parametrize("kind", ["majority", "weighted"])
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_votes_equal_scikit_learns(k, kind):
+    train, labels, test = blobs(300, 2100, seed=k)
+    expected = sklearn_predict(train, labels, test, k, kind)
+    agreement = (knn_predict(train, labels, test, k, kind).numpy() == expected).mean()
+    assert agreement > 0.999  # float32 against float64 may break a tie otherwise
+
+
+def test_votes_equal_scikit_learns_on_digits():
+    digits = load_digits()
+    features, labels = torch.tensor(digits.data).float(), torch.tensor(digits.target)
+    train, test = slice(0, 1000), slice(1000, None)
+    for kind in ("majority", "weighted"):
+        expected = sklearn_predict(features[train], labels[train], features[test], 10, kind)
+        ours = knn_predict(features[train], labels[train], features[test], 10, kind)
+        assert (ours.numpy() == expected).mean() >= 0.998
+
+
+@pytest.mark.slow
+def test_votes_equal_scikit_learns_on_5000_pictures(tiny):
+    source = open_source("shapes:5500:size=32", 3)
+    found, ids = extract({"x": pixel_features}, source, range(5500), tiny.config, torch.device("cpu"))
+    features, labels = found["x"], torch.tensor([source.label(i) for i in ids])
+    for kind in ("majority", "weighted"):
+        expected = sklearn_predict(features[:5000], labels[:5000], features[5000:], 20, kind)
+        ours = knn_predict(features[:5000], labels[:5000], features[5000:], 20, kind)
+        assert (ours.numpy() == expected).mean() >= 0.998  # float32 against float64
+
+
+@given(
+    count=st.integers(1, 400),
+    k=st.integers(1, 40),
+    rows=st.sampled_from([30, 64, 256, 1000]),
+    queries=st.sampled_from([4, 7, 100]),
+    seed=st.integers(0, 99),
+)
+def test_whatever_the_parts_the_neighbours_are_those_of_one_sort(count, k, rows, queries, seed):
+    k = min(k, count)
+    generator = torch.Generator().manual_seed(seed)
+    train, test = (torch.randn(n, 8, generator=generator) for n in (count, 9))
+    similarity, index = nearest(train, test, k, queries=queries, rows=rows)
+    one = torch.nn.functional.cosine_similarity(test[:, None].double(), train[None].double(), dim=2)
+    expected = one.sort(dim=1, descending=True)
+    torch.testing.assert_close(similarity.double(), expected.values[:, :k], atol=1e-5, rtol=0)
+    torch.testing.assert_close(similarity.double(), one.gather(1, index), atol=1e-5, rtol=0)
+    assert all(len(set(row)) == k for row in index.tolist())  # none twice
+
+
+def test_groups_are_only_a_shortcut():
+    train, _, test = blobs(4096, 50, width=4)
+    train[100:140] = train[100]  # as similar as can be, and more of them than k
+    similarity, index = nearest(train, torch.cat([test, train[100:101]]), 20, rows=2048)
+    one = torch.nn.functional.normalize(torch.cat([test, train[100:101]]), dim=1) @ (
+        torch.nn.functional.normalize(train, dim=1).T
+    )
+    torch.testing.assert_close(similarity, one.topk(20, dim=1).values, atol=1e-6, rtol=0)
+    assert ((index[-1] >= 100) & (index[-1] < 140)).all()
+
+
+def test_equal_votes_go_to_the_lowest_class_as_in_scikit_learn():
+    labels = torch.tensor([[3, 1, 1, 3], [2, 0, 4, 4], [5, 4, 3, 2]])
+    similarity = torch.tensor([[0.9, 0.8, 0.7, 0.6], [0.9, 0.5, 0.4, 0.3], [0.5, 0.5, 0.5, 0.5]])
+    assert vote(similarity, labels, "majority").tolist() == [1, 4, 2]
+    assert vote(similarity, labels, "weighted").tolist() == [3, 2, 2]
+    angles = torch.tensor([0.01, 0.02, 0.03, 0.04, 3.0])  # four neighbours of (1, 0), then a far one
+    train = torch.stack([angles.cos(), angles.sin()], dim=1)
+    given_labels = torch.tensor([3, 1, 1, 3, 0])
+    reference = sklearn_predict(train, given_labels, torch.tensor([[1.0, 0.0]]), 4, "majority")
+    assert knn_predict(train, given_labels, torch.tensor([[1.0, 0.0]]), 4, "majority").tolist() == [1]
+    assert reference.tolist() == [1]
+
+
+def test_similarities_are_float32_whatever_surrounds_them():
+    train, labels, test = blobs(300, 40)
+    expected = nearest(train, test, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = nearest(train, test, 5)
+    assert torch.equal(found[0], expected[0])
+    halved = nearest(train.bfloat16(), test.bfloat16(), 5)
+    assert torch.equal(halved[0], nearest(train.bfloat16().float(), test.bfloat16().float(), 5)[0])
+    assert knn_predict(train, labels, test, 5).dtype == torch.int64
+
+
+def test_every_k_and_vote_has_its_row():
+    train, labels, test = blobs(200, 100)
+    truth = torch.arange(100) % 7
+    data = ProbeData({"a": train, "b": -train}, labels, {"a": test, "b": test}, truth, 7, 0)
+    found = knn_accuracies(data, (1, 5, 30))
+    assert [(row.features, row.k, row.vote) for row in found] == [
+        (name, k, kind) for name in ("a", "b") for k in (1, 5, 30) for kind in ("majority", "weighted")
+    ]
+    for row in found:
+        predicted = knn_predict(data.train[row.features], labels, test, row.k, row.vote)
+        assert row.accuracy == pytest.approx(float((predicted == truth).double().mean()))
+        assert row.standard_error == pytest.approx((row.accuracy * (1 - row.accuracy) / 100) ** 0.5)
+    assert found[0].accuracy == found[1].accuracy  # one neighbour decides alone
+
+
+# ---------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def tiny():
+    torch.manual_seed(0)
+    small = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "image_size": 32}
+    return create_model("mae_vit_32x2x2_patch8", **small).eval()
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    checkpoint.save(folder, 1, {"model": tiny.state_dict()}, {"step": 1}, metadata(tiny.config))
+    return tmp_path / "run"
+
+
+def test_the_command_shows_a_table_and_records_the_result(run, capsys):
+    config = ProbeConfig(
+        str(run), ("shapes:120:seed=1",), ("shapes:60:seed=2",), labels=50, features="cls", device="cpu"
+    )
+    found = knn(config, (1, 5, 5), Journal(), ["quarterview", "knn"])
+    assert [(row.features, row.k) for row in found[::2]] == [
+        (name, k) for name in ("raw pixels", "random encoder", "this model") for k in (1, 5)
+    ]
+    shown = capsys.readouterr().out
+    assert "50 labelled, 60 test images" in " ".join(shown.split())
+    assert "majority" in shown
+    record = json.loads((run / "results" / "knn-cls-50.json").read_text())
+    assert record["argv"] == ["quarterview", "knn"]
+    assert record["settings"]["k"] == [1, 5]
+    assert record["settings"]["features"] == "cls"
+    assert record["settings"]["weights"] == "checkpoints/step-00000001/model.safetensors"
+    train = open_source("shapes:120:seed=1", 3)
+    assert record["data"]["train"]["fingerprint"] == train.fingerprint()
+    assert record["data"]["train"]["labelled"] == 50
+    assert record["data"]["unreadable"] == 0
+    assert [row["accuracy"] for row in record["results"]["accuracies"]] == [row.accuracy for row in found]
+
+
+def test_one_k_will_do_and_a_file_outside_a_run_leaves_no_result(run, tmp_path):
+    weights = tmp_path / "elsewhere" / "model.safetensors"
+    weights.parent.mkdir()
+    (run / "checkpoints" / "step-00000001" / "model.safetensors").rename(weights)
+    config = ProbeConfig(str(weights), ("shapes:40",), ("shapes:40:seed=2",), baselines=False, device="cpu")
+    assert len(knn(config, 3, Journal(quiet=True))) == 2
+    assert sorted(path.name for path in weights.parent.iterdir()) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("k", [0, 21, (5, 21), ()])
+def test_impossible_numbers_of_neighbours_are_refused(run, k):
+    with pytest.raises(UserError, match="neighbours"):
+        knn(ProbeConfig(str(run), ("shapes:20",), ("shapes:20",)), k, Journal(quiet=True))

@@ -1,0 +1,293 @@
+"""The linear probes: the fast one on what it should and should not separate, the paper's to the letter."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from quarterview.data.sampler import SampleStream
+from quarterview.data.sources.open import open_source
+from quarterview.data.transforms.crop import crop_resize, normalise, random_crops, to_float
+from quarterview.errors import UserError
+from quarterview.evaluation import features
+from quarterview.evaluation import linear_paper as linear_paper_module
+from quarterview.evaluation.features import Probe, ProbeConfig, ProbeData, extract, open_probe, pixel_features
+from quarterview.evaluation.linear import STRENGTHS, choose_strength, linear, linear_accuracy, linear_fit
+from quarterview.evaluation.linear_paper import (
+    PaperConfig,
+    Pictures,
+    crop_features,
+    judge,
+    linear_paper,
+    make_head,
+    plan,
+    train_heads,
+)
+from quarterview.models.create import create_model
+from quarterview.training import checkpoint
+from quarterview.training.logging import Journal
+from quarterview.weights.loading import load, metadata
+
+CPU = torch.device("cpu")
+SIZE = 16
+
+
+@pytest.fixture
+def run(tmp_path):
+    torch.manual_seed(0)
+    small = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "image_size": SIZE}
+    model = create_model("mae_vit_32x2x2_patch8", **small, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
+    folder = tmp_path / "run" / "checkpoints"
+    checkpoint.save(folder, 1, {"model": model.state_dict()}, {"step": 1}, metadata(model.config))
+    return tmp_path / "run"
+
+
+def config(run, **changes):
+    data = {"train": ("shapes:100:seed=1:size=16",), "test": ("shapes:50:seed=2:size=16",)}
+    return ProbeConfig(**{"run": str(run), **data, "device": "cpu", **changes})
+
+
+# ---------------------------------------------------------------------- the fast one
+
+
+def test_linear_probe_separates_what_can_be_separated():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 4
+    separable = nn.functional.one_hot(labels, 4) * 3.0 + 0.3 * torch.randn(400, 4, generator=generator)
+    noise = torch.randn(400, 4, generator=generator)
+    data = ProbeData(
+        {"good": separable[:200], "noise": noise[:200]},
+        labels[:200],
+        {"good": separable[200:], "noise": noise[200:]},
+        labels[200:],
+        4,
+        0,
+    )
+    assert linear_accuracy(data, "good", 0) > 0.99
+    assert linear_accuracy(data, "noise", 0) < 0.4
+    fitted = linear_fit(data, "noise", 0)
+    assert fitted.strength in STRENGTHS
+    assert fitted.standard_error == pytest.approx(math.sqrt(fitted.accuracy * (1 - fitted.accuracy) / 200))
+
+
+def test_strength_is_chosen_even_from_few_labels():
+    few, labels = np.eye(4, dtype=np.float32), np.array([0, 1, 0, 1])
+    assert choose_strength(few, labels, 0) > 0
+    many = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+    assert choose_strength(many, np.array([0] * 29 + [1]), 0) > 0  # a class of one cannot be stratified
+
+
+def test_the_fast_probe_shows_a_table_and_records_the_result(run, capsys):
+    found = linear(config(run), Journal(), ["quarterview", "linear"])
+    assert list(found) == ["raw pixels", "random encoder", "this model"]
+    assert "50 test images" in " ".join(capsys.readouterr().out.split())
+    record = json.loads((run / "results" / "linear.json").read_text())
+    assert record["settings"]["features"] == "mean"
+    assert record["settings"]["seed"] == 0
+    accuracies = record["results"]["accuracies"]
+    assert {name: row["accuracy"] for name, row in accuracies.items()} == found
+    assert all(row["strength"] in STRENGTHS for row in accuracies.values())
+
+
+def test_one_class_is_no_task(run, tmp_path):
+    np.savez(tmp_path / "x.npz", images=np.zeros((20, 16, 16, 3), np.uint8), labels=np.zeros(20, np.int64))
+    one = config(run, train=(str(tmp_path / "x.npz"),))
+    for protocol in (lambda: linear(one, Journal()), lambda: linear_paper(one, PaperConfig(), Journal())):
+        with pytest.raises(UserError, match="one class"):
+            protocol()
+
+
+# ---------------------------------------------------------------------- the paper's
+
+
+def test_the_defaults_are_the_papers():
+    paper = PaperConfig()
+    schedule, batch = plan(paper, 1_281_167, Journal(quiet=True))
+    assert batch == 16384
+    assert schedule.peak == pytest.approx(6.4)
+    assert schedule.total_steps == math.ceil(90 * 1_281_167 / 16384)
+    assert schedule.warmup_steps == round(10 * 1_281_167 / 16384)
+    assert schedule.lr(0) == 0
+    assert schedule.lr(schedule.warmup_steps) == pytest.approx(6.4)
+    assert schedule.lr(schedule.total_steps - 1) < 1e-4
+
+
+def test_a_batch_larger_than_the_set_shrinks_and_says_so(capsys):
+    schedule, batch = plan(PaperConfig(), 1000, Journal())
+    assert (batch, schedule.total_steps, schedule.warmup_steps) == (1000, 90, 10)
+    assert schedule.peak == pytest.approx(0.1 * 1000 / 256)
+    assert "shrinks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"warmup_epochs": -1.0}, {"batch_size": 1}, {"blr": 0.0}, {"blr": "much"}]
+)
+def test_settings_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(UserError, match="accepted"):
+        PaperConfig(**wrong)
+
+
+def test_the_head_is_the_papers():
+    head = make_head(32, 10, seed=0)
+    norm, last = head
+    assert isinstance(norm, nn.BatchNorm1d)
+    assert not norm.affine
+    assert norm.eps == 1e-6
+    assert [name for name, _ in head.named_parameters()] == ["1.weight", "1.bias"]
+    assert abs(float(make_head(512, 100, 1)[1].weight.detach().std()) - 0.01) < 2e-4
+    assert not last.bias.any()
+    assert torch.equal(last.weight, make_head(32, 10, seed=0)[1].weight)
+    assert not torch.equal(last.weight, make_head(32, 10, seed=1)[1].weight)
+    x = 5 + 3 * torch.randn(100, 32, generator=torch.Generator().manual_seed(0))
+    centred = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-6).sqrt()
+    torch.testing.assert_close(head(x), centred @ last.weight.T, atol=1e-5, rtol=0)
+
+
+def test_training_is_the_formula_step_by_step(run):
+    """BatchNorm, softmax regression and LARS in NumPy, on the same features, give the same weights."""
+    probe = open_probe(config(run, baselines=False), default="cls")
+    pictures = Pictures(probe.train, range(100), CPU)
+    labels = probe.train_labels
+    paper = PaperConfig(epochs=3, warmup_epochs=1.0, batch_size=40, blr=20.0)
+    head = train_heads(probe, pictures, labels, paper, Journal(quiet=True))["this model"]
+
+    schedule, batch = plan(paper, 100, Journal(quiet=True))
+    assert schedule.total_steps == math.ceil(3 * 100 / 40)
+    stream, fresh = SampleStream(100, 0, 0), make_head(32, 10, 0)
+    w, b = fresh[1].weight.detach().double().numpy().copy(), np.zeros(10)
+    vw, vb = np.zeros_like(w), np.zeros_like(b)
+    for step in range(schedule.total_steps):
+        epochs, rows = stream.at(torch.arange(step * batch, (step + 1) * batch))
+        seen = crop_features(probe.encoders, pictures, epochs, rows, (SIZE, SIZE), 0)["this model"]
+        x = seen.double().numpy()
+        x = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-6)
+        logits = x @ w.T + b
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        p[np.arange(batch), labels[rows].numpy()] -= 1
+        gw, gb = p.T @ x / batch, p.mean(0)
+        vw = 0.9 * vw + gw * 0.001 * np.linalg.norm(w) / np.linalg.norm(gw)
+        vb = 0.9 * vb + gb
+        w, b = w - schedule.lr(step) * vw, b - schedule.lr(step) * vb
+    moved = np.abs(w - fresh[1].weight.detach().numpy()).max()
+    assert moved > 3e-4  # of weights that began at 0.01
+    np.testing.assert_allclose(head[1].weight.detach().numpy(), w, atol=1e-4 * moved + 1e-6)
+    np.testing.assert_allclose(head[1].bias.detach().numpy(), b, atol=1e-4)
+    assert not head.training
+
+
+def test_crops_are_keyed_by_seed_epoch_and_image(run):
+    probe = open_probe(config(run, baselines=False), default="cls")
+    pictures = Pictures(probe.train, [7, 3, 50, 51, 52], CPU)
+    rows, epochs = torch.tensor([1, 0, 4]), torch.tensor([2, 0, 2])
+    encoders = {"raw": lambda images: images.flatten(1)}
+    found = crop_features(encoders, pictures, epochs, rows, (SIZE, SIZE), 11)["raw"]
+    ids = torch.tensor([3, 7, 52])
+    boxes, flips = random_crops(
+        11, epochs, ids, torch.full((3, 2), 16), (0.08, 1.0), single_draw=True, purpose="probe crop"
+    )
+    for row, sample, box, flip in zip(found, ids.tolist(), boxes.tolist(), flips.tolist(), strict=True):
+        expected = to_float(crop_resize(probe.train.image(sample).pixels, box, (SIZE, SIZE), flip))
+        assert (row - expected.flatten()).abs().max() < 0.03  # eight bits, bicubic in two roundings
+    other = crop_features(encoders, pictures, epochs + 1, rows, (SIZE, SIZE), 11)["raw"]
+    assert (other != found).any(dim=1).all()
+
+
+def test_the_papers_probe_leaves_the_encoder_as_it_is_and_reads_the_cls_token(run, monkeypatch):
+    models = []
+
+    def remembered(*args, **kwargs):
+        models.append(load(*args, **kwargs))
+        return models[-1]
+
+    monkeypatch.setattr(features, "load", remembered)
+    paper = PaperConfig(epochs=4, warmup_epochs=1.0)
+    found = linear_paper(config(run, labels=60), paper, Journal(quiet=True), ["quarterview", "linear"])
+    assert list(found) == ["raw pixels", "random encoder", "this model"]
+    before = load(run).state_dict()
+    after = models[0].state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(parameter.grad is None for parameter in models[0].parameters())
+    record = json.loads((run / "results" / "linear-paper-60.json").read_text())
+    assert record["settings"]["features"] == "cls"
+    assert record["settings"]["batch_size"] == 16384
+    assert record["settings"]["batch_size_used"] == 60
+    assert {name: row["accuracy"] for name, row in record["results"]["accuracies"].items()} == found
+    again = linear_paper(config(run, labels=60), paper, Journal(quiet=True))
+    assert again == found
+
+    probe = open_probe(config(run), default="cls")
+    images = torch.rand(3, 3, SIZE, SIZE)
+    tokens = models[0].encode(normalise(images, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)))
+    torch.testing.assert_close(probe.encoders["this model"](images), tokens[:, 0])
+
+
+def test_ctrl_c_ends_the_probe_and_leaves_no_result(run, monkeypatch):
+    def interrupt(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(linear_paper_module, "_show_step", interrupt)
+    journal = Journal(quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        linear_paper(config(run, baselines=False), PaperConfig(epochs=2), journal)
+    assert not (run / "results").exists()
+
+
+def test_images_of_many_sizes_are_decoded_whenever_they_are_seen(run, tmp_path):
+    generator = np.random.default_rng(0)
+    for i in range(12):
+        folder = tmp_path / "photos" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 255, (20 + i, 30 - i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    (tmp_path / "photos" / "a" / "00.png").write_bytes(b"broken")
+    source = open_source(str(tmp_path / "photos"), 3)
+    pictures = Pictures(source, range(12), CPU)
+    assert pictures.images is None
+    assert pictures.ids.tolist() == list(range(1, 12))
+    boxes, flips = random_crops(0, 0 * pictures.ids, pictures.ids, pictures.sizes, single_draw=True)
+    crops = pictures.crops(torch.tensor([4, 2]), boxes[[4, 2]], flips[[4, 2]], (8, 8))
+    expected = crop_resize(source.image(5).pixels, boxes[4].tolist(), (8, 8), bool(flips[4]))
+    assert torch.equal(crops[0], to_float(expected))
+    photos = (str(tmp_path / "photos"),)
+    found = linear_paper(config(run, train=photos, test=photos), PaperConfig(epochs=1), Journal(quiet=True))
+    assert all(0 <= accuracy <= 1 for accuracy in found.values())
+    record = json.loads((run / "results" / "linear-paper.json").read_text())
+    assert record["data"]["unreadable"] == 2
+
+
+def test_the_papers_probe_learns():
+    """Two colours, which raw pixels separate, in a quarter of the epochs."""
+    source = open_source("shapes:64:size=16", 3)
+
+    class Coloured:
+        classes, __len__, name = None, lambda self: 64, lambda self, i: str(i)
+
+        def label(self, i):
+            return i % 2
+
+        def image(self, i):
+            picture = source.image(i)
+            shift = torch.tensor([90, 0, 0] if i % 2 else [0, 0, 90], dtype=torch.uint8)[:, None, None]
+            return picture._replace(pixels=picture.pixels // 2 + shift)
+
+        def fingerprint(self):
+            return "0" * 16
+
+    labels = torch.arange(64) % 2
+    backbone = create_model(
+        "mae_vit_32x2x2_patch8", image_size=SIZE, decoder_width=16, decoder_heads=2
+    ).config
+    encoders = {"raw pixels": pixel_features}
+    setup = ProbeConfig("", (), ())
+    probe = Probe(
+        setup, "cls", backbone, CPU, encoders, Coloured(), labels, torch.arange(64), Coloured(), labels
+    )
+    paper = PaperConfig(epochs=20, warmup_epochs=2.0, blr=10.0)
+    head = train_heads(probe, Pictures(Coloured(), range(64), CPU), labels, paper, Journal(quiet=True))
+    test, _ = extract(encoders, Coloured(), range(64), backbone, CPU)
+    assert judge(head["raw pixels"], test["raw pixels"], labels) > 0.9

@@ -1,0 +1,242 @@
+"""SimCLR, BYOL and MoCo v3 against their formulas, worked out element by element."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightly.loss import NTXentLoss
+
+from quarterview.data.loader import Batch
+from quarterview.errors import UserError
+from quarterview.methods.contrastive import (
+    BYOL,
+    ContrastiveConfig,
+    MoCoV3,
+    SimCLR,
+    info_nce,
+    make_contrastive,
+    spread_of,
+)
+from quarterview.models.config import ViTConfig
+from quarterview.models.encoder import Encoder, fresh_encoder
+
+CONFIG = ViTConfig("mae_vit_16x2x2_patch4", (8, 8))
+SMALL = ContrastiveConfig(head_width=24, head_out=8)
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    ids = torch.arange(6)
+    return Batch(torch.randn(6, 3, 8, 8), ids, ids * 0, second=torch.randn(6, 3, 8, 8))
+
+
+def make(kind, updates=10, config=SMALL):
+    return make_contrastive(kind, fresh_encoder(CONFIG, 0), config, 0, updates, lambda rows: rows)
+
+
+def nt_xent(one, two, temperature):
+    """Chen et al. 2020, equation 1 and algorithm 1, a pair at a time."""
+    z = [x / x.norm() for x in (*one, *two)]
+    n, losses = len(one), []
+    for i in range(2 * n):
+        partner = (i + n) % (2 * n)
+        similar = {j: math.exp((z[i] @ z[j]).item() / temperature) for j in range(2 * n) if j != i}
+        losses.append(-math.log(similar[partner] / sum(similar.values())))
+    return sum(losses) / (2 * n)
+
+
+# ---------------------------------------------------------------------- losses
+
+
+def test_simclr_is_nt_xent_of_the_projected_cls_tokens(batch):
+    objective = make("simclr")
+    views = [objective.projector(objective.model(x)[:, 0]) for x in (batch.images, batch.second)]
+    expected = nt_xent(*(view.detach().double() for view in views), 0.5)
+    torch.testing.assert_close(objective(batch).loss.item(), expected, rtol=1e-5, atol=0)
+
+
+def test_byol_is_the_squared_distance_of_unit_vectors_both_ways(batch):
+    objective = make("byol")
+    out = [objective.predictor(objective.projector(objective.model(x)[:, 0])) for x in batch[::4]]
+    kept = [objective.teacher_projector(objective.teacher(x)[:, 0]) for x in batch[::4]]
+    expected = sum(
+        (q / q.norm() - z / z.norm()).square().sum().item()
+        for queries, keys in ((out[0], kept[1]), (out[1], kept[0]))
+        for q, z in zip(queries, keys, strict=True)
+    )
+    torch.testing.assert_close(objective(batch).loss.item(), expected / len(batch.ids))
+
+
+def test_mocov3_compares_with_the_other_views_keys_alone(batch):
+    objective = make("mocov3")
+    out = [objective.predictor(objective.projector(objective.model(x)[:, 0])) for x in batch[::4]]
+    kept = [objective.teacher_projector(objective.teacher(x)[:, 0]) for x in batch[::4]]
+    expected = 0.0
+    for queries, keys in ((out[0], kept[1]), (out[1], kept[0])):
+        for i, q in enumerate(queries):
+            cosines = [(q @ k / (q.norm() * k.norm())).item() for k in keys]
+            weights = [math.exp(cosine / 0.2) for cosine in cosines]
+            expected -= 2 * 0.2 * math.log(weights[i] / sum(weights)) / len(queries)
+    loss = objective(batch).loss.item()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    both = (torch.cat(views) for views in (out, kept))
+    assert abs(loss - 2 * 0.2 * NTXentLoss(temperature=0.2)(*both).item()) > 0.01  # which is another loss
+
+
+def test_info_nce_does_not_care_about_order_or_length():
+    torch.manual_seed(0)
+    queries, keys, order = torch.randn(7, 4), torch.randn(7, 4), torch.randperm(7)
+    loss = info_nce(queries, keys, 0.2)
+    torch.testing.assert_close(info_nce(queries[order], keys[order], 0.2), loss)
+    torch.testing.assert_close(info_nce(3 * queries, keys * torch.rand(7, 1).add(0.1), 0.2), loss)
+    assert info_nce(queries, keys[order], 0.2) != loss
+    assert float(info_nce(torch.eye(5), torch.eye(5), 0.01)) < 1e-6
+    torch.testing.assert_close(float(info_nce(torch.ones(5, 3), torch.ones(5, 3), 0.2)), 0.4 * math.log(5))
+
+
+@pytest.mark.parametrize("kind", ["simclr", "byol", "mocov3"])
+def test_the_views_are_interchangeable(kind, batch):
+    turned = batch._replace(images=batch.second, second=batch.images)
+    torch.testing.assert_close(make(kind)(batch).loss, make(kind)(turned).loss)
+
+
+def test_the_temperature_is_the_one_asked_for(batch):
+    config = replace(SMALL, temperature=0.05)
+    for kind in ("simclr", "mocov3"):
+        assert make(kind, config=config)(batch).loss != make(kind)(batch).loss
+
+
+# ---------------------------------------------------------------------- teachers
+
+
+def test_the_teacher_follows_by_the_schedule_worked_out_by_hand():
+    objective = make("byol", updates=4, config=replace(SMALL, momentum=0.9))
+    with torch.no_grad():
+        for parameter in (*objective.teacher.parameters(), *objective.teacher_projector.parameters()):
+            parameter.zero_()
+        for parameter in (*objective.model.parameters(), *objective.projector.parameters()):
+            parameter.fill_(1.0)
+    kept = 1.0  # of the zeros
+    for momentum in (0.9, 0.9146446609, 0.95, 0.9853553391, 1.0, 1.0):  # 1 - 0.1 (1 + cos(pi k / 4)) / 2
+        objective.follow()
+        kept *= momentum
+        for parameter in (*objective.teacher.parameters(), *objective.teacher_projector.parameters()):
+            torch.testing.assert_close(parameter, torch.full_like(parameter, 1 - kept), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "momentum"), [("byol", 0.996), ("mocov3", 0.99)])
+def test_the_first_momentum_is_the_papers(kind, momentum):
+    objective = make(kind, updates=1000)
+    with torch.no_grad():
+        objective.teacher.norm.weight.zero_()
+    objective.follow()
+    torch.testing.assert_close(
+        objective.teacher.norm.weight, torch.full((16,), 1 - momentum), rtol=1e-4, atol=0
+    )
+
+
+@pytest.mark.parametrize("kind", ["byol", "mocov3"])
+def test_the_teacher_begins_as_the_student_gets_no_gradient_and_rests_in_evaluation(kind, batch):
+    objective = make(kind)
+    begun = {name: tensor.clone() for name, tensor in objective.teacher.state_dict().items()}
+    assert all(torch.equal(begun[name], tensor) for name, tensor in objective.model.state_dict().items())
+    objective(batch).loss.backward()
+    assert all(p.grad is None for p in objective.teacher.parameters())
+    assert all(p.grad is not None for p in objective.model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        for parameter in objective.model.parameters():
+            parameter.add_(1)
+    objective.eval()(batch)
+    assert all(torch.equal(begun[name], tensor) for name, tensor in objective.teacher.state_dict().items())
+    assert int(objective.updated) == 1
+    objective.train()(batch)
+    moved = objective.teacher.state_dict()
+    assert not any(torch.equal(begun[name], moved[name]) for name in begun)
+    assert int(objective.updated) == 2
+
+
+def test_only_mocov3_keeps_its_first_patch_embedding():
+    for kind in ("simclr", "byol", "mocov3"):
+        trained = {p.requires_grad for p in make(kind).model.patch_embed.parameters()}
+        assert trained == {kind != "mocov3"}
+
+
+# ---------------------------------------------------------------------- heads
+
+
+def test_the_heads_have_the_papers_layers():
+    def layers(head):
+        return [
+            (type(m).__name__, getattr(m, "out_features", getattr(m, "affine", None))) for m in head.layers
+        ]
+
+    hidden = [("Linear", 24), ("BatchNorm1d", True), ("ReLU", None)]
+    last = [("Linear", 8), ("BatchNorm1d", False)]
+    moco = make("mocov3")
+    assert layers(moco.projector) == hidden + hidden + last
+    assert layers(moco.predictor) == hidden + last
+    byol = make("byol")
+    assert layers(byol.projector) == layers(byol.predictor) == [*hidden, ("Linear", 8)]
+    assert layers(make("simclr").projector) == [*hidden, ("Linear", 8), ("BatchNorm1d", True)]
+
+
+@pytest.mark.parametrize("kind", ["simclr", "byol", "mocov3"])
+def test_heads_go_by_the_batch_alone(kind, batch):
+    objective = make(kind)
+    before = {n: t.clone() for n, t in objective.state_dict().items() if not n.endswith("updated")}
+    objective(batch._replace(images=batch.images * torch.nan))
+    after = objective.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert not any("running" in name for name in after)
+
+
+def test_the_encoder_is_the_one_that_belongs_to_the_seed():
+    one, two = make("simclr").state_dict(), make("simclr").state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    other = make_contrastive("simclr", fresh_encoder(CONFIG, 1), SMALL, 1, 10, lambda rows: rows).state_dict()
+    assert not torch.equal(one["projector.layers.0.weight"], other["projector.layers.0.weight"])
+
+
+# ---------------------------------------------------------------------- refusals and signs
+
+
+def test_one_view_is_refused(batch):
+    for kind in ("simclr", "byol", "mocov3"):
+        with pytest.raises(ValueError, match="one view"):
+            make(kind)(batch._replace(second=None))
+
+
+@pytest.mark.parametrize(
+    "values", [{"temperature": 0.0}, {"momentum": 1.1}, {"head_width": 0}, {"head_out": 0}]
+)
+def test_impossible_settings_are_refused(values):
+    with pytest.raises(UserError, match=f"{next(iter(values)).replace('_', '.')}"):
+        ContrastiveConfig(**values)
+
+
+def test_the_spread_tells_a_collapse():
+    torch.manual_seed(0)
+    alike = torch.randn(1, 64).expand(50, -1)
+    assert float(spread_of(alike)) < 1e-6
+    assert 0.95 < float(spread_of(torch.randn(500, 64))) < 1.05
+    assert torch.equal(spread_of(alike * 100), spread_of(alike))
+
+
+def test_the_three_are_trained_through_the_same_encoder(batch):
+    for kind, its in (("simclr", SimCLR), ("byol", BYOL), ("mocov3", MoCoV3)):
+        objective = make(kind)
+        assert isinstance(objective, its)
+        assert isinstance(objective.model, Encoder)
+        before = objective(batch).loss
+        trained = [p for p in objective.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.05)
+        for _ in range(5):
+            optimizer.zero_grad()
+            objective(batch).loss.backward()
+            optimizer.step()
+        assert objective(batch).loss < before
+        unit = F.normalize(objective.model(batch.images)[:, 0], dim=1)
+        assert unit.isfinite().all()

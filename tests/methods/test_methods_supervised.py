@@ -1,0 +1,86 @@
+"""The supervised objective against closed forms and timm's losses."""
+
+import pytest
+import torch
+from timm.layers import drop_path as timm_drop_path
+from timm.loss import SoftTargetCrossEntropy
+
+from quarterview.data.loader import Batch
+from quarterview.data.transforms.mixing import mix
+from quarterview.errors import UserError
+from quarterview.methods.supervised import Supervised, SupervisedConfig
+from quarterview.models.classifier import Classifier, ClassifierConfig, drop_path_scales
+from quarterview.models.vit import Block
+
+CONFIG = ClassifierConfig("mae_vit_16x4x2_patch4", (8, 8), classes=5)
+PLAIN = SupervisedConfig(smoothing=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0)
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    ids = torch.arange(12)
+    return Batch(torch.randn(12, 3, 8, 8), ids, ids * 0, ids % 5)
+
+
+@pytest.fixture
+def model(disturbed):
+    return disturbed(Classifier(CONFIG))
+
+
+def test_without_regularisation_it_is_cross_entropy(model, batch):
+    loss = Supervised(model, PLAIN, 0)(batch).loss
+    expected = -model(batch.images).log_softmax(1)[torch.arange(12), batch.labels].mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_smoothed_and_mixed_targets_are_timms_soft_ones(model, batch):
+    loss = Supervised(model, SupervisedConfig(drop_path=0.0), 3)(batch).loss
+    smooth = torch.full((12, 5), 0.1 / 5)
+    smooth[torch.arange(12), batch.labels] += 0.9
+    images, targets = mix(batch.images, smooth, batch.epochs, batch.ids, 3, 0.8, 1.0)
+    torch.testing.assert_close(loss, SoftTargetCrossEntropy()(model(images), targets))
+
+
+def test_drop_path_leaves_out_whole_branches_at_linear_rates():
+    uniforms = torch.rand(20_000, 4, 2, generator=torch.Generator().manual_seed(0))
+    scales = drop_path_scales(uniforms, 0.3)
+    for i, rate in enumerate((0.0, 0.1, 0.2, 0.3)):
+        assert abs(float((scales[:, i] == 0).float().mean()) - rate) < 0.01
+        kept = scales[:, i][scales[:, i] > 0]
+        torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - rate)))
+
+
+def test_a_dropped_branch_is_as_timm_drops_it():
+    torch.manual_seed(0)
+    block, x = Block(16, 2), torch.randn(6, 5, 16)
+    scale = torch.tensor([[0.0, 1.25]] * 3 + [[1.25, 0.0]] * 3)
+    out = block(x, scale)
+    middle = x + scale[:, :1, None] * block.attn(block.norm1(x))
+    torch.testing.assert_close(out, middle + scale[:, 1:, None] * block.mlp(block.norm2(middle)))
+    torch.testing.assert_close(out[:3], x[:3] + 1.25 * block.mlp(block.norm2(x[:3])))
+    torch.testing.assert_close(block(x, torch.ones(6, 2)), block(x))
+    survived = timm_drop_path(torch.ones(1000, 1), 0.2, True)
+    assert set(survived.unique().tolist()) == {0.0, 1.25}
+
+
+def test_what_is_dropped_depends_on_the_sample_alone(model, batch):
+    objective = Supervised(model, SupervisedConfig(smoothing=0.0, mixup=0.0, cutmix=0.0, drop_path=0.5), 0)
+    whole = objective(batch).loss
+    parts = [objective(part).loss for part in batch.chunks(3)]
+    torch.testing.assert_close(whole, torch.stack(parts).mean())
+    assert not torch.equal(whole, objective(batch._replace(epochs=batch.epochs + 1)).loss)
+
+
+def test_batches_that_cannot_be_used_are_refused(model, batch):
+    with pytest.raises(ValueError, match="without labels"):
+        Supervised(model, PLAIN, 0)(batch._replace(labels=None))
+    odd = next(batch.split(5))
+    with pytest.raises(ValueError, match="in pairs"):
+        Supervised(model, SupervisedConfig(), 0)(odd)
+
+
+@pytest.mark.parametrize("wrong", [{"smoothing": 1.0}, {"mixup": -1.0}, {"drop_path": 1.0}])
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(UserError, match="accepted"):
+        SupervisedConfig(**wrong)

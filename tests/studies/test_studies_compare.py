@@ -1,0 +1,312 @@
+"""compare: same images for every arm, the probes' own figures, resume, refusals, and a true verdict."""
+
+import json
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from quarterview.commands.finetune import FinetuneConfig
+from quarterview.commands.pretrain import pretrain
+from quarterview.data.sources.open import open_source
+from quarterview.demo import demo_config
+from quarterview.errors import UserError
+from quarterview.evaluation.features import ProbeConfig, choose_labelled, probe_data
+from quarterview.evaluation.knn import knn_accuracies
+from quarterview.evaluation.linear import linear_accuracy
+from quarterview.evaluation.timm_backbone import TimmBackbone, open_timm
+from quarterview.models.classifier import Classifier, ClassifierConfig
+from quarterview.models.create import create_model
+from quarterview.studies.compare import (
+    RANDOM,
+    CompareConfig,
+    between,
+    compare,
+    comparisons,
+    open_arms,
+    random_twin,
+    recipe,
+    resolve,
+)
+from quarterview.training import checkpoint
+from quarterview.training.logging import Journal
+from quarterview.weights.loading import metadata
+
+TRAIN, TEST = "shapes:120:size=16", "shapes:60:seed=1:size=16"
+PLAIN = {
+    "train": (TRAIN,),
+    "test": (TEST,),
+    "counts": ("1%", "40", "100%"),
+    "seeds": 2,
+    "k": 5,
+    "batch_size": 20,
+    "epochs": 1,
+    "least_steps": 3,
+    "randaugment": None,
+    "precision": "fp32",
+    "workers": 0,
+    "lr": 1e-3,
+    "device": "cpu",
+}
+
+
+def save(folder, model):
+    checkpoint.save(
+        folder / "checkpoints", 1, {"model": model.state_dict()}, {"step": 1}, metadata(model.config)
+    )
+    return str(folder)
+
+
+def autoencoder(seed, **options):
+    torch.manual_seed(seed)
+    statistics = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    sizes = {"image_size": 16, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+    return create_model("mae_vit_32x2x2_patch4", **{**sizes, **statistics, **options})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return save(folder / "a", autoencoder(0)), save(folder / "b", autoencoder(1))
+
+
+@pytest.fixture(scope="module")
+def compared(runs, tmp_path_factory):
+    """Two arms by everything, run twice into the same folder."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    config = CompareConfig(arms=(*runs, "scratch", "random"), out=str(out), **PLAIN)
+    found = compare(config, Journal(quiet=True), ["quarterview", "compare"])
+    record = json.loads((out / "results" / "compare.json").read_text("utf-8"))
+    weights = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/checkpoints/*/model.safetensors")}
+    again = compare(config, Journal(quiet=True))
+    assert weights == {path: path.stat().st_mtime_ns for path in weights}, "complete runs were trained again"
+    assert again.verdicts == found.verdicts
+    return config, found, record, out
+
+
+def accuracies(record, protocol, arm):
+    return {
+        row["labels"]: row["accuracy"]["by_seed"]
+        for row in record["results"]["accuracies"]
+        if (row["protocol"], row["arm"]) == (protocol, arm)
+    }
+
+
+# ---------------------------------------------------------------------- what is measured
+
+
+def test_every_protocol_count_and_arm_is_there(compared, runs):
+    _, found, record, out = compared
+    rows = {(r["protocol"], r["labels"], r["arm"]) for r in record["results"]["accuracies"]}
+    frozen = {(p, n, a) for p in ("knn", "linear") for n in (40, 120) for a in (*runs, RANDOM, "raw pixels")}
+    assert rows == frozen | {("finetune", n, a) for n in (40, 120) for a in (*runs, "scratch")}
+    assert all(len(r["accuracy"]["by_seed"]) == 2 for r in record["results"]["accuracies"])
+    assert [v.arm for v in found.verdicts] == list(runs)
+    assert found.status == found.verdicts[0].answer
+    assert found.report == out / "report.html"
+    assert all(v.sentence.startswith(("Pre-", "Cannot")) for v in found.verdicts)
+    assert "1% of 120" in record["results"]["notes"][0]
+    assert {(r["protocol"], r["labels"]) for r in record["results"]["between"]} == {
+        (p, n) for p in ("knn", "linear", "finetune") for n in (40, 120)
+    }
+
+
+def test_frozen_figures_are_those_of_the_probes(compared, runs):
+    """Of knn and linear, which know nothing of compare, at the same seeds."""
+    _, _, record, _ = compared
+    names = {"this model": runs[0], "random encoder": RANDOM, "raw pixels": "raw pixels"}
+    for seed in (0, 1):
+        probe = ProbeConfig(run=runs[0], train=(TRAIN,), test=(TEST,), labels=40, seed=seed, device="cpu")
+        data = probe_data(probe)
+        knn = {row.features: row.accuracy for row in knn_accuracies(data, (5,)) if row.vote == "weighted"}
+        for name, arm in names.items():
+            assert accuracies(record, "knn", arm)[40][seed] == pytest.approx(knn[name])
+            linear = linear_accuracy(data, name, 0)
+            assert accuracies(record, "linear", arm)[40][seed] == pytest.approx(linear)
+
+
+def test_fine_tuned_figures_are_those_of_the_runs(compared, runs):
+    _, _, record, out = compared
+    for arm, start in ((runs[0], "a-"), (runs[1], "b-"), ("scratch", "scratch-")):
+        for count in (40, 120):
+            for seed in (0, 1):
+                (folder,) = out.glob(f"runs/{start}*-{count}-seed{seed}")
+                result = json.loads((folder / "results" / "finetune.json").read_text("utf-8"))
+                assert accuracies(record, "finetune", arm)[count][seed] == result["results"]["accuracy"]
+                assert result["settings"]["seed"] == seed
+                assert result["data"]["train_images"] == count
+
+
+def test_arms_of_a_seed_learn_from_the_same_images_and_seeds_do_not(compared):
+    config, _, _, out = compared
+    trained = {
+        folder.name: json.loads((folder / "results" / "finetune.json").read_text("utf-8"))["data"]["train"]
+        for folder in out.glob("runs/*-40-seed*")
+    }
+    for seed in (0, 1):
+        assert len({data for name, data in trained.items() if name.endswith(f"seed{seed}")}) == 1
+    assert len(set(trained.values())) == 2
+    labels = torch.tensor([open_source(TRAIN, 3).label(i) for i in range(120)])
+    chosen = [set(choose_labelled(labels, n, config.seed).tolist()) for n in (40, 80)]
+    assert chosen[0] < chosen[1]
+
+
+def test_the_recipe_is_one_but_for_the_start_and_the_layer_decay_of_scratch(runs, tmp_path):
+    config = CompareConfig(arms=runs, out=str(tmp_path), **{**PLAIN, "layer_decay": 0.6, "pool": "cls"})
+    first = open_arms(config)[0]
+    ours, theirs = (recipe(config, first, given, 40, 3, tmp_path / "r") for given in (runs[0], "scratch"))
+    differ = {f.name for f in fields(FinetuneConfig) if getattr(ours, f.name) != getattr(theirs, f.name)}
+    assert differ == {"run", "model", "image_size", "cls_tokens", "layer_decay"}
+    assert (ours.layer_decay, theirs.layer_decay) == (0.6, 1.0)
+    assert (ours.steps, ours.seed, ours.labels, ours.pool) == (3, 3, 40, "cls")
+    longer = recipe(config, first, runs[0], 120, 0, tmp_path / "r")
+    assert (longer.steps, longer.total_steps(120)) == (None, 6)
+
+
+def test_features_alone_need_no_fine_tuning(runs, tmp_path):
+    config = CompareConfig(
+        arms=(runs[0],), out=str(tmp_path), **{**PLAIN, "protocols": ("knn",), "counts": ("50%",)}
+    )
+    found = compare(config, Journal(quiet=True))
+    assert not (tmp_path / "runs").exists()
+    assert "nearest neighbours among 60 labelled images" in found.verdicts[0].sentence
+
+
+def test_arms_are_held_against_the_first_one():
+    right = {name: np.arange(10)[None] < n for name, n in (("x", 5), ("y", 8), ("scratch", 2))}
+    measured = {("finetune", 5, name): told for name, told in right.items()}
+    (row,) = between(measured, ["x", "y"])
+    assert (row.arm, row.contrast.baseline) == ("y", "x")
+    assert row.contrast.difference.mean == pytest.approx(0.3)
+
+
+def test_comparisons_hold_frozen_features_against_pixels_too():
+    right = np.ones((2, 10), dtype=bool)
+    measured = {("knn", 5, arm): right for arm in ("x", RANDOM, "raw pixels")}
+    measured |= {("finetune", 5, arm): right for arm in ("x", "scratch")}
+    tuned, knn = comparisons(measured, "x")
+    assert [c.baseline for c in tuned.contrasts] == ["scratch"]
+    assert [c.baseline for c in knn.contrasts] == [RANDOM, "raw pixels"]
+
+
+# ---------------------------------------------------------------------- arms of other kinds
+
+
+def test_a_classifier_is_judged_frozen_and_not_fine_tuned_again(tmp_path):
+    model = Classifier(ClassifierConfig("mae_vit_32x2x2_patch4", (16, 16), classes=10))
+    run = save(tmp_path / "c", model)
+    config = CompareConfig(arms=(run,), out=str(tmp_path / "o"), **{**PLAIN, "protocols": ("knn", "linear")})
+    assert len(compare(config, Journal(quiet=True)).verdicts) == 1
+    with pytest.raises(UserError, match="fine-tuned classifier"):
+        compare(replace(config, protocols=("finetune",)), Journal(quiet=True))
+
+
+def test_timms_transformers_are_backbones():
+    vit = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, img_size=32)
+    backbone = TimmBackbone(vit, "vit_tiny_patch16_224").eval()
+    images = torch.rand(2, 3, 32, 32)
+    assert backbone.config.image_size == (32, 32)
+    assert torch.equal(backbone.encode(images), vit.forward_features(images))
+    assert backbone.encode(images).shape == (2, 5, 192)
+
+
+def test_a_random_twin_of_timms_belongs_to_its_seed():
+    model, _ = open_timm("vit_tiny_patch16_224", pretrained=False)
+    one, same, other = (random_twin(model, seed).blocks[0].attn.qkv.weight for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_what_is_no_plain_transformer_of_timms_is_refused():
+    with pytest.raises(UserError, match="no plain vision transformer"):
+        open_timm("resnet10t", pretrained=False)
+    with pytest.raises(UserError, match="vit_tiny_patch16_224"):
+        open_timm("vit_tiny_patch16_225")
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("count", "means"), [("1%", 10), ("0.5%", 5), ("100%", 1000), ("7", 7), ("0.01%", 1)]
+)
+def test_counts_are_shares_or_numbers(count, means):
+    assert resolve(count, 1000) == means
+
+
+@pytest.mark.parametrize("count", ["", "%", "0", "0%", "101%", "-5", "ten", "1.5", "nan%"])
+def test_other_counts_are_refused(count):
+    with pytest.raises(UserError, match="labelled images; accepted"):
+        resolve(count, 1000)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protocols": ("knm",)}, "Did you mean 'knn'"),
+        ({"seeds": 0}, "seeds 0"),
+        ({"counts": ("0%",)}, "0% labelled"),
+        ({"worthwhile": 0.0}, "worthwhile"),
+        ({"scratch_layer_decay": 0.0}, "layer decay"),
+        ({"labels": 5}, "--counts"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        CompareConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arms": ("scratch", "random")}, "no pre-trained arm"),
+        ({"arms": ("nowhere",)}, "nowhere does not exist"),
+        ({"train": ()}, "something is missing"),
+        ({"arms": ("timm:vit_tiny_patch16_224",), "protocols": ("finetune",)}, "not fine-tuned here"),
+        ({"counts": ("1%",)}, "no --counts left"),
+        ({"counts": ("500",)}, "no --counts left"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(options, message, runs, tmp_path):
+    config = CompareConfig(**{**PLAIN, "arms": (runs[0],), "out": str(tmp_path / "out"), **options})
+    with pytest.raises(UserError, match=message):
+        compare(config, Journal(quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_arms_of_other_channels_are_refused(runs, tmp_path):
+    grey = save(tmp_path / "grey", autoencoder(0, in_chans=1, mean=(0.5,), std=(0.25,)))
+    with pytest.raises(UserError, match="other channels"):
+        open_arms(CompareConfig(arms=(runs[0], grey)))
+
+
+# ---------------------------------------------------------------------- the verdict on real runs
+
+
+@pytest.mark.slow
+def test_the_demos_run_helped_and_one_of_five_steps_did_not(tmp_path):
+    pretrain(demo_config(str(tmp_path / "demo"), 0))
+    pretrain(replace(demo_config(str(tmp_path / "five"), 0), steps=5))
+    config = CompareConfig(
+        arms=(str(tmp_path / "demo"), str(tmp_path / "five")),
+        out=str(tmp_path / "out"),
+        train=("shapes:500:seed=1",),
+        test=("shapes:1500:seed=2",),
+        counts=("100%",),
+        steps=100,
+        batch_size=32,
+        lr=1e-3,
+        warmup_epochs=None,
+        smoothing=0.0,
+        mixup=0.0,
+        cutmix=0.0,
+        randaugment=None,
+        erase=0.0,
+        crop_min=0.4,
+        device="cpu",
+    )
+    demo, five = compare(config, Journal(quiet=True)).verdicts
+    assert demo.answer == "helped", demo.sentence
+    assert five.answer in ("did not help", "cannot tell"), five.sentence
