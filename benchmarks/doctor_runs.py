@@ -19,13 +19,15 @@ import tyro
 from torch import Tensor
 
 from quarterview import rng
-from quarterview.commands.pretrain import PretrainConfig, pretrain
+from quarterview.commands.config import PretrainConfig
+from quarterview.commands.pretrain import pretrain
 from quarterview.data.loader import central
 from quarterview.data.reading import read_many
 from quarterview.data.sources.open import open_source
-from quarterview.doctor.run import Diagnosis, DoctorConfig, doctor
+from quarterview.doctor.config import DoctorConfig
+from quarterview.doctor.run import Diagnosis, doctor
 from quarterview.errors import RunError
-from quarterview.training.logging import Journal
+from quarterview.training.console import Console
 
 SIDE = 32
 """Pixels of the images as they are written."""
@@ -103,7 +105,7 @@ def make_run(case: Case, arrays: Path, out: Path, seed: int) -> None:
     shutil.rmtree(out, ignore_errors=True)
     values = {**BASE, **case.changes, "data": (str(arrays / f"{case.images}.npy"),), "out": str(out)}
     try:
-        pretrain(PretrainConfig(**values, seed=seed))
+        pretrain(PretrainConfig.from_flags(**values, seed=seed))
     except RunError as error:
         print(error)
 
@@ -134,7 +136,7 @@ def main(
     rows, good = [], True
     for name in only:
         make_run(CASES[name], out, out / name, seed)
-        diagnosis = doctor(DoctorConfig(run=str(out / name), device="cpu"), Journal(quiet=True))
+        diagnosis = doctor(DoctorConfig(run=str(out / name), device="cpu"))
         well = judged_well(CASES[name], diagnosis)
         good &= well
         found = [f"{f.severity}: {f.name}" for f in diagnosis.findings if f.severity != "fine"]
@@ -144,7 +146,7 @@ def main(
         )
         print(*rows[-1], sep=" | ", flush=True)
     title = f"{data}, seed {seed}; losses: zero, mean, nearest, interpolation, model"
-    Journal().table(title, ["run", "expected", "found", "losses", "well judged"], rows)
+    Console().table(title, ["run", "expected", "found", "losses", "well judged"], rows)
     sys.exit(0 if good else 1)
 
 

@@ -156,7 +156,7 @@ def enter_weights(data: bytes, folder: Path) -> None:
                 checkpoint.check(step)
             loaded = checkpoint.load(step)
             assert isinstance(loaded.state, dict), "a state that is no table"
-            weights.build(weights.read(folder / "run"))
+            weights.open_model(weights.read(folder / "run"))
         elif kind == "weights.pth":
             _put(folder, {kind: data})
             weights.read(folder / kind)
@@ -353,44 +353,44 @@ def enter_configuration(data: bytes, folder: Path) -> None:
     import yaml
 
     from quarterview import recipes
-    from quarterview.training.run import to_plain
 
     path = folder / "recipe.yaml"
     path.write_bytes(data[1:])
     try:
         config = (recipes.read if data[:1] < b"\x80" else recipes.read_finetune)(str(path))
-        config.total_steps(1_000_000)
+        config.loop.total_steps(1_000_000)
     except ALLOWED():
         return
-    yaml.safe_dump(to_plain(config))  # as `config.yaml` is written
+    yaml.safe_dump(config.to_plain())  # as `config.yaml` is written
 
 
 def configuration_corpus() -> Iterator[bytes]:
-    """Every recipe, with its few fields and with all."""
+    """Every recipe, with the few flags that differ from the defaults, and with all, nested."""
     import yaml
 
     from quarterview import recipes
-    from quarterview.training.run import to_plain
 
     for first, table, read in (
         (b"\0", recipes.RECIPES, recipes.read),
         (b"\xff", recipes.FINETUNE_RECIPES, recipes.read_finetune),
     ):
-        for recipe in table.values():
-            yield first + yaml.safe_dump(dict(recipe.values)).encode()
-        yield first + yaml.safe_dump(to_plain(read(next(iter(table))))).encode()
+        for name, recipe in table.items():
+            yield first + yaml.safe_dump(recipes.differences(recipe())).encode()
+            yield first + yaml.safe_dump(read(name).to_plain()).encode()
     yield b"\0a: &a [x, x]\nb: &b [*a, *a]\ndata: [*b, *b]\n"
     yield b"\0seed: 0x1F\nlr: 1_0.5e+3\ndata: !!python/tuple [a]\nout: 2001-12-14t21:59:43.10-05:00\n"
 
 
 def configuration_words() -> list[str]:
     """The names of all fields, and what YAML has signs for."""
-    from dataclasses import fields
+    from quarterview.commands.config import FinetuneConfig, PretrainConfig
+    from quarterview.config import field_specs
 
-    from quarterview.commands.finetune import FinetuneConfig
-    from quarterview.commands.pretrain import PretrainConfig
-
-    names = {field.name for kind in (PretrainConfig, FinetuneConfig) for field in fields(kind)}
+    names = set()
+    for composed in (PretrainConfig(), FinetuneConfig()):
+        methods = [kind for kinds in composed.choices().values() for kind in kinds.values()]
+        parts = [type(part) for part in composed.parts().values()]
+        names |= {name for kind in (*parts, *methods) for name in field_specs(kind)} | set(composed.parts())
     return [
         *sorted(names),
         "!!python/object/apply:",

@@ -31,12 +31,12 @@ from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 
+from quarterview.data.config import View
 from quarterview.data.loader import _collate, _StreamedSamples
-from quarterview.data.pack import PackConfig, pack
+from quarterview.data.pack import pack
+from quarterview.data.pack_config import PackConfig
 from quarterview.data.sampler import SampleStream
 from quarterview.data.sources.open import open_source
-from quarterview.data.transforms.randaugment import PRETRAINING
-from quarterview.training.logging import Journal
 from quarterview.training.record import provenance
 
 SIZE, SCALE = 224, (0.2, 1.0)
@@ -81,7 +81,7 @@ def by_us(data: str, first: bool = False) -> Callable[[], None]:
     """The loader's own path, without the process around it; another epoch each time, or always the first."""
     source = open_source(data, 3)
     stream = SampleStream(len(source), 0, 0)
-    samples = _StreamedSamples(source, stream, (SIZE, SIZE), PRETRAINING, (0.5,) * 3)
+    samples = _StreamedSamples(source, stream, (SIZE, SIZE), None, (0.5,) * 3, (View(),))
     seen = 0
 
     def once() -> None:
@@ -109,7 +109,7 @@ def main(photos: Path, rounds: int = 9, out: Path | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         sizes = {}
         for encoding in ("jpeg", "raw"):
-            pack(PackConfig((str(photos),), f"{folder}/{encoding}", encoding=encoding, workers=0), Journal())
+            pack(PackConfig((str(photos),), f"{folder}/{encoding}", encoding=encoding, workers=0))
             files = Path(folder, encoding).iterdir()
             sizes[encoding] = sum(file.stat().st_size for file in files) / len(paths)
         contestants = {

@@ -21,7 +21,7 @@ import tyro
 
 from quarterview.models.config import MAEConfig
 from quarterview.models.create import fresh_model
-from quarterview.training.logging import metrics
+from quarterview.training.metric_writers import read_metrics as metrics
 from quarterview.training.optim import adamw, optimizer_tensors
 from quarterview.training.record import provenance
 from quarterview.training.writer import Writer

@@ -19,8 +19,8 @@ from typing import Literal
 
 import tyro
 
+from quarterview.commands.config import PretrainConfig
 from quarterview.commands.dry_run import ADAM_BYTES, measure
-from quarterview.commands.pretrain import PretrainConfig
 from quarterview.models.flops import Flops, flops
 from quarterview.training.distributed import choose_device
 
@@ -86,7 +86,7 @@ class Plan:
     @cached_property
     def config(self) -> PretrainConfig:
         """Of what one rank computes at a time."""
-        return PretrainConfig(
+        return PretrainConfig.from_flags(
             model=self.model,
             image_size=(224, 224),
             batch_size=self.batch_size // (self.ranks * self.accum_iter),
@@ -106,7 +106,7 @@ class Plan:
     @cached_property
     def operations(self) -> Flops:
         """Of an image."""
-        return flops(self.config)
+        return flops(self.config.autoencoder())
 
     @property
     def computed(self) -> int:

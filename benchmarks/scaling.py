@@ -22,11 +22,11 @@ import tyro
 
 from quarterview.benchmark.rate import median, repeat
 from quarterview.benchmark.update import update_of
+from quarterview.commands.config import PretrainConfig
 from quarterview.commands.dry_run import measure
-from quarterview.commands.pretrain import PretrainConfig
 from quarterview.data.sources.shapes import ShapesSource
 from quarterview.evaluation.features import encoder_features, extract
-from quarterview.evaluation.knn import knn_predict
+from quarterview.evaluation.knn import Knn
 from quarterview.models.config import MAEConfig
 from quarterview.models.create import fresh_model
 from quarterview.models.flops import flops
@@ -67,7 +67,7 @@ def step_cost(
     """Seconds, mebibytes and operations of a step."""
     seconds = median(repeat(update_of(fresh_model(config, 0), batch, precision, device), device, 2.0))
     names = ("model", "image_size", "decoder_width", "decoder_depth", "decoder_heads", "mask_ratio")
-    run = PretrainConfig(batch_size=batch, **{name: getattr(config, name) for name in names})
+    run = PretrainConfig.from_flags(batch_size=batch, **{name: getattr(config, name) for name in names})
     return seconds, measure(run, precision, device)[2] / 2**20, flops(config).step * batch
 
 
@@ -129,10 +129,10 @@ def embedding_curve(precision: Literal["bf16", "fp32"], device: torch.device) ->
 
 def knn_curve(device: torch.device) -> Curve:
     train, test = torch.randn(max(FEATURES), 192, device=device), torch.randn(4000, 192, device=device)
-    labels = torch.randint(10, (len(train),), device=device)
+    labels, evaluator = torch.randint(10, (len(train),)), Knn(20, device=device)
 
     def classify(count: int) -> Callable[[], object]:
-        return lambda: knn_predict(train[:count], labels[:count], test, 20)
+        return lambda: evaluator.predict(train[:count], labels[:count], test)
 
     return timed_curve("k-NN, 4,000 queries", "number of labelled images", FEATURES, classify, device)
 

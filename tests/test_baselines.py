@@ -1,4 +1,4 @@
-"""Every objective as a run: it resumes exactly, is read by the probes, and learns more than nothing."""
+"""Every method as a run: it resumes exactly, is read by the probes, and learns more than nothing."""
 
 from pathlib import Path
 
@@ -7,14 +7,14 @@ import torch
 
 import quarterview as qv
 from quarterview.cli import parse, run
+from quarterview.commands.config import LinearConfig
+from quarterview.commands.linear import linear
 from quarterview.errors import UserError
-from quarterview.evaluation.features import ProbeConfig
-from quarterview.evaluation.linear import linear
-from quarterview.methods.registry import DEFAULTS
 from quarterview.models.classifier import Classifier
 from quarterview.models.mae import MaskedAutoencoder
 from quarterview.training import checkpoint
-from quarterview.training.logging import Journal, metrics
+from quarterview.training.console import Console
+from quarterview.training.metric_writers import read_metrics
 from quarterview.weights.loading import load, load_autoencoder, load_tokenizer, read, read_config
 
 KINDS = ("mae", "pca", "hog", "denoising", "beit", "supervised", "simclr", "byol", "mocov3", "tokenizer")
@@ -24,23 +24,25 @@ COMPARING = ("simclr", "byol", "mocov3")
 def config(out: Path, kind: str, words: Path | None = None, **changes) -> qv.PretrainConfig:
     values = {
         **{"model": "mae_vit_32x2x2_patch4", "image_size": 16, "precision": "fp32", "out": str(out)},
-        **{"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "lr": 1e-3, "batch_size": 16},
+        **{"lr": 1e-3, "batch_size": 16},
         **{"data": ("shapes:120:size=16",), "workers": 0, "holdout": 8, "steps": 6, "device": "cpu"},
         **{"log_every": 2, "eval_every": 3, "checkpoint_every": 3, "keep_checkpoints": 9},
     }
+    if kind in ("mae", "pca", "hog", "denoising"):
+        values |= {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2}
     if kind == "pca":
         values |= {"target": "pca", "pca_components": 9}
     elif kind == "hog":
         values |= {"target": "hog"}
     else:
-        values |= {"objective": kind, **DEFAULTS.get(kind, {})}
+        values |= {"method": kind}
     if kind == "tokenizer":
         values |= {"vocabulary": 24, "tokenizer_width": 16, "tokenizer_depth": 1}
     if kind == "beit":
         values |= {"tokenizer": str(words)}
     if kind in COMPARING:
         values |= {"head_width": 48, "head_out": 16}
-    return qv.PretrainConfig(**{**values, **changes})
+    return qv.PretrainConfig.from_flags(**{**values, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def words(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, words) -> Path:
-    """A folder with a whole run of each objective."""
+    """A folder with a whole run of each method."""
     folder = tmp_path_factory.mktemp("runs")
     for kind in KINDS:
         qv.pretrain(config(folder / kind, kind, words))
@@ -72,7 +74,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(runs, words, tmp_path, 
     one, two = (tensors(path / "checkpoints" / "step-00000006") for path in (runs / kind, tmp_path / "run"))
     assert one.keys() == two.keys()
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
-    rows = metrics(runs / kind)
+    rows = read_metrics(runs / kind)
     assert all(row["loss"] == row["loss"] and row["grad_norm"] > 0 for row in rows)
     assert any(row["val_loss"] is not None for row in rows) == (kind not in COMPARING)
     assert all(("feature_spread" in row) == (kind in COMPARING) for row in rows)
@@ -160,46 +162,53 @@ def test_components_are_fitted_once(runs):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"objective": "beit"}, "objective beit"),
-        ({"target": "tokens"}, "--tokenizer"),
+        ({"method": "beit"}, "--method beit has no tokenizer"),
+        ({"target": "tokens"}, "--tokenizer RUN"),
         ({"tokenizer": "x"}, "--target tokens"),
-        ({"objective": "simclr", "accum_iter": 2}, "compares images of a batch"),
-        ({"objective": "byol", "parallel": "fsdp"}, "ddp"),
-        ({"uniformity": 0.01, "accum_iter": 2}, "uniformity 0.01"),
-        ({"objective": "denoising", "uniformity": 0.01}, "uniformity 0.01"),
-        ({"fused_blocks": (1,), "uniformity": 0.01}, "uniformity 0.01 with fused_blocks"),
-        ({"objective": "mocov3", "init_from": "x"}, "init_from"),
-        ({"objective": "supervised", "batch_size": 15}, "even number"),
-        ({"objective": "denoising", "compile": True}, "compile"),
-        ({"objective": "denoising", "encoder_mask_tokens": True}, "denoising hides nothing"),
-        ({"objective": "denoising", "target": "hog"}, "--target pixels or pca"),
+        ({"method": "simclr", "accum_iter": 2}, "--method simclr, which compares the images of a batch"),
+        ({"method": "byol", "parallel": "fsdp"}, "--method byol. Use --parallel ddp"),
+        ({"uniformity": 0.01, "accum_iter": 2}, "--uniformity 0.01, which compares the images of a batch"),
+        ({"method": "denoising", "uniformity": 0.01}, "--uniformity is not a flag of --method denoising"),
+        ({"fused_blocks": (1,), "uniformity": 0.01}, "--uniformity 0.01 does not go with --fused-blocks"),
+        ({"method": "mocov3", "init_from": "x"}, "--init-from is not supported with --method mocov3"),
+        ({"method": "supervised", "batch_size": 15}, "even number"),
+        ({"method": "denoising", "compile": True}, "--compile is not supported with --method denoising"),
         (
-            {"objective": "beit", "target": "hog", "encoder_mask_tokens": True},
-            "target hog with objective beit",
+            {"method": "denoising", "encoder_mask_tokens": True},
+            "--encoder-mask-tokens is not a flag of --method denoising",
         ),
-        ({"objective": "denoising", "masks_per_image": 2}, "masks_per_image 2"),
-        ({"mixup": 0.5}, "--objective supervised"),
-        ({"noise": 0.5}, "--objective denoising"),
-        ({"temperature": 0.5}, "simclr or byol or mocov3"),
-        ({"tokenizer_width": 5}, "--objective tokenizer"),
-        ({"objective": "tokenizer", "probe_train": "a", "probe_test": "b"}, "no features"),
-        ({"objective": "dino"}, "dino"),
+        ({"method": "denoising", "target": "hog"}, "--target: 'hog'; accepted: pixels, pca"),
+        ({"method": "beit", "target": "hog"}, "--target is not a flag of --method beit"),
+        ({"method": "denoising", "masks_per_image": 2}, "--masks-per-image is not a flag"),
+        ({"mixup": 0.5}, "--method supervised"),
+        ({"noise": 0.5}, "--method denoising"),
+        ({"temperature": 0.5}, "--method simclr or mocov3"),
+        ({"momentum": 0.5}, "--method byol or mocov3"),
+        ({"tokenizer_width": 5}, "--method tokenizer"),
+        ({"method": "tokenizer", "probe_train": "a", "probe_test": "b"}, "no features"),
+        ({"method": "dino"}, "unknown method 'dino'"),
     ],
 )
-def test_what_an_objective_cannot_do_is_refused(changes, said):
+def test_what_a_method_cannot_do_is_refused(changes, said):
     with pytest.raises(UserError, match=said):
-        qv.PretrainConfig(**changes)
+        qv.PretrainConfig.from_flags(data="shapes", out="run", **changes).check_complete()
 
 
-def test_an_objective_brings_its_defaults_and_flags_go_first():
-    command = parse(["pretrain", "--objective", "beit", "--tokenizer", "words", "--mask-ratio", "0.5"])
-    assert (command.target, command.mask, command.decoder_depth) == ("tokens", "block", 0)
-    assert command.mask_ratio == 0.5
-    command = parse(["pretrain", "--recipe", "cifar", "--objective", "mocov3", "--momentum", "0.9"])
-    assert (command.model, command.weight_decay, command.momentum) == ("mae_vit_tiny_patch4", 0.1, 0.9)
-    command = parse(["tokenizer", "--recipe", "cifar", "--vocabulary", "99"])
-    assert (command.objective, command.vocabulary, command.lr) == ("tokenizer", 99, 1e-3)
-    assert parse(["pretrain"]).objective == "mae"
+def test_a_method_brings_its_defaults_and_flags_go_first():
+    def config(*words: str) -> qv.PretrainConfig:
+        return parse(words)[1]
+
+    found = config("pretrain", "--method", "beit", "--tokenizer", "words", "--mask-ratio", "0.5")
+    model = found.autoencoder(vocabulary=9)
+    assert (model.target, model.mask, model.decoder_depth) == ("tokens", "block", 0)
+    assert found.method.mask_ratio == 0.5
+    found = config("pretrain", "--recipe", "cifar", "--method", "mocov3", "--momentum", "0.9")
+    assert (found.model.model, found.optim.weight_decay) == ("mae_vit_tiny_patch4", 0.1)
+    assert found.method.momentum == 0.9
+    found = config("tokenizer", "--recipe", "cifar", "--vocabulary", "99")
+    assert (found.method.name, found.method.vocabulary, found.optim.lr) == ("tokenizer", 99, 1e-3)
+    assert config("pretrain").method.name == "mae"
+    assert config("pretrain", "--objective", "mocov3") == config("pretrain", "--method", "mocov3")
 
 
 def test_unlabelled_images_cannot_be_learned_by_class(tmp_path):
@@ -228,8 +237,7 @@ def test_a_linear_probe_beats_random_weights(tmp_path, kind):
     steps = {"supervised": 300}.get(kind, 400)
     qv.pretrain(config(tmp_path / "run", kind, **{**long, "steps": steps, "lr": 1.5e-3}))
     features = "cls" if kind in COMPARING else "mean"
-    probe = ProbeConfig(
-        str(tmp_path / "run"), ("shapes:800:size=32:seed=7",), ("shapes:800:size=32:seed=8",), features
-    )
-    accuracy = linear(probe, Journal(quiet=True))
+    images = {"train": "shapes:800:size=32:seed=7", "test": "shapes:800:size=32:seed=8"}
+    probe = LinearConfig.from_flags(run=str(tmp_path / "run"), **images, features=features)
+    accuracy = linear(probe, Console(quiet=True))
     assert accuracy["this model"] > accuracy["random encoder"]

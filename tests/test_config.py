@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 import pytest
 
-from quarterview.config import FIRST, PATH, Composed, Ge, Gt, Lt, Size, Text, Texts, field_specs, flat, part
+from quarterview.config import FIRST, PATH, Composed, Ge, Gt, Lt, Size, Text, Texts, field_specs, part
 from quarterview.errors import UserError
 
 
@@ -84,7 +84,7 @@ class Config(Composed):
         ({"batch_size": 2**63}, "is out of range"),
         ({"rate": 2}, r"^--rate 2 is out of range. Give a number above 0 and below 1, or nothing.$"),
         ({"rate": float("nan")}, "--rate nan is out of range"),
-        ({"rate": 10**400}, "--rate"),
+        ({"rate": 10**400}, r"^--rate 100000.* is out of range"),
         ({"device": "cpuu"}, "unknown value of --device: 'cpuu'.*Did you mean 'cpu'"),
         ({"wrong": 1}, "unknown option 'wrong'"),
     ],
@@ -92,6 +92,11 @@ class Config(Composed):
 def test_a_wrong_value_is_told_by_its_flag(values, message):
     with pytest.raises(UserError, match=message):
         Loop(**values)
+
+
+def test_a_wrong_value_given_by_its_position_is_told_by_its_flag():
+    with pytest.raises(UserError, match=r"^--rate 2 is out of range"):
+        Loop(8, 2)
 
 
 def test_one_item_a_list_and_a_path_are_taken(tmp_path):
@@ -104,6 +109,13 @@ def test_one_item_a_list_and_a_path_are_taken(tmp_path):
 def test_checks_of_several_fields_keep_their_words():
     with pytest.raises(UserError, match=r"^two sides$"):
         Places(image_size=(1, 2, 3))
+
+
+def test_a_wrong_item_of_a_list_is_told_with_the_range_of_items():
+    with pytest.raises(
+        UserError, match=r"^--image-size 0 is out of range. Give whole numbers of at least 1.$"
+    ):
+        Places(image_size=(16, 0))
 
 
 def test_help_and_markers_are_read_from_the_class_inherited_fields_too():
@@ -129,7 +141,9 @@ def test_a_flag_of_another_method_is_told_as_that():
         UserError, match=r"^--temperature is not a flag of --method a. Remove it, or use --method b.$"
     ):
         Config.from_flags(temperature=1.0)
-    with pytest.raises(UserError, match="Did you mean '--batch-size'"):
+    with pytest.raises(UserError, match=r"^--mask-ratio is not a flag of --method b. Remove it, or .* a.$"):
+        Config.from_flags(method="b", mask_ratio=0.5)
+    with pytest.raises(UserError, match="Did you mean --batch-size"):
         Config.from_flags(batchsize=1)
 
 
@@ -139,7 +153,7 @@ def test_what_is_written_is_read_and_so_is_a_flat_table():
     assert plain["method"] == {"name": "b", "temperature": 0.5}
     assert Config.from_plain(plain) == config
     assert Config.from_plain({"data": ["x"], "batch_size": 8, "objective": "b"}) == config
-    assert flat(plain, Config) == config.flags() | {"data": ["x"], "image_size": [224, 224]}
+    assert Config.flat(plain) == config.flags() | {"data": ["x"], "image_size": [224, 224]}
     with pytest.raises(UserError, match="batch_size is a table"):
         Config.from_plain({"batch_size": {"a": 1}})
     with pytest.raises(UserError, match="loop is 3"):

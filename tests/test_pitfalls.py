@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,16 +20,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from quarterview import recipes
+from quarterview.commands.config import PretrainConfig
 from quarterview.data.cache import CachedSet
 from quarterview.data.loader import Batch, Loader
 from quarterview.data.sampler import SampleStream
 from quarterview.data.sources.open import open_sources
 from quarterview.errors import RunError, UserError
-from quarterview.evaluation.features import ProbeConfig, ProbeData, encoder_features, extract, make_encoders
-from quarterview.evaluation.linear import linear_accuracy
+from quarterview.evaluation.features import Features, encoder_features, extract, make_encoders
+from quarterview.evaluation.linear import LogisticRegression
 from quarterview.evaluation.panel import draw_panel
+from quarterview.methods.config import RegularizationConfig
 from quarterview.methods.mae import MaskedAutoencoding
-from quarterview.methods.supervised import Supervised, SupervisedConfig
+from quarterview.methods.supervised import Supervised
 from quarterview.models import masking
 from quarterview.models.classifier import Classifier, ClassifierConfig, freeze_all_but
 from quarterview.models.create import create_model
@@ -36,10 +39,10 @@ from quarterview.models.mae import MaskedAutoencoder
 from quarterview.models.positions import sincos_2d
 from quarterview.models.targets import PixelTarget
 from quarterview.training import checkpoint
+from quarterview.training.config import OptimConfig
 from quarterview.training.distributed import World
-from quarterview.training.logging import Journal, Meter
+from quarterview.training.logging import Meter, RunLogger
 from quarterview.training.optim import (
-    OptimConfig,
     Schedule,
     adamw,
     decay_groups,
@@ -47,7 +50,7 @@ from quarterview.training.optim import (
     layer_decay_groups,
     warmup_steps,
 )
-from quarterview.training.trainer import LoopConfig, Trainer
+from quarterview.training.trainer import Trainer
 from quarterview.weights.loading import load_encoder, load_into, metadata
 
 CPU = torch.device("cpu")
@@ -114,17 +117,21 @@ def trainer(
     optimizer: torch.optim.Optimizer | None = None,
     **config,
 ) -> Trainer:
-    objective = MaskedAutoencoding(model, seed=0)
+    method = MaskedAutoencoding(model, seed=0)
     return Trainer(
-        objective,
-        optimizer or adamw(objective, 0.05),
+        PretrainConfig.from_flags(**{"batch_size": len(batches[0]), "eval_every": 1, **config}),
+        place(folder),
+        method,
+        optimizer or adamw(method, 0.05),
         schedule or Schedule(peak=1e-3, warmup_steps=0, total_steps=len(batches)),
         GivenBatches(batches),
-        LoopConfig(**{"batch_size": len(batches[0]), "precision": "fp32", "eval_every": 1, **config}),
-        World(CPU),
-        Journal(quiet=True),
-        folder,
+        "fp32",
     )
+
+
+def place(folder: Path) -> SimpleNamespace:
+    """Where a trainer writes, alone and in silence."""
+    return SimpleNamespace(folder=folder, world=World(CPU), log=RunLogger(quiet=True))
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -372,7 +379,7 @@ def test_pitfall_15_schedule(tmp_path):
     schedule = Schedule(peak=1e-3, warmup_steps=4, total_steps=12)
     run = trainer(tmp_path, model, [some_images(model)] * 12, schedule)
     rates = []
-    run.hooks = [lambda _step: rates.append(run.optimizer.param_groups[0]["lr"]) or {}]
+    run.evaluators = [lambda _step: rates.append(run.optimizer.param_groups[0]["lr"]) or {}]
     run.run()
     warm = [1e-3 * i / 4 for i in range(4)]  # a rate for every update, the first exactly 0
     cosine = [1e-3 * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)]
@@ -418,13 +425,12 @@ def test_pitfall_18_every_groups_rate_is_base_times_scale_after_a_step(tmp_path)
     ids = torch.arange(8)
     loader = GivenBatches([torch.empty(0)] * 3)
     loader.batches = lambda parts: (Batch(torch.randn(8, 3, 16, 16), ids, ids * 0, ids % 5) for _ in parts)
-    objective = Supervised(Classifier(CLASSIFIER), SupervisedConfig(), 0)
+    objective = Supervised(Classifier(CLASSIFIER), RegularizationConfig(), 0)
     groups = layer_decay_groups(objective, 0.05, 0.65, 2, "model.")
     schedule = Schedule(peak=0.01, warmup_steps=1, total_steps=3, floor=1e-6)
-    config = LoopConfig(batch_size=8, precision="fp32", eval_every=3)
+    config = PretrainConfig.from_flags(batch_size=8, eval_every=3)
     optimizer = fused_adamw(groups, (0.9, 0.999))
-    journal = Journal(quiet=True)
-    run = Trainer(objective, optimizer, schedule, loader, config, World(CPU), journal, tmp_path)
+    run = Trainer(config, place(tmp_path), objective, optimizer, schedule, loader, "fp32")
     run.run()
     rates = {name: group["lr"] for group in run.optimizer.param_groups for name in group["names"]}
     base = 1e-6 + (0.01 - 1e-6) * 0.5 * (1 + math.cos(math.pi / 2))
@@ -518,7 +524,7 @@ def test_pitfall_22_a_probe_of_frozen_standardised_features_with_a_floor(tmp_pat
     model = make()
     before = weights(model)
     np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8))
-    encoders = make_encoders(model, ProbeConfig(run="", train=(), test=()))
+    encoders = make_encoders(model, "mean")
     assert list(encoders) == ["raw pixels", "random encoder", "this model"]
     source = open_sources((str(tmp_path / "a.npy"),), 3)
     found, _ = extract(encoders, source, range(40), model.config, CPU)
@@ -530,7 +536,7 @@ def test_pitfall_22_a_probe_of_frozen_standardised_features_with_a_floor(tmp_pat
     scales = torch.logspace(-3, 3, 32)[:, None].T  # a standardised probe does not see these
     features = found["this model"] + labels[:, None]
     accuracies = [
-        linear_accuracy(ProbeData({"x": x[:30]}, labels[:30], {"x": x[30:]}, labels[30:], 4, 0), "x", 0)
+        dict(LogisticRegression(0)(Features(x[:30], labels[:30], x[30:], labels[30:])))["accuracy"]
         for x in (features, features * scales)
     ]
     assert accuracies[0] == accuracies[1] > 0.8
@@ -540,7 +546,7 @@ def test_pitfall_22_what_is_frozen_stays_bit_equal(tmp_path):
     classifier = Classifier(CLASSIFIER)
     freeze_all_but(classifier, 0)
     before, ids = weights(classifier), torch.arange(8)
-    objective = Supervised(classifier, SupervisedConfig(), 0)
+    objective = Supervised(classifier, RegularizationConfig(), 0)
     optimizer = fused_adamw(layer_decay_groups(objective, 0.3, 0.75, 2, "model."), (0.9, 0.999))
     optimizer.param_groups[0]["lr"] = optimizer.param_groups[-1]["lr"] = 0.1
     objective(Batch(torch.randn(8, 3, 16, 16), ids, ids * 0, ids % 5)).loss.backward()
@@ -564,7 +570,7 @@ def test_pitfall_23_loss_in_float32_and_bad_steps_change_nothing(tmp_path):
     bad = torch.full_like(images, math.inf)
     seen = []
     run = trainer(tmp_path / "a", model, [images, bad, images, bad, bad], log_every=1)
-    run.hooks = [lambda _step: seen.append(weights(model)) or {}]
+    run.evaluators = [lambda _step: seen.append(weights(model)) or {}]
     run.run()
     assert [equal(a, b) for a, b in itertools.pairwise(seen)] == [True, False, True, True]
     assert run.skips == 3
@@ -634,7 +640,7 @@ def test_pitfall_26_speed_is_told_apart_from_the_decoder_and_the_loader(width, d
     assert flops[0] / flops[1] == pytest.approx(speedup, rel=0.03)
 
     for name in ("cifar", "laptop", "gpu"):  # so small models come with small decoders
-        config = recipes.read(name)
+        config = recipes.read(name).autoencoder()
         kept = masking.keep_count(config.patches, config.mask_ratio)
         encoder = (1 + kept) * config.shape.depth * config.shape.width**2
         decoder = (1 + config.patches) * config.decoder_depth * config.decoder_width**2

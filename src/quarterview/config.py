@@ -19,6 +19,7 @@ Nothing here imports torch: ``quarterview --help`` reads these classes.
 """
 
 import dataclasses
+import difflib
 import json
 import os
 import reprlib
@@ -177,8 +178,9 @@ def _split(hint: Any) -> tuple[Any, tuple[Any, ...]]:
         plain: Any = reduce(or_, (kind for kind, _ in parts))
         return plain, tuple(item for _, more in parts for item in more)
     if get_origin(hint) is tuple:
-        items: Any = tuple(a if a is ... else _split(a)[0] for a in arguments)
-        return tuple.__class_getitem__(items), ()
+        parts = [(a, ()) if a is ... else _split(a) for a in arguments]
+        items: Any = tuple(kind for kind, _ in parts)
+        return tuple.__class_getitem__(items), tuple(item for _, more in parts for item in more)
     return hint, ()
 
 
@@ -209,7 +211,8 @@ def _in_our_words(error: ValidationError, kind: type) -> UserError:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UserError):  # a check of several fields, which has its own words
         return cause
-    name = str(first["loc"][0]) if first["loc"] else ""
+    place = first["loc"][0] if first["loc"] else ""
+    name = list(field_specs(kind))[place] if isinstance(place, int) else place  # a number: by position
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return unknown("option", name, field_specs(kind))
     if name not in field_specs(kind):
@@ -218,7 +221,8 @@ def _in_our_words(error: ValidationError, kind: type) -> UserError:
     shown = given if isinstance(given, str) else _BRIEF.repr(given)
     if first["type"] == "literal_error":
         return unknown(f"value of {flag(name)}:", str(given), _literals(spec.annotation))
-    wrong = "out of range" if first["type"] in _OUT_OF_RANGE else "of the wrong type"
+    is_huge = isinstance(given, int) and abs(given) >= _LARGEST  # which no float holds
+    wrong = "out of range" if is_huge or first["type"] in _OUT_OF_RANGE else "of the wrong type"
     return UserError(f"{flag(name)} {shown} is {wrong}. Give {accepted(spec)}.")
 
 
@@ -263,6 +267,16 @@ def _limit(check: object) -> list[str]:
 # ---------------------------------------------------------------------- composed configurations
 
 
+def _shared(current: Any, kind: type) -> dict[str, Any]:
+    """What a part of another class takes over: fields of both, where both have the same default."""
+    theirs, ours = field_specs(type(current)), field_specs(kind)
+    return {
+        name: getattr(current, name)
+        for name, spec in ours.items()
+        if name in theirs and theirs[name].default == spec.default
+    }
+
+
 class Composed:
     """A configuration made of parts; subclasses are frozen dataclasses whose fields are parts.
 
@@ -271,6 +285,16 @@ class Composed:
     """
 
     RENAMED: ClassVar[Mapping[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if name != "RENAMED" and not isinstance(getattr(self, name), hint):
+                kind = type(self).__name__
+                given = _BRIEF.repr(getattr(self, name))
+                raise UserError(
+                    f"{kind}({name}={given}) is not a part of a configuration. Give flags to "
+                    f"{kind}.from_flags({name}=…)."
+                )
 
     @classmethod
     def from_flags(cls, **flags: Any) -> Self:
@@ -284,8 +308,9 @@ class Composed:
     def with_flags(self, **flags: Any) -> Self:
         """A copy in which some flags have other values.
 
-        A flag that chooses a part, such as ``method="simclr"``, replaces that part by one with its defaults,
-        and brings along the defaults that it has for other parts, unless those are given, too.
+        A flag that chooses a part, such as ``method="simclr"``, replaces that part by another, which keeps
+        the values of fields that both have with the same default, and brings along the defaults that it has
+        for other parts, unless those are given, too.
 
         Raises:
             UserError: if a flag is unknown, or its value is not accepted.
@@ -299,7 +324,8 @@ class Composed:
             if chosen not in kinds:
                 raise unknown(name, str(chosen), kinds)
             if chosen != parts[name].name:
-                parts[name] = kinds[chosen]()
+                own = {key: flags.pop(key) for key in field_specs(kinds[chosen]) if key in flags}
+                parts[name] = kinds[chosen](**{**_shared(parts[name], kinds[chosen]), **own})
                 flags = {**kinds[chosen].other_defaults, **flags}
         for name, value in list(flags.items()):
             if name in parts and isinstance(value, type(parts[name])):  # a whole part
@@ -309,7 +335,7 @@ class Composed:
             if own:
                 parts[name] = replace(current, **own)
         for name in flags:
-            raise self.unknown_flag(name)
+            raise self.owners(name, parts) or self.unknown_flag(name)
         return type(self)(**parts)
 
     def parts(self) -> dict[str, Any]:
@@ -326,16 +352,27 @@ class Composed:
         }
 
     def unknown_flag(self, name: str) -> UserError:
-        """The error for a flag that this configuration does not have."""
+        """The error for a flag that no configuration of this kind has."""
+        near = difflib.get_close_matches(flag(name), [flag(known) for known in self.flags()], n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return UserError(f"{flag(name)} is not a flag here.{hint}")
+
+    def owners(self, name: str, parts: Mapping[str, Any] | None = None) -> UserError | None:
+        """The error for a flag of another method than the one that is chosen; None if no method has it.
+
+        Args:
+            parts: what is chosen; by default the parts of this configuration.
+        """
+        parts = self.parts() if parts is None else parts
         for choice, kinds in self.choices().items():
             owners = [other for other, kind in kinds.items() if name in field_specs(kind)]
             if owners:
-                given = f"{flag(choice)} {getattr(self, choice).name}"
+                given = f"{flag(choice)} {parts[choice].name}"
                 return UserError(
                     f"{flag(name)} is not a flag of {given}. Remove it, or use {flag(choice)} "
                     f"{' or '.join(owners)}."
                 )
-        return unknown("flag", flag(name), [flag(known) for known in self.flags()])
+        return None
 
     def flags(self) -> dict[str, Any]:
         """Every flag's value, by its name."""
@@ -371,31 +408,32 @@ class Composed:
         Raises:
             UserError: if a name is unknown, or a value is not accepted.
         """
-        return cls.from_flags(**flat(plain, cls))
+        return cls.from_flags(**cls.flat(plain))
 
+    @classmethod
+    def flat(cls, plain: Mapping[str, Any]) -> dict[str, Any]:
+        """The flags in a table of YAML or JSON: nested by parts, or flat as version 0.1 wrote it, or both.
 
-def flat(plain: Mapping[str, Any], kind: type[Composed]) -> dict[str, Any]:
-    """The flags in a table of YAML or JSON: nested by parts, or flat as version 0.1 wrote it, or both.
+        Raises:
+            UserError: if a part is no table, or a value is one.
+        """
+        names, choices = {field.name for field in fields(cls)}, cls.choices()  # type: ignore[arg-type]
+        flags: dict[str, Any] = {}
+        for name, value in plain.items():
+            if name in names and isinstance(value, Mapping):
+                inner = dict(value)
+                if name in choices and "name" in inner:
+                    flags[name] = inner.pop("name")
+                flags |= inner
+            elif isinstance(value, Mapping):
+                raise UserError(f"{name} is a table. Give a number, a text or a list of them.")
+            elif name in names and name not in choices and name not in cls().specs():
+                raise UserError(f"{name} is {_BRIEF.repr(value)}. Give a table of its fields.")
+            else:
+                flags[str(name)] = value
+        return cls.upgrade(flags)
 
-    Raises:
-        UserError: if a part is no table, or a value is one.
-    """
-    names, choices = {field.name for field in fields(kind)}, kind.choices()  # type: ignore[arg-type]
-    flags: dict[str, Any] = {}
-    for name, value in plain.items():
-        if name in names and isinstance(value, Mapping):
-            inner = dict(value)
-            if name in choices and "name" in inner:
-                flags[name] = inner.pop("name")
-            flags |= inner
-        elif isinstance(value, Mapping):
-            raise UserError(f"{name} is a table. Give a number, a text or a list of them.")
-        elif name in names and name not in choices and name not in _flat_names(kind):
-            raise UserError(f"{name} is {_BRIEF.repr(value)}. Give a table of its fields.")
-        else:
-            flags[str(name)] = value
-    return flags
-
-
-def _flat_names(kind: type[Composed]) -> set[str]:
-    return set(kind().specs())
+    @classmethod
+    def upgrade(cls, flags: dict[str, Any]) -> dict[str, Any]:
+        """Flags as an earlier version wrote them into a file, by today's names."""
+        return {cls.RENAMED.get(name, name): value for name, value in flags.items()}

@@ -1,19 +1,21 @@
-"""The whole idea in a few minutes, without data and without a network."""
+"""`quarterview demo`: the whole idea in a few minutes, without data and without a network."""
 
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
-from quarterview.commands.pretrain import PretrainConfig, pretrain
-from quarterview.errors import UserError
-from quarterview.evaluation.features import ProbeConfig
-from quarterview.evaluation.linear import linear
+from quarterview.commands.config import DemoConfig, LinearConfig, PretrainConfig
+from quarterview.commands.linear import linear
+from quarterview.commands.pretrain import pretrain
+from quarterview.errors import EXIT_CODES, UserError
 from quarterview.evaluation.panel import draw_curve
 from quarterview.training.checkpoint import newest
+from quarterview.training.console import Console, duration
 from quarterview.training.lock import lock
-from quarterview.training.logging import Journal, duration, metrics
+from quarterview.training.metric_writers import read_metrics
 
 COMMAND = ["quarterview", "demo"]
 PICTURES = "shapes:20000"
@@ -25,7 +27,7 @@ MARGIN = 2.0
 
 def demo_config(out: str, seed: int) -> PretrainConfig:
     """A model that two cores pre-train in about two minutes."""
-    return PretrainConfig(
+    return PretrainConfig.from_flags(
         data=(PICTURES,),
         out=out,
         model="mae_vit_128x4x4_patch4",
@@ -54,52 +56,70 @@ def remove_earlier_demo(folder: Path) -> None:
         with lock(folder):
             shutil.rmtree(folder)
     elif newest(folder / "checkpoints") is not None:
-        raise UserError(f"--out {folder} holds a run that is no demo; accepted: a new folder")
+        raise UserError(f"--out {folder} holds a run that is not a demo. Give a new folder.")
 
 
-def demo(out: str, seed: int, journal: Journal) -> Literal["helped", "did not help", "SIGTERM", "SIGINT"]:
+def draw_pictures(folder: Path, step: int) -> None:
+    """Put the losses' curve, ``curve.png``, and the last panel, ``panel.png``, into the run's folder."""
+    draw_curve(read_metrics(folder), folder / "curve.png", "demo")
+    shutil.copyfile(folder / "samples" / f"step-{step:08d}.png", folder / "panel.png")
+
+
+class Judged(NamedTuple):
+    """Accuracies of linear classifiers on three kinds of features."""
+
+    ours: float
+    pixels: float
+    random: float
+
+    @property
+    def helped(self) -> bool:
+        """Whether ours are `MARGIN` times as good as raw pixels and a random encoder's."""
+        return self.ours >= MARGIN * max(self.pixels, self.random)
+
+
+def judge(out: str, seed: int) -> Judged:
+    """How well a linear classifier tells labelled pictures apart by our features and by others."""
+    probe = LinearConfig.from_flags(run=out, train=LABELLED, test=TEST, seed=seed, device="cpu")
+    found = linear(probe, Console())
+    return Judged(found["this model"], found["raw pixels"], found["random encoder"])
+
+
+def main(config: DemoConfig, argv: Sequence[str]) -> int:
     """Generate pictures, pre-train on them, and say what was learned.
 
     Returns:
-        ``helped`` if a linear classifier on our features is at least twice as accurate as one on
-        raw pixels and one on a random encoder's features; the signal, if one stopped it.
+        0 if our features are `MARGIN` times as good as others, 1 if not, and the code of a signal that
+        stopped it.
 
     Raises:
-        UserError: if `out` holds something else than a run.
+        UserError: if `config.out` holds something else than an earlier demo.
     """
-    began = time.monotonic()
-    folder = Path(out)
+    console, began, folder = Console(), time.monotonic(), Path(config.out)
     remove_earlier_demo(folder)
-    journal.say(
-        f"Pre-training a small masked autoencoder on {PICTURES.partition(':')[2]} generated pictures."
-    )
-    run = pretrain(demo_config(out, seed), COMMAND)
+    pictures = PICTURES.partition(":")[2]
+    console.say(f"Pre-training a small masked autoencoder on {pictures} generated pictures.")
+    run = pretrain(demo_config(config.out, config.seed), COMMAND)
     if run.status != "complete":
-        return run.status
-    draw_curve(metrics(folder), folder / "curve.png", "demo")
-    panel = folder / "samples" / f"step-{run.step:08d}.png"
-    shutil.copyfile(panel, folder / "panel.png")
+        return EXIT_CODES[run.status]
+    draw_pictures(folder, run.step)
 
-    journal.say(
+    console.say(
         "Ten kinds of shapes, 500 labelled pictures: how well does a linear classifier tell them apart?"
     )
-    accuracies = linear(
-        ProbeConfig(run=out, train=(LABELLED,), test=(TEST,), seed=seed, device="cpu"), journal
-    )
-    ours, pixels, random = (accuracies[name] for name in ("this model", "raw pixels", "random encoder"))
-    helped = ours >= MARGIN * max(pixels, random)
-    if helped:
-        journal.say(
+    found = judge(config.out, config.seed)
+    if found.helped:
+        console.say(
             "Without a single label, the encoder learned features with which a linear classifier is "
-            f"{ours / random:.1f} times as accurate as with a random encoder's, and {ours / pixels:.1f} "
-            "times as with raw pixels."
+            f"{found.ours / found.random:.1f} times as accurate as with a random encoder's, and "
+            f"{found.ours / found.pixels:.1f} times as with raw pixels."
         )
     else:
-        journal.warn(
+        console.warn(
             f"these features are not {MARGIN:g} times as good as raw pixels and a random encoder, as they "
             "should be: something is wrong, please report it."
         )
-    journal.say(f"See {folder}/panel.png for what it imagines behind hidden patches, and {folder}/curve.png.")
-    journal.say("Your own images: quarterview pretrain --recipe laptop --data FOLDER --out runs/mine")
-    journal.say(f"That took {duration(time.monotonic() - began)}.")
-    return "helped" if helped else "did not help"
+    console.say(f"See {folder}/panel.png for what it imagines behind hidden patches, and {folder}/curve.png.")
+    console.say("Your own images: quarterview pretrain --recipe laptop --data FOLDER --out runs/mine")
+    console.say(f"That took {duration(time.monotonic() - began)}.")
+    return 0 if found.helped else 1

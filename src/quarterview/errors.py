@@ -1,11 +1,7 @@
 """What goes wrong because of what the user gave: said once, clearly, without a traceback."""
 
 import difflib
-import math
-import reprlib
 from collections.abc import Iterable
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 class UserError(ValueError):
@@ -36,53 +32,12 @@ class ToldElsewhereError(RunError):
     """A run cannot go on, and another of its ranks has said why."""
 
 
-def check_types(config: object, kind: type) -> None:
-    """Check the fields that a dataclass `kind` declares against its annotations, in an instance.
-
-    Configurations come from YAML and from Python, which check nothing by themselves.
-
-    Raises:
-        UserError: naming the field, what was given and what is accepted.
-    """
-    for name, annotation in get_type_hints(kind).items():
-        value = getattr(config, name)
-        choices = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-        if not any(_fits(value, choice) for choice in choices):
-            accepted = [
-                option for c in choices for option in (get_args(c) if get_origin(c) is Literal else (c,))
-            ]
-            if isinstance(value, str) and all(isinstance(option, str) for option in accepted):
-                raise unknown(name, value, accepted)
-            names = ", ".join(_SPOKEN.get(option, str(option)) for option in accepted)
-            raise UserError(f"{name} is {_BRIEF.repr(value)}; accepted: {names}")
-
-
-_LARGEST = 2**63
-"""Numbers of a configuration are below this, positive or negative: more digits are no one's intention."""
-_BRIEF = reprlib.Repr()  # a few lines of YAML can stand for a text of any length
-_BRIEF.maxstring = _BRIEF.maxother = 200
-_BRIEF.maxlevel, _BRIEF.maxtuple, _BRIEF.maxlist = 3, 20, 20
-
-_SPOKEN: dict[Any, str] = {
-    int: "a whole number",
-    float: "a finite number",
-    bool: "true or false",
-    str: "a text",
-    type(None): "nothing",
-    tuple[int, ...]: "whole numbers",
-    tuple[float, ...]: "finite numbers",
-    tuple[str, ...]: "texts",
+EXIT_CODES = {
+    "complete": 0,
+    "helped": 0,
+    "did not help": 1,
+    "cannot tell": 1,
+    "SIGTERM": 75,
+    "SIGINT": 130,
 }
-
-
-def _fits(value: object, kind: Any) -> bool:
-    origin = get_origin(kind)
-    if origin is Literal:
-        return value in get_args(kind)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, get_args(kind)[0]) for item in value)
-    if kind is float and isinstance(value, float):
-        return math.isfinite(value)
-    if kind in (int, float):
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGEST
-    return isinstance(value, kind)
+"""The exit code of a command by how it ended."""

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from quarterview.benchmark.rate import Product, product_rates, products_of, repeat, timed
-from quarterview.commands.bench import BenchConfig, bench
+from quarterview.commands.bench import bench
+from quarterview.commands.config import BenchConfig
 from quarterview.errors import UserError
 from quarterview.models.flops import flops
-from quarterview.training.logging import Journal
+from quarterview.training.console import Console
 
 CPU = torch.device("cpu")
 TINY = {
@@ -38,19 +39,22 @@ TINY = {
     ids=str,
 )
 def test_the_figures_belong_together(tmp_path, changes, images, capsys):
-    config = BenchConfig(**{**TINY, **changes}, json=str(tmp_path / "bench.json"))
-    found = bench(config, Journal(), ["quarterview", "bench"])
+    config = BenchConfig.from_flags(**{**TINY, **changes}, json=str(tmp_path / "bench.json"))
+    found = bench(config, Console(), ["quarterview", "bench"])
     assert found.images_per_s == pytest.approx(8 / found.step_s)
-    assert found.flops_per_image == config.masks_per_image * flops(config).step
+    assert (
+        found.flops_per_image
+        == config.method.masks_per_image * flops(config.pretraining().autoencoder()).step
+    )
     assert found.flops_per_s == pytest.approx(found.flops_per_image * 8 / found.step_s)
     assert found.utilisation == pytest.approx(found.flops_per_s / max(found.products.values()))
     assert 0 < found.utilisation < 1
     assert 0 < found.forward_s + found.backward_s + found.optimizer_s < 5 * found.step_s
     assert found.images == images
     each = found.step_s + (found.data_s or 0)
-    steps = math.ceil(config.epochs * found.images / 8)
+    steps = math.ceil(config.loop.epochs * found.images / 8)
     assert found.hours == pytest.approx(steps * each / 3600)
-    assert (found.data_s is None) == (not config.data)
+    assert (found.data_s is None) == (not config.data.data)
     assert found.largest_batch > 1000
     written = json.loads((tmp_path / "bench.json").read_text("utf-8"))
     assert written["figures"]["images_per_s"] == found.images_per_s
@@ -63,7 +67,7 @@ def test_the_figures_belong_together(tmp_path, changes, images, capsys):
 @pytest.mark.parametrize("changes", [{"seconds": 0}, {"images": 0}, {"device": "abacus"}], ids=str)
 def test_nonsense_is_refused(changes):
     with pytest.raises(UserError):
-        bench(BenchConfig(**{**TINY, **changes}), Journal())
+        bench(BenchConfig.from_flags(**{**TINY, **changes}), Console())
 
 
 def test_a_product_is_timed_as_it_runs():
@@ -77,8 +81,8 @@ def test_a_product_is_timed_as_it_runs():
 
 
 def test_the_products_are_those_of_the_layers():
-    config = BenchConfig(**TINY)
-    products = products_of(config, batch=8)
+    config = BenchConfig.from_flags(**TINY)
+    products = products_of(config.pretraining().autoencoder(), batch=8)
     assert Product(8 * 17, 64, 192) in products
     assert Product(8 * 65, 128, 32) in products
     assert Product(4096, 4096, 4096) in products

@@ -10,16 +10,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from quarterview.commands.finetune import FinetuneConfig, count_blocks, finetune, read_told, start_of
-from quarterview.commands.finetune_table import parameter_table
+from quarterview.commands.config import FinetuneConfig
+from quarterview.commands.finetune import finetune, parameter_table, start_of
 from quarterview.data.sources.open import open_source
 from quarterview.data.transforms.crop import normalise, to_float
 from quarterview.errors import UserError
-from quarterview.models.classifier import Classifier, ClassifierConfig, freeze_all_but
+from quarterview.evaluation.predictions import read_predictions
+from quarterview.models.classifier import Classifier, freeze_all_but
+from quarterview.models.config import ClassifierConfig
 from quarterview.models.create import create_model
 from quarterview.models.positions import sincos_2d
 from quarterview.training import checkpoint
 from quarterview.training.optim import layer_decay_groups
+from quarterview.weights.config import count_blocks
 from quarterview.weights.loading import load, load_autoencoder, load_classifier, load_encoder, metadata
 
 DEPTH = 3
@@ -57,7 +60,7 @@ def run(tmp_path_factory):
 
 
 def tuned(run, tmp_path, **options):
-    config = FinetuneConfig(**{**PLAIN, "run": str(run), "out": str(tmp_path / "ft"), **options})
+    config = FinetuneConfig.from_flags(**{**PLAIN, "run": str(run), "out": str(tmp_path / "ft"), **options})
     return finetune(config)
 
 
@@ -70,7 +73,7 @@ def weights(folder):
 
 def test_every_parameters_learning_rate_follows_the_formula():
     model = Classifier(BASE)
-    rows = {r["name"]: r for r in parameter_table(model, FinetuneConfig(lr=0.5, layer_decay=0.65))}
+    rows = {r["name"]: r for r in parameter_table(model, FinetuneConfig.from_flags(lr=0.5, layer_decay=0.65))}
     assert rows.keys() == dict(model.named_parameters()).keys()
     expected = {
         "cls_token": 0,
@@ -95,7 +98,7 @@ def test_every_parameters_learning_rate_follows_the_formula():
 
 def test_the_rates_of_vit_base_at_065_are_the_papers():
     config = ClassifierConfig("mae_vit_4x12x1_patch4", (8, 8), classes=2)
-    table = parameter_table(Classifier(config), FinetuneConfig(lr=1.0, layer_decay=0.65))
+    table = parameter_table(Classifier(config), FinetuneConfig.from_flags(lr=1.0, layer_decay=0.65))
     rows = {row["name"]: row["lr"] for row in table}
     assert rows["patch_embed.proj.weight"] == pytest.approx(0.0037, abs=5e-5)
     assert rows["blocks.0.attn.qkv.weight"] == pytest.approx(0.0057, abs=5e-5)
@@ -116,7 +119,7 @@ def test_the_rates_of_vit_base_at_065_are_the_papers():
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 def test_what_is_trained(blocks, trained, pool):
     model = Classifier(replace(BASE, pool=pool))
-    config = FinetuneConfig(blocks=blocks)
+    config = FinetuneConfig.from_flags(blocks=blocks)
     freeze_all_but(model, count_blocks(blocks))
     always = ("head.", "fc_norm." if pool == "mean" else "norm.")
     rows = parameter_table(model, config)
@@ -187,8 +190,8 @@ def test_another_image_size_gets_its_own_positions(run):
 def test_a_model_that_does_not_fit_is_refused(run):
     with pytest.raises(UserError, match="mae_vit_64x3x2_patch4"):
         load_encoder(Classifier(replace(BASE, model="mae_vit_64x3x2_patch4")), run)
-    with pytest.raises(UserError, match=r"--cls-tokens 3, but .* has 1; accepted: neither"):
-        start_of(FinetuneConfig(run=str(run), cls_tokens=3))
+    with pytest.raises(UserError, match=r"--cls-tokens 3 was given, but .* has 1\. Remove --cls-tokens"):
+        start_of(FinetuneConfig.from_flags(run=str(run), cls_tokens=3))
 
 
 def test_logits_equal_timms_with_the_same_weights(run, disturbed):
@@ -241,10 +244,10 @@ def test_the_accuracy_is_the_models_on_the_test_images(run, tmp_path):
     with torch.no_grad():
         predicted = model(normalise(images, model.config.mean, model.config.std)).argmax(1)
     assert result.accuracy == sum(predicted[i] == source.label(i) for i in range(40)) / 40
-    told = read_told(tmp_path / "ft")
-    assert told.images.tolist() == list(range(40))
-    assert told.classes.tolist() == predicted.tolist()
-    assert read_told(tmp_path) is None
+    predictions = read_predictions(tmp_path / "ft")
+    assert predictions.images.tolist() == list(range(40))
+    assert predictions.classes.tolist() == predicted.tolist()
+    assert read_predictions(tmp_path) is None
 
 
 def test_an_average_of_the_weights_is_judged_where_there_is_one(run, tmp_path):
@@ -322,7 +325,7 @@ def test_unreadable_test_images_are_told_and_not_counted(run, tmp_path, capsys):
 def test_one_class_is_refused(run, tmp_path):
     images = np.zeros((20, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "x.npz", images=images, labels=np.zeros(20, np.int64))
-    with pytest.raises(UserError, match="accepted: two or more, from 0 upward"):
+    with pytest.raises(UserError, match=r"has images of one class only\. Give images of two classes or more"):
         tuned(run, tmp_path, train=(str(tmp_path / "x.npz"),), test=(str(tmp_path / "x.npz"),))
 
 
@@ -379,19 +382,19 @@ def test_it_learns(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"blocks": "2.5"}, "2.5 blocks"),
-        ({"blocks": "-1"}, "blocks"),
-        ({"blocks": "most"}, "most blocks"),
+        ({"blocks": "2.5"}, "--blocks 2.5 is not accepted"),
+        ({"blocks": "-1"}, "--blocks -1 is not accepted"),
+        ({"blocks": "most"}, "--blocks most is not accepted"),
         ({"blocks": "4"}, "4 blocks of 3"),
         ({"blocks": ("1", "2")}, "several runs"),
-        ({"layer_decay": 0.0}, "layer decay"),
-        ({"batch_size": 15}, "mix"),
-        ({"crop_min": 0.0}, "crop_min"),
+        ({"layer_decay": 0.0}, "--layer-decay 0.0 is out of range"),
+        ({"batch_size": 15}, "--batch-size 15 leaves an image without one to mix with"),
+        ({"crop_min": 0.0}, "--crop-min 0.0 is out of range"),
         ({"randaugment": "strong"}, "rand-m9-mstd0.5-inc1"),
-        ({"labels": 1}, "1 labels"),
-        ({"smoothing": 1.0}, "smoothing"),
+        ({"labels": 1}, "--labels 1 is out of range"),
+        ({"smoothing": 1.0}, "--smoothing 1.0 is out of range"),
         ({"train": ()}, "--train is missing"),
-        ({"crop_pct": 0.0}, "crop_pct"),
+        ({"crop_pct": 0.0}, "--crop-pct 0.0 is out of range"),
     ],
 )
 def test_wrong_requests_say_what_is_accepted(run, tmp_path, options, message):

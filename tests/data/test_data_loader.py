@@ -9,7 +9,8 @@ from PIL import Image
 
 from quarterview.data.bad_samples import Ledger
 from quarterview.data.cache import CachedSet, load_all
-from quarterview.data.loader import Batch, DataConfig, Loader
+from quarterview.data.config import DataConfig, LoaderConfig
+from quarterview.data.loader import Batch, Loader
 from quarterview.data.reading import Report
 from quarterview.data.sampler import SampleStream
 from quarterview.data.sources.open import open_source
@@ -347,9 +348,14 @@ def test_what_cannot_be_held_is_said(tmp_path, folder):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("workers", -1), ("holdout", -1), ("max_bad_samples", 1.5), ("max_bad_samples", -0.1)],
+    ("kind", "field", "value"),
+    [
+        (LoaderConfig, "workers", -1),
+        (DataConfig, "holdout", -1),
+        (LoaderConfig, "max_bad_samples", 1.5),
+        (LoaderConfig, "max_bad_samples", -0.1),
+    ],
 )
-def test_wrong_settings_are_refused(field, value):
-    with pytest.raises(UserError, match=str(value)):
-        DataConfig(**{field: value})
+def test_wrong_settings_are_refused(kind, field, value):
+    with pytest.raises(UserError, match=f"^--{field.replace('_', '-')} {value} is out of range. Give "):
+        kind(**{field: value})

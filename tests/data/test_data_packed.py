@@ -19,14 +19,14 @@ from PIL import Image
 
 from quarterview.data.decode import decode
 from quarterview.data.loader import Loader
-from quarterview.data.pack import PackConfig, pack, reduced, verify
+from quarterview.data.pack import pack, reduced, verify
+from quarterview.data.pack_config import PackConfig
 from quarterview.data.sampler import SampleStream
 from quarterview.data.sources.base import BadSampleError, croppable
 from quarterview.data.sources.open import open_source, open_sources
 from quarterview.data.sources.packed import INDEX, RECORD, PackedSource
 from quarterview.data.transforms.crop import crop_resize
 from quarterview.errors import RunError, UserError
-from quarterview.training.logging import Journal
 
 CPU = torch.device("cpu")
 
@@ -67,7 +67,7 @@ def photos(tmp_path_factory) -> Path:
 
 def packed(data, out, **options) -> PackedSource:
     options = {"short_side": 32, "shard_size": 5, "workers": 0, "max_bad_samples": 0.2} | options
-    assert pack(PackConfig(data=(str(data),), out=str(out), **options), Journal())
+    assert pack(PackConfig(data=(str(data),), out=str(out), **options)).complete
     return PackedSource(out, options.get("in_chans", 3))
 
 
@@ -265,13 +265,17 @@ def test_parts_make_the_same_store_in_any_order(photos, tmp_path):
     packed(photos, tmp_path / "whole")
     config = {"data": (str(photos),), "out": str(tmp_path / "parts"), "short_side": 32, "shard_size": 5}
     config |= {"workers": 0, "max_bad_samples": 0.2}
-    assert not pack(PackConfig(**config, part="1/2"), Journal())
+    assert not pack(PackConfig(**config, part="1/2")).complete
     with pytest.raises(UserError, match="not complete"):
         PackedSource(tmp_path / "parts", 3)
-    assert not pack(PackConfig(**config, part="1/2"), Journal())  # once more changes nothing
-    assert pack(PackConfig(**config, part="0/2"), Journal())
+    assert not pack(PackConfig(**config, part="1/2")).complete  # once more changes nothing
+    assert pack(PackConfig(**config, part="0/2")).complete
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
-    assert pack(PackConfig(**config, part="7/9"), Journal())  # nothing to do
+    told = []
+    found = pack(PackConfig(**config, part="0/2"), lambda *how_far: told.append(how_far))
+    assert told == [(0, 2), (1, 2), (2, 2)]
+    assert (found.shards, found.all_shards, found.images) == (3, 3, 12)
+    assert pack(PackConfig(**config, part="7/9")).complete  # nothing to do
 
 
 @pytest.mark.slow
@@ -280,16 +284,26 @@ def test_a_killed_writer_is_gone_on_with(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (120, 90, 90, 3), dtype=np.uint8))
     packed(tmp_path / "x.npy", tmp_path / "whole", shard_size=8, short_side=64)
     store = tmp_path / "killed"
+
+    def kill_twice() -> bool:
+        """Kill two writers of a new store. False if one was done before, which proves nothing."""
+        shutil.rmtree(store, ignore_errors=True)
+        for already in (1, 6):
+            writer = subprocess.Popen(
+                command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+            )
+            while len(list(store.glob("*.json"))) < 1 + already and writer.poll() is None:
+                time.sleep(0.001)
+            os.killpg(writer.pid, signal.SIGKILL)
+            writer.wait()
+            if json.loads((store / RECORD).read_text())["complete"]:
+                return False
+        return True
+
     command = [sys.executable, "-m", "quarterview", "pack", str(tmp_path / "x.npy"), "--out", str(store)]
     command += ["--shard-size", "8", "--short-side", "64", "--workers", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for already in (1, 6):
-        writer = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-        while len(list(store.glob("*.json"))) < 1 + already and writer.poll() is None:
-            time.sleep(0.001)
-        os.killpg(writer.pid, signal.SIGKILL)
-        writer.wait()
-        assert not json.loads((store / RECORD).read_text())["complete"]
+    assert any(kill_twice() for _ in range(10))
     for partial in (store / ".00003.bin.elsewhere-1.partial", *store.glob(".*.partial")):
         partial.write_bytes(b"cut short")
         os.utime(partial, (0, 0))  # long ago, as no writer is at it
@@ -365,17 +379,21 @@ def test_another_source_or_setting_is_refused_by_name(photos, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"part": "4/4"}, "part '4/4'; accepted: such as 0/4"),
-        ({"part": "one"}, "part 'one'; accepted"),
-        ({"short_side": 0}, "short_side 0; accepted: 1 or more"),
-        ({"quality": 100}, "quality 100; accepted: 1 to 95"),
-        ({"encoding": "png"}, "unknown encoding 'png'; accepted: raw, jpeg"),
-        ({"workers": -1}, "-1 workers"),
+        ({"part": "4/4"}, "--part 4/4 is no share of the shards. Give such as 0/4"),
+        ({"part": "one"}, "--part one is no share"),
+        ({"short_side": 0}, "--short-side 0 is out of range. Give a whole number of at least 1"),
+        (
+            {"quality": 100},
+            "--quality 100 is out of range. Give a whole number .* of at most 95",
+        ),
+        ({"encoding": "png"}, "unknown value of --encoding: 'png'; accepted: raw, jpeg"),
+        ({"workers": -1}, "--workers -1 is out of range"),
+        ({"out": ""}, "no folder for the packed store. Give --out STORE"),
     ],
 )
 def test_wrong_settings_are_refused(options, said):
     with pytest.raises(UserError, match=said):
-        PackConfig(data=("x",), out="y", **options)
+        PackConfig(**{"data": ("x",), "out": "y", **options})
 
 
 # ---------------------------------------------------------------------- damage and hostility
@@ -388,7 +406,7 @@ def store(photos, tmp_path) -> Path:
 
 
 def test_a_damaged_image_is_a_bad_sample_and_is_found_by_verify(photos, store):
-    verify(PackConfig(data=(str(store),), verify=True), Journal())
+    verify(store)
     source, before = PackedSource(store, 3), contents(store)
     index = readable(source)[3]
     row = source._rows[index]
@@ -402,7 +420,7 @@ def test_a_damaged_image_is_a_bad_sample_and_is_found_by_verify(photos, store):
             read(index)
     assert set(readable(damaged)) == set(readable(source)) - {index}
     with pytest.raises(RunError, match=rf"(?s)damaged in 1 place\(s\):\n  image {index} in .*once more"):
-        verify(PackConfig(data=(str(store),), verify=True), Journal())
+        verify(store)
     packed(photos, store)  # mends it
     assert contents(store) == before
 

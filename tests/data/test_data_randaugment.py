@@ -10,12 +10,13 @@ from timm.data.auto_augment import rand_augment_transform
 
 from quarterview import rng
 from quarterview.data.cache import load_all
+from quarterview.data.config import RANDAUGMENT, AugmentConfig
 from quarterview.data.loader import Loader
 from quarterview.data.sampler import SampleStream
 from quarterview.data.sources.open import open_source
 from quarterview.data.sources.subset import Subset, subset
 from quarterview.data.transforms.crop import random_crops
-from quarterview.data.transforms.randaugment import RANDAUGMENT, AugmentConfig, erase, randaugment
+from quarterview.data.transforms.randaugment import check_policy, erase, randaugment
 from quarterview.errors import UserError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.25, 0.25)
@@ -146,9 +147,21 @@ def test_a_subset_is_a_source_of_its_own():
     assert isinstance(part, Subset)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"erase": 1.5}, {"crop_min": 0.0}, {"randaugment": "rand-m-q5"}, {"randaugment": "auto"}]
-)
-def test_wrong_settings_are_refused(wrong):
-    with pytest.raises(UserError, match="accepted"):
-        AugmentConfig(**wrong)
+@pytest.mark.parametrize(("name", "wrong"), [("erase", 1.5), ("crop_min", 0.0)])
+def test_wrong_settings_are_refused(name, wrong):
+    with pytest.raises(
+        UserError, match=rf"^--{name.replace('_', '-')} {wrong} is out of range\. Give a number"
+    ):
+        AugmentConfig(**{name: wrong})
+
+
+@pytest.mark.parametrize("policy", ["rand-m-q5", "auto"])
+def test_wrong_policies_are_refused(policy):
+    with pytest.raises(UserError, match=f"{policy}.*accepted"):
+        check_policy(policy)
+
+
+def test_none_is_no_policy():
+    assert AugmentConfig(randaugment="none").randaugment is None
+    assert AugmentConfig().randaugment == RANDAUGMENT
+    check_policy(RANDAUGMENT)

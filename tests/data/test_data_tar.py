@@ -17,7 +17,7 @@ import pytest
 import torch
 from tar_shards import png, served, shard, shards
 
-from quarterview.data.loader import DataConfig
+from quarterview.data.config import DataConfig
 from quarterview.data.sampler import SampleStream, ShardedStream
 from quarterview.data.shuffle import chosen_shuffle, shard_cache, stream_of
 from quarterview.data.sources import shards as shard_files

@@ -34,7 +34,7 @@ def tiny(out: Path, data: str, **changes) -> qv.PretrainConfig:
         **{"data": (data,), "workers": 0, "cache": "none", "holdout": 4, "steps": STEPS, "log_every": 5},
         **{"shuffle": "shards", "shuffle_shards": 2},
     }
-    return qv.PretrainConfig(**{**values, **changes})
+    return qv.PretrainConfig.from_flags(**{**values, **changes})
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

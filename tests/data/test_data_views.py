@@ -1,5 +1,7 @@
 """Views of images: boxes by kind, colours against torchvision's, and the loader's pairs."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,16 +12,12 @@ from torchvision.transforms.v2 import functional as tv
 
 from quarterview import rng
 from quarterview.data.cache import CachedSet, load_all
+from quarterview.data.config import BYOL_COLORS, SIMCLR_COLORS, ColorDistortion, View, ViewConfig
 from quarterview.data.loader import Loader
 from quarterview.data.sampler import SampleStream
 from quarterview.data.sources.open import open_source
 from quarterview.data.transforms.crop import eval_box, random_crops
 from quarterview.data.transforms.views import (
-    BYOL,
-    SIMCLR,
-    Colours,
-    View,
-    ViewConfig,
     blurred,
     boxes_of,
     distort,
@@ -77,21 +75,21 @@ def test_a_blur_is_a_gaussian_away_from_the_edges():
 
 def test_nothing_asked_for_is_nothing_done(images):
     ids, epochs = numbers(8)
-    torch.testing.assert_close(distort(images, Colours(), 0, 0, epochs, ids), images)
+    torch.testing.assert_close(distort(images, ColorDistortion(), 0, 0, epochs, ids), images)
 
 
 def test_shares_are_of_images():
     ids, epochs = numbers(4000)
     images = torch.rand(4000, 3, 2, 2)
-    jittered = distort(images, Colours((0.4, 0.4, 0.2, 0.1)), 0, 0, epochs, ids)
+    jittered = distort(images, ColorDistortion((0.4, 0.4, 0.2, 0.1)), 0, 0, epochs, ids)
     assert abs(float((jittered != images).flatten(1).any(1).float().mean()) - 0.8) < 0.03
-    grey = distort(images, Colours(grey=0.2), 0, 0, epochs, ids)
+    grey = distort(images, ColorDistortion(gray_prob=0.2), 0, 0, epochs, ids)
     assert abs(float((grey[:, 0] == grey[:, 1]).flatten(1).all(1).float().mean()) - 0.2) < 0.03
-    solar = distort(images, Colours(solarise=0.2), 0, 0, epochs, ids)
+    solar = distort(images, ColorDistortion(solarize_prob=0.2), 0, 0, epochs, ids)
     changed = (solar != images).flatten(1).any(1)
     assert abs(float(changed.float().mean()) - 0.2 * (1 - 0.5**12)) < 0.03
     assert solar[changed].max() <= 0.5
-    soft = distort(images, Colours(blur=0.1), 0, 0, epochs, ids)
+    soft = distort(images, ColorDistortion(blur_prob=0.1), 0, 0, epochs, ids)
     assert abs(float(((soft - images).abs() > 1e-6).flatten(1).any(1).float().mean()) - 0.1) < 0.03
 
 
@@ -104,7 +102,7 @@ def test_colours_belong_to_the_sample(seed, epoch, ids):
     ids = torch.tensor(ids)
     epochs = torch.full_like(ids, epoch)
     images = torch.rand(len(ids), 3, 6, 5, generator=torch.Generator().manual_seed(0))
-    for colours in (SIMCLR, *BYOL):
+    for colours in (*SIMCLR_COLORS, *BYOL_COLORS):
         together = distort(images, colours, 0, seed, epochs, ids)
         assert together.min() >= 0
         assert together.max() <= 1 + 1e-6
@@ -116,7 +114,9 @@ def test_other_channels_than_three_change_in_brightness_and_contrast():
     ids, epochs = numbers(6)
     for channels in (1, 2, 5):
         images = torch.rand(6, channels, 4, 4)
-        out = distort(images, Colours((0.8, 0.8, 0.8, 0.2), jitter_share=1.0, grey=1.0), 0, 0, epochs, ids)
+        out = distort(
+            images, ColorDistortion((0.8, 0.8, 0.8, 0.2), jitter_prob=1.0, gray_prob=1.0), 0, 0, epochs, ids
+        )
         assert out.shape == images.shape
         assert not torch.equal(out, images)
 
@@ -183,9 +183,9 @@ def make(folder, views, cached=False, workers=0):
     return Loader(source, stream, (16, 16), half, half, CPU, workers, held, lambda _: None, views=views)
 
 
-@pytest.mark.parametrize("colours", [None, Colours((0.4, 0.4, 0.2, 0.0))], ids=["plain", "colours"])
-def test_two_views_come_from_cache_and_stream_alike(folder, colours):
-    views = (View(colours=colours), View(colours=colours))
+@pytest.mark.parametrize("colors", [None, ColorDistortion((0.4, 0.4, 0.2, 0.0))], ids=["plain", "colors"])
+def test_two_views_come_from_cache_and_stream_alike(folder, colors):
+    views = (View(colors=colors), View(colors=colors))
     for one, two in zip(
         make(folder, views).batches([range(12), range(12, 24)]),
         make(folder, views, cached=True).batches([range(12), range(12, 24)]),
@@ -206,7 +206,7 @@ def test_the_first_of_two_views_is_that_of_one(folder):
 
 
 def test_workers_make_the_same_views(folder):
-    views = (View(colours=BYOL[0]), View(colours=BYOL[1]))
+    views = (View(colors=BYOL_COLORS[0]), View(colors=BYOL_COLORS[1]))
     (one,) = make(folder, views).batches([range(24)])
     (two,) = make(folder, views, workers=2).batches([range(24)])
     assert torch.equal(one.images, two.images)
@@ -226,13 +226,22 @@ def test_views_are_drawn_apart():
 
 def test_the_flags_make_the_view():
     assert ViewConfig().view == View()
-    assert ViewConfig(color_jitter=0.4).view.colours == Colours((0.4, 0.4, 0.4, 0.1), jitter_share=1.0)
+    assert ViewConfig(color_jitter=0.4).view.colors == ColorDistortion((0.4, 0.4, 0.4, 0.1), jitter_prob=1.0)
     assert ViewConfig(crop="fixed").view.crop == "fixed"
 
 
 @pytest.mark.parametrize(
-    "values", [{"crop_min": 0.0}, {"crop_min": 1.1}, {"color_jitter": -0.1}, {"crop": "big"}]
+    ("values", "said"),
+    [
+        ({"crop_min": 0.0}, "--crop-min 0.0 is out of range. Give a number above 0 and of at most 1."),
+        ({"crop_min": 1.1}, "--crop-min 1.1 is out of range. Give a number above 0 and of at most 1."),
+        (
+            {"color_jitter": -0.1},
+            "--color-jitter -0.1 is out of range. Give a number of at least 0 and of at most 2.",
+        ),
+        ({"crop": "big"}, "unknown value of --crop: 'big'; accepted: random, fixed, none"),
+    ],
 )
-def test_impossible_views_are_refused(values):
-    with pytest.raises(UserError):
+def test_impossible_views_are_refused(values, said):
+    with pytest.raises(UserError, match=re.escape(said)):
         ViewConfig(**values)

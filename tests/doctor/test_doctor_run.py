@@ -9,23 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
-from quarterview.commands.pretrain import PretrainConfig, pretrain
+from quarterview.commands.config import PretrainConfig
+from quarterview.commands.doctor import main
+from quarterview.commands.pretrain import pretrain
 from quarterview.doctor.collapse import Spread
+from quarterview.doctor.config import DoctorConfig
+from quarterview.doctor.examine import read_record
 from quarterview.doctor.examined import MODEL, Examined, standardised, usual_rate
 from quarterview.doctor.findings import diagnose
 from quarterview.doctor.history import read_history
 from quarterview.doctor.inpainters import INPAINTERS
-from quarterview.doctor.run import DoctorConfig, doctor
+from quarterview.doctor.run import doctor
 from quarterview.errors import RunError, UserError
 from quarterview.evaluation.pictures import Pictures
 from quarterview.models.config import MAEConfig
-from quarterview.training.logging import Journal
-from quarterview.training.optim import OptimConfig
-from quarterview.training.trainer import LoopConfig
-
-QUIET = Journal(quiet=True)
+from quarterview.training.config import LoopConfig, OptimConfig
 
 
 def row(step, loss=0.5, **others):
@@ -208,15 +209,16 @@ TINY = {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "x"
-    pretrain(PretrainConfig(data=("shapes:800",), out=str(folder), steps=150, holdout=64, **TINY))
+    pretrain(PretrainConfig.from_flags(data=("shapes:800",), out=str(folder), steps=150, holdout=64, **TINY))
     return folder
 
 
 def test_a_small_run_is_healthy_and_the_model_is_judged_as_validation_judged_it(run, capsys):
-    diagnosis = doctor(
-        DoctorConfig(run=str(run), images=64, device="cpu"), Journal(), ["quarterview", "doctor"]
-    )
-    assert diagnosis.healthy
+    config = DoctorConfig(run=str(run), images=64, device="cpu")
+    assert doctor(config).healthy
+    assert not (run / "results").exists()
+    assert capsys.readouterr().out == ""
+    assert main(config, ["quarterview", "doctor"]) == 0
     written = json.loads((run / "results" / "doctor.json").read_text("utf-8"))
     assert written["results"]["healthy"] is True
     assert written["argv"] == ["quarterview", "doctor"]
@@ -236,27 +238,27 @@ def test_lost_images_and_other_ones_are_said(run, tmp_path):
     moved.mkdir()
     for name in ("config.yaml", "metrics.jsonl", "checkpoints"):
         (moved / name).symlink_to(run / name)
-    found_there = doctor(DoctorConfig(run=str(moved), data=("shapes:300:seed=9",), images=16), QUIET)
+    found_there = doctor(DoctorConfig(run=str(moved), data=("shapes:300:seed=9",), images=16))
     assert "other images" in [f.name for f in found_there.findings]
     with pytest.raises(UserError, match="does not exist"):
-        doctor(DoctorConfig(run=str(run), data=(str(tmp_path / "gone"),)), QUIET)
+        doctor(DoctorConfig(run=str(run), data=(str(tmp_path / "gone"),)))
 
 
 def test_a_run_that_died_before_its_first_checkpoint_is_examined_as_far_as_it_goes(tmp_path):
     np.save(tmp_path / "noise.npy", np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), np.uint8))
     folder = tmp_path / "run"
-    config = PretrainConfig(data=(str(tmp_path / "noise.npy"),), out=str(folder), steps=2, **TINY)
+    config = PretrainConfig.from_flags(data=(str(tmp_path / "noise.npy"),), out=str(folder), steps=2, **TINY)
     pretrain(config)
     for path in (folder / "checkpoints").glob("step-*/*"):
         path.unlink()
     for path in (folder / "checkpoints").glob("step-*"):
         path.rmdir()
-    diagnosis = doctor(DoctorConfig(run=str(folder), images=32, device="cpu"), QUIET)
+    diagnosis = doctor(DoctorConfig(run=str(folder), images=32, device="cpu"))
     names = [f.name for f in diagnosis.findings]
     assert names[0] == "no structure"
     assert {"no checkpoint", "no holdout"} <= set(names)
     (tmp_path / "noise.npy").unlink()
-    assert "no images" in [f.name for f in doctor(DoctorConfig(run=str(folder)), QUIET).findings]
+    assert "no images" in [f.name for f in doctor(DoctorConfig(run=str(folder))).findings]
 
 
 def test_a_run_that_the_loop_gave_up_is_ill(tmp_path):
@@ -264,20 +266,47 @@ def test_a_run_that_the_loop_gave_up_is_ill(tmp_path):
     folder = tmp_path / "run"
     data = str(tmp_path / "x.npy")
     with pytest.raises(RunError, match="not finite"):
-        pretrain(PretrainConfig(data=(data,), out=str(folder), steps=9, mean=[0] * 3, std=[1] * 3, **TINY))
-    diagnosis = doctor(DoctorConfig(run=str(folder), images=32, device="cpu"), QUIET)
+        pretrain(
+            PretrainConfig.from_flags(
+                data=(data,), out=str(folder), steps=9, mean=[0] * 3, std=[1] * 3, **TINY
+            )
+        )
+    diagnosis = doctor(DoctorConfig(run=str(folder), images=32, device="cpu"))
     ailments = {f.name for f in diagnosis.findings if f.severity == "ailment"}
     assert {"skipped steps", "equal images"} <= ailments
 
 
 def test_wrong_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match="is no run"):
-        doctor(DoctorConfig(run=str(tmp_path)), QUIET)
+        doctor(DoctorConfig(run=str(tmp_path)))
     (tmp_path / "config.yaml").write_text("- a list\n")
     with pytest.raises(UserError, match="how it was trained"):
-        doctor(DoctorConfig(run=str(tmp_path)), QUIET)
-    with pytest.raises(UserError, match="8 or more"):
+        doctor(DoctorConfig(run=str(tmp_path)))
+    with pytest.raises(UserError, match=r"--images 3 is out of range. Give a whole number of at least 8"):
         DoctorConfig(run=str(tmp_path), images=3)
+
+
+def test_a_configuration_by_parts_is_read_as_a_flat_one_and_other_methods_are_refused(tmp_path):
+    flat = {"model": "mae_vit_32x2x2_patch4", "image_size": [16, 16], "mask_ratio": 0.5, "batch_size": 7}
+    nested = {
+        "model": {"model": "mae_vit_32x2x2_patch4", "image_size": [16, 16]},
+        "method": {"name": "mae", "mask_ratio": 0.5, "target": "pixels"},
+        "loop": {"batch_size": 7},
+    }
+    records = []
+    for config in (flat, nested):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        records.append(read_record(tmp_path))
+    assert records[0] == records[1]
+    assert (records[0].model.mask_ratio, records[0].loop.batch_size) == (0.5, 7)
+    for change, said in (
+        ({"method": {"name": "simclr"}}, "was trained with --method simclr, and"),
+        ({"method": {"name": "mae", "target": "hog"}}, "was trained with --method mae --target hog, and"),
+        ({"method": {}, "objective": "byol"}, "was trained with --method byol, and"),  # as 0.1 calls it
+    ):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({**nested, **change}))
+        with pytest.raises(UserError, match=said):
+            read_record(tmp_path)
 
 
 @pytest.mark.slow
@@ -292,5 +321,5 @@ def test_made_to_be_ill(tmp_path):
     benchmark.write_arrays("shapes:3000:seed=21", 3000, 21, tmp_path)
     for name, case in benchmark.CASES.items():
         benchmark.make_run(case, tmp_path, tmp_path / name, 21)
-        diagnosis = doctor(DoctorConfig(run=str(tmp_path / name), device="cpu"), QUIET)
+        diagnosis = doctor(DoctorConfig(run=str(tmp_path / name), device="cpu"))
         assert benchmark.judged_well(case, diagnosis), (name, diagnosis.findings)

@@ -19,17 +19,16 @@ from quarterview.data.loader import central
 from quarterview.data.sources.open import open_source
 from quarterview.data.transforms.crop import normalise, to_float
 from quarterview.errors import RunError, UserError
-from quarterview.evaluation.embed import EmbedConfig, embed, shard_ranges
+from quarterview.evaluation.config import EmbedConfig
+from quarterview.evaluation.embed import embed, shard_ranges
 from quarterview.models.create import create_model
 from quarterview.training import checkpoint
-from quarterview.training.logging import Journal
 from quarterview.weights.loading import load, metadata, read
 
 # A server that has imported everything and run nothing forks the processes that are killed here.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["quarterview.evaluation.embed"])
 
-QUIET = Journal(quiet=True)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
 
@@ -98,7 +97,7 @@ def expected(model, source, ids, features, block):
 )
 def test_the_rows_are_the_readable_images_in_order(run, photos, tmp_path, features, block, dtype, shape):
     out, source, model = tmp_path / "out", open_source(str(photos), 3), load(run)
-    record = embed(config(run, photos, out, features=features, block=block, dtype=dtype), QUIET)
+    record = embed(config(run, photos, out, features=features, block=block, dtype=dtype))
     ids = column(out, "id")
     broken = [i for i in range(40) if i not in ids]
     assert len(broken) == 3
@@ -131,7 +130,7 @@ def test_the_rows_are_the_readable_images_in_order(run, photos, tmp_path, featur
 
 def test_images_without_labels_have_none(run, tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 255, (9, 16, 16, 3), dtype=np.uint8))
-    record = embed(config(run, tmp_path / "x.npy", tmp_path / "out"), QUIET)
+    record = embed(config(run, tmp_path / "x.npy", tmp_path / "out"))
     assert column(tmp_path / "out", "label") == [None] * 9
     assert record["classes"] is None
     table = pq.read_table(tmp_path / "out" / record["shards"][0])
@@ -150,21 +149,27 @@ def test_shards_cover_every_image_once():
 # ---------------------------------------------------------------------- again
 
 
+def test_progress_is_told_shard_by_shard(run, photos, tmp_path):
+    told = []
+    embed(config(run, photos, tmp_path / "out"), lambda *counts: told.append(counts))
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
 def test_again_is_nothing_and_a_lost_shard_comes_back_the_same(run, photos, tmp_path):
     out = tmp_path / "out"
-    embed(config(run, photos, out), QUIET)
+    embed(config(run, photos, out))
     before, times = files(out), {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
-    embed(config(run, photos, out), QUIET)
+    embed(config(run, photos, out))
     assert files(out) == before
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")} == times
     next(out.glob("*-00001-of-*")).unlink()
-    embed(config(run, photos, out), QUIET)
+    embed(config(run, photos, out))
     assert files(out) == before
 
 
 def test_other_settings_or_weights_are_refused_and_named(run, photos, tmp_path):
     out = tmp_path / "out"
-    embed(config(run, photos, out), QUIET)
+    embed(config(run, photos, out))
     before = files(out)
     for changes, message in [
         ({"features": "cls"}, "features mean there, cls here"),
@@ -174,29 +179,29 @@ def test_other_settings_or_weights_are_refused_and_named(run, photos, tmp_path):
         ({"data": ("shapes:40",)}, r"data_fingerprint .* there"),
     ]:
         with pytest.raises(UserError, match=message):
-            embed(replace(config(run, photos, out), **changes), QUIET)
+            embed(replace(config(run, photos, out), **changes))
     file = next(run.rglob("model.safetensors"))
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match=r"weights .* there, .* here; accepted"):
-        embed(config(run, photos, out), QUIET)
+        embed(config(run, photos, out))
     assert files(out) == before
 
 
 def test_requests_that_cannot_be_met(run, photos, tmp_path):
-    with pytest.raises(UserError, match="block 3 of 2"):
-        embed(config(run, photos, tmp_path / "out", block=3), QUIET)
-    with pytest.raises(UserError, match="shard_size 0"):
+    with pytest.raises(UserError, match="--block 3 is more than the 2 blocks"):
+        embed(config(run, photos, tmp_path / "out", block=3))
+    with pytest.raises(UserError, match="--shard-size 0"):
         config(run, photos, tmp_path / "out", shard_size=0)
     with pytest.raises(UserError, match="holds other things, such as a"):
-        embed(config(run, photos, photos), QUIET)
+        embed(config(run, photos, photos))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.png").write_bytes(b"none")
     with pytest.raises(UserError, match="none of the images"):
-        embed(config(run, tmp_path / "broken", tmp_path / "out"), QUIET)
+        embed(config(run, tmp_path / "broken", tmp_path / "out"))
     (tmp_path / "out" / "embed.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
-        embed(config(run, photos, tmp_path / "out"), QUIET)
+        embed(config(run, photos, tmp_path / "out"))
 
 
 def test_numbers_that_do_not_fit_are_never_written(run, photos, tmp_path):
@@ -206,7 +211,7 @@ def test_numbers_that_do_not_fit_are_never_written(run, photos, tmp_path):
         model.norm.bias.data.fill_(scale)
         checkpoint.save(file.parents[1], 1, {"model": model.state_dict()}, {}, metadata(model.config))
         with pytest.raises(error, match=r"float16|no number"):
-            embed(config(run, photos, tmp_path / dtype, dtype=dtype), QUIET)
+            embed(config(run, photos, tmp_path / dtype, dtype=dtype))
         assert not list((tmp_path / dtype).glob("*.parquet"))
 
 
@@ -215,13 +220,13 @@ def test_numbers_that_do_not_fit_are_never_written(run, photos, tmp_path):
 
 def life(settings: EmbedConfig) -> None:
     torch.set_num_threads(1)
-    embed(settings, QUIET)
+    embed(settings)
 
 
 @pytest.mark.slow
 def test_killed_again_and_again_the_bytes_are_the_same(run, photos, tmp_path):
     changes = {"shard_size": 6, "batch_size": 4, "features": "tokens"}
-    embed(config(run, photos, tmp_path / "whole", **changes), QUIET)
+    embed(config(run, photos, tmp_path / "whole", **changes))
     whole, dice, killed, seen = files(tmp_path / "whole"), random.Random(0), 0, set()
     parts = tmp_path / "parts"
     for _ in range(40):
@@ -244,7 +249,7 @@ def test_killed_again_and_again_the_bytes_are_the_same(run, photos, tmp_path):
             break
     assert killed >= 3
     assert len(seen) >= 3
-    embed(config(run, photos, parts, **changes), QUIET)
+    embed(config(run, photos, parts, **changes))
     assert files(parts) == whole
     assert not list(parts.glob("*.partial"))
     assert not list(parts.glob(".*.partial"))

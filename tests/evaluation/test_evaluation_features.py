@@ -9,24 +9,24 @@ import timm
 import torch
 from PIL import Image
 
+from quarterview.commands.config import KnnConfig
+from quarterview.commands.knn import knn
 from quarterview.data.sources.open import open_source
 from quarterview.doctor.collapse import encoder_spread
 from quarterview.errors import UserError
 from quarterview.evaluation import features
-from quarterview.evaluation.embed import EmbedConfig, Embedder
+from quarterview.evaluation.config import EmbedConfig, ProbeConfig
+from quarterview.evaluation.embed import Embedder
 from quarterview.evaluation.features import (
-    ProbeConfig,
     central_batches,
-    choose_labelled,
     extract,
     fresh_twin,
     pixel_features,
     tokens_after,
 )
-from quarterview.evaluation.knn import knn
 from quarterview.models.create import create_model, fresh_model
 from quarterview.training import checkpoint
-from quarterview.training.logging import Journal
+from quarterview.training.console import Console
 from quarterview.weights.loading import metadata, read
 
 
@@ -111,7 +111,7 @@ def test_the_encoder_is_untouched_by_feature_extraction(model):
 def test_compiled_features_are_the_same(model, block):
     images = torch.rand(5, 3, 16, 16)
     compiled = copy.deepcopy(model)
-    features.compile_blocks(compiled, None if block is None else block - 1)
+    features.compile_blocks(compiled, block)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):
@@ -149,33 +149,14 @@ def test_how_much_of_a_test_image_is_seen(tmp_path, size, crop_pct, outer):
     assert bool((seen > 128).any()) == outer
 
 
-def test_a_share_that_is_none_is_refused(run):
-    with pytest.raises(UserError, match=r"crop_pct 1\.5"):
-        ProbeConfig(str(run), ("a",), ("b",), crop_pct=1.5)
+def test_a_share_that_is_none_is_refused():
+    with pytest.raises(UserError, match=r"--crop-pct 1\.5"):
+        ProbeConfig("run", crop_pct=1.5)
 
 
 def test_pixels_are_shrunk_to_the_stated_side():
     assert pixel_features(torch.rand(2, 3, 16, 16)).shape == (2, 3 * 16 * 16)
     assert pixel_features(torch.rand(2, 3, 64, 128)).shape == (2, 3 * 16 * 32)
-
-
-@pytest.mark.parametrize("count", [10, 25, 60, None])
-def test_labelled_images_are_balanced_and_keyed(count):
-    labels = torch.arange(100) % 5
-    chosen = choose_labelled(labels, count, seed=3)
-    assert len(chosen.unique()) == len(chosen) == (count or 100)
-    per_class = labels[chosen].bincount()
-    assert per_class.max() - per_class.min() <= 1
-    assert torch.equal(chosen, choose_labelled(labels, count, seed=3))
-    if count is not None:
-        assert not torch.equal(chosen, choose_labelled(labels, count, seed=4))
-        larger = choose_labelled(labels, count + 10, seed=3)
-        assert set(chosen.tolist()) < set(larger.tolist())  # more labels contain fewer
-
-
-def test_more_labels_than_images_is_an_error():
-    with pytest.raises(UserError, match="there are 4"):
-        choose_labelled(torch.zeros(4, dtype=torch.int64), 5, 0)
 
 
 @pytest.mark.parametrize("block", [1, 2])
@@ -198,7 +179,6 @@ def test_tokens_of_an_inner_block_equal_timms(model, block):
         torch.testing.assert_close(after_all, model.encode(images))
         if block == 2:
             torch.testing.assert_close(model.norm(tokens), after_all, atol=1e-6, rtol=0)
-    assert not model.blocks[block - 1]._forward_hooks  # nothing is left behind
 
 
 def test_a_fresh_twin_has_the_weights_of_its_seed_and_leaves_the_model_alone(model):
@@ -228,7 +208,10 @@ def test_the_digest_is_that_of_the_bytes(run, tmp_path):
 
 def test_probes_refuse_what_cannot_be_compared(run, tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((20, 16, 16, 3), np.uint8))
-    with pytest.raises(UserError, match="no labels"):
-        knn(ProbeConfig(str(run), (str(tmp_path / "x.npy"),), ("shapes:20",)), 3, Journal(quiet=True))
-    with pytest.raises(UserError, match="no moving average"):
-        knn(ProbeConfig(str(run), ("shapes:20",), ("shapes:20",), ema=True), 3, Journal(quiet=True))
+    for changes, said in (
+        ({"train": str(tmp_path / "x.npy")}, "no labels"),
+        ({"ema": True}, "no moving average"),
+    ):
+        flags = {"run": str(run), "train": "shapes:20", "test": "shapes:20", "k": 3, **changes}
+        with pytest.raises(UserError, match=said):
+            knn(KnnConfig.from_flags(**flags), Console(quiet=True))

@@ -10,14 +10,20 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
+from quarterview.commands.config import KnnConfig
+from quarterview.commands.knn import knn
 from quarterview.data.sources.open import open_source
 from quarterview.errors import UserError
-from quarterview.evaluation.features import ProbeConfig, ProbeData, extract, pixel_features
-from quarterview.evaluation.knn import TEMPERATURE, knn, knn_accuracies, knn_predict, nearest, vote
+from quarterview.evaluation.features import Features, extract, pixel_features
+from quarterview.evaluation.knn import TEMPERATURE, Knn, knn_accuracies, nearest, vote
 from quarterview.models.create import create_model
 from quarterview.training import checkpoint
-from quarterview.training.logging import Journal
+from quarterview.training.console import Console
 from quarterview.weights.loading import metadata
+
+
+def knn_predict(train, labels, test, k, kind="weighted"):
+    return Knn(k, kind).predict(train, labels, test)
 
 
 def sklearn_predict(train, labels, test, k, kind):
@@ -121,16 +127,23 @@ def test_similarities_are_float32_whatever_surrounds_them():
 def test_every_k_and_vote_has_its_row():
     train, labels, test = blobs(200, 100)
     truth = torch.arange(100) % 7
-    data = ProbeData({"a": train, "b": -train}, labels, {"a": test, "b": test}, truth, 7, 0)
+    data = {"a": Features(train, labels, test, truth), "b": Features(-train, labels, test, truth)}
     found = knn_accuracies(data, (1, 5, 30))
     assert [(row.features, row.k, row.vote) for row in found] == [
         (name, k, kind) for name in ("a", "b") for k in (1, 5, 30) for kind in ("majority", "weighted")
     ]
     for row in found:
-        predicted = knn_predict(data.train[row.features], labels, test, row.k, row.vote)
+        predicted = knn_predict(data[row.features].train, labels, test, row.k, row.vote)
         assert row.accuracy == pytest.approx(float((predicted == truth).double().mean()))
+        figures = dict(Knn(row.k, row.vote)(data[row.features]))
+        assert figures == {"accuracy": row.accuracy, "standard_error": row.standard_error}
         assert row.standard_error == pytest.approx((row.accuracy * (1 - row.accuracy) / 100) ** 0.5)
     assert found[0].accuracy == found[1].accuracy  # one neighbour decides alone
+
+
+def test_where_there_are_fewer_images_all_of_them_vote():
+    train, labels, test = blobs(12, 40)
+    assert torch.equal(knn_predict(train, labels, test, 20), knn_predict(train, labels, test, 12))
 
 
 # ---------------------------------------------------------------------- the command
@@ -151,10 +164,9 @@ def run(tiny, tmp_path):
 
 
 def test_the_command_shows_a_table_and_records_the_result(run, capsys):
-    config = ProbeConfig(
-        str(run), ("shapes:120:seed=1",), ("shapes:60:seed=2",), labels=50, features="cls", device="cpu"
-    )
-    found = knn(config, (1, 5, 5), Journal(), ["quarterview", "knn"])
+    images = {"train": "shapes:120:seed=1", "test": "shapes:60:seed=2", "labels": 50}
+    config = KnnConfig.from_flags(run=str(run), **images, features="cls", device="cpu", k=(1, 5, 5))
+    found = knn(config, Console(), ["quarterview", "knn"])
     assert [(row.features, row.k) for row in found[::2]] == [
         (name, k) for name in ("raw pixels", "random encoder", "this model") for k in (1, 5)
     ]
@@ -169,6 +181,8 @@ def test_the_command_shows_a_table_and_records_the_result(run, capsys):
     train = open_source("shapes:120:seed=1", 3)
     assert record["data"]["train"]["fingerprint"] == train.fingerprint()
     assert record["data"]["train"]["labelled"] == 50
+    assert record["data"]["train"]["specs"] == ["shapes:120:seed=1"]
+    assert record["data"]["test"]["images"] == 60
     assert record["data"]["unreadable"] == 0
     assert [row["accuracy"] for row in record["results"]["accuracies"]] == [row.accuracy for row in found]
 
@@ -177,12 +191,19 @@ def test_one_k_will_do_and_a_file_outside_a_run_leaves_no_result(run, tmp_path):
     weights = tmp_path / "elsewhere" / "model.safetensors"
     weights.parent.mkdir()
     (run / "checkpoints" / "step-00000001" / "model.safetensors").rename(weights)
-    config = ProbeConfig(str(weights), ("shapes:40",), ("shapes:40:seed=2",), baselines=False, device="cpu")
-    assert len(knn(config, 3, Journal(quiet=True))) == 2
+    images = {"train": "shapes:40", "test": "shapes:40:seed=2"}
+    config = KnnConfig.from_flags(run=str(weights), **images, baselines=False, device="cpu", k=3)
+    assert len(knn(config, Console(quiet=True))) == 2
     assert sorted(path.name for path in weights.parent.iterdir()) == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("k", [0, 21, (5, 21), ()])
 def test_impossible_numbers_of_neighbours_are_refused(run, k):
-    with pytest.raises(UserError, match="neighbours"):
-        knn(ProbeConfig(str(run), ("shapes:20",), ("shapes:20",)), k, Journal(quiet=True))
+    with pytest.raises(UserError, match=r"--k .*Give"):
+        knn(KnnConfig.from_flags(run=str(run), train="shapes:20", test="shapes:20", k=k), Console(quiet=True))
+
+
+def test_what_is_missing_is_said(run):
+    for flags, said in (({}, "RUN is missing"), ({"run": str(run)}, "--train is missing")):
+        with pytest.raises(UserError, match=said):
+            knn(KnnConfig.from_flags(**flags), Console(quiet=True))

@@ -9,27 +9,29 @@ import torch
 from PIL import Image
 from torch import nn
 
+from quarterview.commands.config import LinearConfig
+from quarterview.commands.linear import linear
 from quarterview.data.sampler import SampleStream
 from quarterview.data.sources.open import open_source
 from quarterview.data.transforms.crop import crop_resize, normalise, random_crops, to_float
 from quarterview.errors import UserError
-from quarterview.evaluation import features
-from quarterview.evaluation import linear_paper as linear_paper_module
-from quarterview.evaluation.features import Probe, ProbeConfig, ProbeData, extract, open_probe, pixel_features
-from quarterview.evaluation.linear import STRENGTHS, choose_strength, linear, linear_accuracy, linear_fit
+from quarterview.evaluation import linear_paper, probe
+from quarterview.evaluation.config import LinearClassifierConfig
+from quarterview.evaluation.features import Features, extract, pixel_features
+from quarterview.evaluation.labelled import LabelledSplit
+from quarterview.evaluation.linear import STRENGTHS, LogisticRegression, choose_strength
 from quarterview.evaluation.linear_paper import (
-    PaperConfig,
     Pictures,
     crop_features,
-    judge,
-    linear_paper,
+    head_predict,
     make_head,
     plan,
     train_heads,
 )
+from quarterview.evaluation.probe import Probe, open_probe
 from quarterview.models.create import create_model
 from quarterview.training import checkpoint
-from quarterview.training.logging import Journal
+from quarterview.training.console import Console
 from quarterview.weights.loading import load, metadata
 
 CPU = torch.device("cpu")
@@ -48,7 +50,12 @@ def run(tmp_path):
 
 def config(run, **changes):
     data = {"train": ("shapes:100:seed=1:size=16",), "test": ("shapes:50:seed=2:size=16",)}
-    return ProbeConfig(**{"run": str(run), **data, "device": "cpu", **changes})
+    return LinearConfig.from_flags(**{"run": str(run), **data, "device": "cpu", **changes})
+
+
+def opened(run, **changes):
+    asked = config(run, **changes)
+    return open_probe(asked.images, asked.probe, default="cls")
 
 
 # ---------------------------------------------------------------------- the fast one
@@ -59,19 +66,18 @@ def test_linear_probe_separates_what_can_be_separated():
     labels = torch.arange(400) % 4
     separable = nn.functional.one_hot(labels, 4) * 3.0 + 0.3 * torch.randn(400, 4, generator=generator)
     noise = torch.randn(400, 4, generator=generator)
-    data = ProbeData(
-        {"good": separable[:200], "noise": noise[:200]},
-        labels[:200],
-        {"good": separable[200:], "noise": noise[200:]},
-        labels[200:],
-        4,
-        0,
-    )
-    assert linear_accuracy(data, "good", 0) > 0.99
-    assert linear_accuracy(data, "noise", 0) < 0.4
-    fitted = linear_fit(data, "noise", 0)
-    assert fitted.strength in STRENGTHS
-    assert fitted.standard_error == pytest.approx(math.sqrt(fitted.accuracy * (1 - fitted.accuracy) / 200))
+    good, bad = (Features(x[:200], labels[:200], x[200:], labels[200:]) for x in (separable, noise))
+    evaluate = LogisticRegression(0)
+    assert dict(evaluate(good))["accuracy"] > 0.99
+    found = dict(evaluate(bad))
+    accuracy = found["accuracy"]
+    assert accuracy < 0.4
+    assert found["strength"] in STRENGTHS
+    assert found["standard_error"] == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 200))
+    predicted = evaluate.predict(bad.train, bad.train_labels, bad.test)
+    assert accuracy == float((predicted == bad.test_labels).double().mean())
+    with pytest.raises(UserError, match="one class"):
+        evaluate.predict(bad.train, torch.zeros(200, dtype=torch.int64), bad.test)
 
 
 def test_strength_is_chosen_even_from_few_labels():
@@ -82,7 +88,7 @@ def test_strength_is_chosen_even_from_few_labels():
 
 
 def test_the_fast_probe_shows_a_table_and_records_the_result(run, capsys):
-    found = linear(config(run), Journal(), ["quarterview", "linear"])
+    found = linear(config(run), Console(), ["quarterview", "linear"])
     assert list(found) == ["raw pixels", "random encoder", "this model"]
     assert "50 test images" in " ".join(capsys.readouterr().out.split())
     record = json.loads((run / "results" / "linear.json").read_text())
@@ -96,17 +102,18 @@ def test_the_fast_probe_shows_a_table_and_records_the_result(run, capsys):
 def test_one_class_is_no_task(run, tmp_path):
     np.savez(tmp_path / "x.npz", images=np.zeros((20, 16, 16, 3), np.uint8), labels=np.zeros(20, np.int64))
     one = config(run, train=(str(tmp_path / "x.npz"),))
-    for protocol in (lambda: linear(one, Journal()), lambda: linear_paper(one, PaperConfig(), Journal())):
-        with pytest.raises(UserError, match="one class"):
-            protocol()
+    of_one = config(run, labels=1)  # of which there is but one class, though the images have ten
+    for asked in (one, of_one):
+        for protocol in ("fast", "paper"):
+            with pytest.raises(UserError, match="one class"):
+                linear(asked.with_flags(protocol=protocol), Console())
 
 
 # ---------------------------------------------------------------------- the paper's
 
 
 def test_the_defaults_are_the_papers():
-    paper = PaperConfig()
-    schedule, batch = plan(paper, 1_281_167, Journal(quiet=True))
+    schedule, batch = plan(LinearClassifierConfig(), 1_281_167)
     assert batch == 16384
     assert schedule.peak == pytest.approx(6.4)
     assert schedule.total_steps == math.ceil(90 * 1_281_167 / 16384)
@@ -116,19 +123,20 @@ def test_the_defaults_are_the_papers():
     assert schedule.lr(schedule.total_steps - 1) < 1e-4
 
 
-def test_a_batch_larger_than_the_set_shrinks_and_says_so(capsys):
-    schedule, batch = plan(PaperConfig(), 1000, Journal())
+def test_a_batch_larger_than_the_set_shrinks_and_says_so(caplog):
+    schedule, batch = plan(LinearClassifierConfig(), 1000)
     assert (batch, schedule.total_steps, schedule.warmup_steps) == (1000, 90, 10)
     assert schedule.peak == pytest.approx(0.1 * 1000 / 256)
-    assert "shrinks" in capsys.readouterr().out
+    assert "--batch-size 16384 is more than the 1000 labelled images" in caplog.text
+    assert "0.390625" in caplog.text
 
 
 @pytest.mark.parametrize(
     "wrong", [{"epochs": 0}, {"warmup_epochs": -1.0}, {"batch_size": 1}, {"blr": 0.0}, {"blr": "much"}]
 )
 def test_settings_that_make_no_sense_are_refused(wrong):
-    with pytest.raises(UserError, match="accepted"):
-        PaperConfig(**wrong)
+    with pytest.raises(UserError, match=f"--{next(iter(wrong)).replace('_', '-')}"):
+        LinearClassifierConfig(**wrong)
 
 
 def test_the_head_is_the_papers():
@@ -149,13 +157,16 @@ def test_the_head_is_the_papers():
 
 def test_training_is_the_formula_step_by_step(run):
     """BatchNorm, softmax regression and LARS in NumPy, on the same features, give the same weights."""
-    probe = open_probe(config(run, baselines=False), default="cls")
-    pictures = Pictures(probe.train, range(100), CPU)
-    labels = probe.train_labels
-    paper = PaperConfig(epochs=3, warmup_epochs=1.0, batch_size=40, blr=20.0)
-    head = train_heads(probe, pictures, labels, paper, Journal(quiet=True))["this model"]
-
-    schedule, batch = plan(paper, 100, Journal(quiet=True))
+    probe = opened(run, baselines=False)
+    pictures = Pictures(probe.images.train, range(100), CPU)
+    labels = probe.images.train_labels
+    paper = LinearClassifierConfig(epochs=3, warmup_epochs=1.0, batch_size=40, blr=20.0)
+    schedule, batch = plan(paper, 100)
+    logged = []
+    head = train_heads(probe, pictures, labels, schedule, batch, logged.append)["this model"]
+    assert [row["step"] for row in logged] == list(range(1, schedule.total_steps + 1))
+    assert [row["lr"] for row in logged] == [schedule.lr(step) for step in range(schedule.total_steps)]
+    assert all(math.isfinite(row["loss"]) for row in logged)
     assert schedule.total_steps == math.ceil(3 * 100 / 40)
     stream, fresh = SampleStream(100, 0, 0), make_head(32, 10, 0)
     w, b = fresh[1].weight.detach().double().numpy().copy(), np.zeros(10)
@@ -181,8 +192,8 @@ def test_training_is_the_formula_step_by_step(run):
 
 
 def test_crops_are_keyed_by_seed_epoch_and_image(run):
-    probe = open_probe(config(run, baselines=False), default="cls")
-    pictures = Pictures(probe.train, [7, 3, 50, 51, 52], CPU)
+    images = opened(run, baselines=False).images
+    pictures = Pictures(images.train, [7, 3, 50, 51, 52], CPU)
     rows, epochs = torch.tensor([1, 0, 4]), torch.tensor([2, 0, 2])
     encoders = {"raw": lambda images: images.flatten(1)}
     found = crop_features(encoders, pictures, epochs, rows, (SIZE, SIZE), 11)["raw"]
@@ -191,7 +202,7 @@ def test_crops_are_keyed_by_seed_epoch_and_image(run):
         11, epochs, ids, torch.full((3, 2), 16), (0.08, 1.0), single_draw=True, purpose="probe crop"
     )
     for row, sample, box, flip in zip(found, ids.tolist(), boxes.tolist(), flips.tolist(), strict=True):
-        expected = to_float(crop_resize(probe.train.image(sample).pixels, box, (SIZE, SIZE), flip))
+        expected = to_float(crop_resize(images.train.image(sample).pixels, box, (SIZE, SIZE), flip))
         assert (row - expected.flatten()).abs().max() < 0.03  # eight bits, bicubic in two roundings
     other = crop_features(encoders, pictures, epochs + 1, rows, (SIZE, SIZE), 11)["raw"]
     assert (other != found).any(dim=1).all()
@@ -204,9 +215,9 @@ def test_the_papers_probe_leaves_the_encoder_as_it_is_and_reads_the_cls_token(ru
         models.append(load(*args, **kwargs))
         return models[-1]
 
-    monkeypatch.setattr(features, "load", remembered)
-    paper = PaperConfig(epochs=4, warmup_epochs=1.0)
-    found = linear_paper(config(run, labels=60), paper, Journal(quiet=True), ["quarterview", "linear"])
+    monkeypatch.setattr(probe, "load", remembered)
+    asked = config(run, labels=60, protocol="paper", epochs=4, warmup_epochs=1.0)
+    found = linear(asked, Console(quiet=True), ["quarterview", "linear"])
     assert list(found) == ["raw pixels", "random encoder", "this model"]
     before = load(run).state_dict()
     after = models[0].state_dict()
@@ -217,23 +228,22 @@ def test_the_papers_probe_leaves_the_encoder_as_it_is_and_reads_the_cls_token(ru
     assert record["settings"]["batch_size"] == 16384
     assert record["settings"]["batch_size_used"] == 60
     assert {name: row["accuracy"] for name, row in record["results"]["accuracies"].items()} == found
-    again = linear_paper(config(run, labels=60), paper, Journal(quiet=True))
+    again = linear(asked, Console(quiet=True))
     assert again == found
 
-    probe = open_probe(config(run), default="cls")
+    encoders = opened(run).encoders
     images = torch.rand(3, 3, SIZE, SIZE)
     tokens = models[0].encode(normalise(images, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)))
-    torch.testing.assert_close(probe.encoders["this model"](images), tokens[:, 0])
+    torch.testing.assert_close(encoders["this model"](images), tokens[:, 0])
 
 
 def test_ctrl_c_ends_the_probe_and_leaves_no_result(run, monkeypatch):
     def interrupt(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(linear_paper_module, "_show_step", interrupt)
-    journal = Journal(quiet=True)
+    monkeypatch.setattr(linear_paper, "crop_features", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        linear_paper(config(run, baselines=False), PaperConfig(epochs=2), journal)
+        linear(config(run, baselines=False, protocol="paper", epochs=2), Console(quiet=True))
     assert not (run / "results").exists()
 
 
@@ -254,7 +264,8 @@ def test_images_of_many_sizes_are_decoded_whenever_they_are_seen(run, tmp_path):
     expected = crop_resize(source.image(5).pixels, boxes[4].tolist(), (8, 8), bool(flips[4]))
     assert torch.equal(crops[0], to_float(expected))
     photos = (str(tmp_path / "photos"),)
-    found = linear_paper(config(run, train=photos, test=photos), PaperConfig(epochs=1), Journal(quiet=True))
+    asked = config(run, train=photos, test=photos, protocol="paper", epochs=1)
+    found = linear(asked, Console(quiet=True))
     assert all(0 <= accuracy <= 1 for accuracy in found.values())
     record = json.loads((run / "results" / "linear-paper.json").read_text())
     assert record["data"]["unreadable"] == 2
@@ -283,11 +294,10 @@ def test_the_papers_probe_learns():
         "mae_vit_32x2x2_patch8", image_size=SIZE, decoder_width=16, decoder_heads=2
     ).config
     encoders = {"raw pixels": pixel_features}
-    setup = ProbeConfig("", (), ())
-    probe = Probe(
-        setup, "cls", backbone, CPU, encoders, Coloured(), labels, torch.arange(64), Coloured(), labels
-    )
-    paper = PaperConfig(epochs=20, warmup_epochs=2.0, blr=10.0)
-    head = train_heads(probe, Pictures(Coloured(), range(64), CPU), labels, paper, Journal(quiet=True))
+    images = LabelledSplit(Coloured(), labels, Coloured(), labels)
+    probe = Probe(encoders, backbone, CPU, "cls", images, torch.arange(64))
+    schedule, batch = plan(LinearClassifierConfig(epochs=20, warmup_epochs=2.0, blr=10.0), 64)
+    head = train_heads(probe, Pictures(Coloured(), range(64), CPU), labels, schedule, batch)
     test, _ = extract(encoders, Coloured(), range(64), backbone, CPU)
-    assert judge(head["raw pixels"], test["raw pixels"], labels) > 0.9
+    predicted = head_predict(head["raw pixels"], test["raw pixels"])
+    assert float((predicted == labels).double().mean()) > 0.9

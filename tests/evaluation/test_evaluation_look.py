@@ -9,6 +9,7 @@ from timm.utils import AttentionExtract
 
 from quarterview.errors import UserError
 from quarterview.evaluation import look
+from quarterview.evaluation.config import LookConfig
 from quarterview.models.classifier import Classifier, ClassifierConfig
 from quarterview.models.create import create_model
 from quarterview.models.vit import EXPLICIT_ATTENTION_TOKENS, Attention
@@ -203,12 +204,13 @@ def test_pictures_from_files_and_sets(tmp_path):
     checkpoint.save(folder, 1, {"model": model.state_dict()}, {"step": 1}, metadata(model.config))
     Image.new("RGB", (40, 30), "blue").save(tmp_path / "a.png")
     run, out = str(tmp_path / "run"), tmp_path / "out" / "look.png"
-    look.look(run, [str(tmp_path / "a.png"), "shapes:2"], str(out), heads=1)
+    asked = LookConfig(run, (str(tmp_path / "a.png"), "shapes:2"), str(out), heads=1)
+    assert look.look(asked) == out
     assert size(out)[0] > 300
     first = out.read_bytes()
-    look.look(run, [str(tmp_path / "a.png"), "shapes:2"], str(out), heads=1)
+    look.look(asked)
     assert out.read_bytes() == first
-    with pytest.raises(UserError, match="-1 heads"):
-        look.look(run, ["shapes:2"], str(out), heads=-1)
+    with pytest.raises(UserError, match="--heads -1"):
+        LookConfig(run, heads=-1)
     with pytest.raises(UserError, match="does not exist"):
-        look.look(run, [str(tmp_path / "b.png")], str(out))
+        look.look(LookConfig(run, (str(tmp_path / "b.png"),), str(out)))

@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,12 +19,15 @@ from quarterview import cli
 from quarterview.data.sources.open import open_source
 from quarterview.data.transforms.crop import to_float
 from quarterview.errors import UserError
-from quarterview.evaluation.features import choose_labelled, encoder_features
+from quarterview.evaluation.config import OnlineProbeConfig
+from quarterview.evaluation.features import encoder_features
 from quarterview.evaluation.knn import TEMPERATURE
-from quarterview.evaluation.online import OnlineProbeConfig, probe_hooks, probe_is_due, read_labelled
+from quarterview.evaluation.labelled import choose_labelled, read_labels
+from quarterview.evaluation.online import probe_evaluators, probe_is_due, read_labelled
 from quarterview.models.create import create_model
+from quarterview.recipes import read
 from quarterview.training import checkpoint
-from quarterview.training.logging import Journal, metrics
+from quarterview.training.metric_writers import read_metrics
 from quarterview.training.trainer import Trainer
 
 CLOCK = ("images_per_s", "data_wait")
@@ -43,15 +47,15 @@ def tiny(out, **changes):
         **{"data": ("shapes:40:size=16",), "workers": 0, "holdout": 0, "steps": 12, "device": "cpu"},
         **{"log_every": 1, "eval_every": 2, "checkpoint_every": 100},
     }
-    return qv.PretrainConfig(**{**values, **changes})
+    return qv.PretrainConfig.from_flags(**{**values, **changes})
 
 
 def rows(folder, without=()):
-    return [{k: v for k, v in row.items() if k not in (*CLOCK, *without)} for row in metrics(folder)]
+    return [{k: v for k, v in row.items() if k not in (*CLOCK, *without)} for row in read_metrics(folder)]
 
 
 def probed(folder):
-    return [row["step"] for row in metrics(folder) if "knn_accuracy" in row]
+    return [row["step"] for row in read_metrics(folder) if "knn_accuracy" in row]
 
 
 def tensors(folder):
@@ -122,7 +126,7 @@ def test_the_accuracy_is_scikit_learns_of_the_final_model(tmp_path):
         5, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / TEMPERATURE)
     ).fit(features[0], labels[0])
     expected = reference.score(features[1], labels[1])
-    assert metrics(tmp_path)[-1]["knn_accuracy"] == pytest.approx(expected, abs=1e-6)
+    assert read_metrics(tmp_path)[-1]["knn_accuracy"] == pytest.approx(expected, abs=1e-6)
 
 
 @given(st.integers(1, 7), st.fractions(Fraction(1, 3), 30), st.integers(1, 90))
@@ -158,20 +162,22 @@ def labelled_folder(folder, count, seed):
 
 def test_images_are_cut_once_to_eight_bits_and_broken_ones_left_out(tmp_path):
     source = open_source(str(labelled_folder(tmp_path / "x", 6, 0)), 3)
-    found = read_labelled(source, (16, 16), 100, 0, 2, CPU)
+    labels = read_labels(source, "x")
+    found = read_labelled(source, labels, (16, 16), 100, 0, 2, CPU)
     assert found.images.shape == (10, 3, 16, 16)
     assert found.images.dtype == torch.uint8
     assert found.unreadable == 2
     bright = found.images.float().flatten(1).mean(1) > 128
     assert torch.equal(found.labels == 0, bright)  # labels stay with their images
-    few = read_labelled(source, (16, 16), 4, 0, 2, CPU)
+    few = read_labelled(source, labels, (16, 16), 4, 0, 2, CPU)
     assert len(few.labels) == len(few.images) == 4 - few.unreadable
 
 
 def test_deeper_images_stay_what_they_are(tmp_path):
     values = np.random.default_rng(0).random((12, 8, 8, 5), np.float32)
     np.savez(tmp_path / "x.npz", images=values, labels=np.arange(12) % 3)
-    found = read_labelled(open_source(str(tmp_path / "x.npz"), 5), (8, 8), 6, 0, 1, CPU)
+    source = open_source(str(tmp_path / "x.npz"), 5)
+    found = read_labelled(source, read_labels(source, "x"), (8, 8), 6, 0, 1, CPU)
     assert found.images.shape == (6, 5, 8, 8)
     assert found.images.dtype == torch.float32
     assert found.labels.bincount().tolist() == [2, 2, 2]
@@ -182,14 +188,14 @@ def hooks(train, test, k=3):
     model = create_model(
         "mae_vit_32x1x2_patch4", image_size=16, decoder_width=16, decoder_depth=1, decoder_heads=2
     ).eval()
-    return probe_hooks(model, "mean", config, 0, lambda step: step != 7, 1, Journal())
+    return probe_evaluators(model, "mean", config, 0, lambda step: step != 7, 1)
 
 
-def test_images_that_cannot_be_read_are_told_of(tmp_path, capsys):
+def test_images_that_cannot_be_read_are_told_of(tmp_path, caplog):
     labelled_folder(tmp_path / "a", 6, 0)
     labelled_folder(tmp_path / "b", 5, 1)
     (hook,) = hooks(tmp_path / "a", tmp_path / "b")
-    assert "4 images of the probe cannot be read" in capsys.readouterr().out
+    assert "4 images of the probe cannot be read" in caplog.text
     with torch.no_grad():
         assert hook(step=1)["knn_accuracy"] == 1.0  # bright and dark are told apart by any encoder
         assert hook(step=7) == {}
@@ -206,7 +212,7 @@ def test_probes_that_say_nothing_are_refused(tmp_path):
         hooks("shapes:20:size=16", "shapes:20:size=16")
     with pytest.raises(UserError, match="no labels"):
         hooks(tmp_path / "x.npy", "shapes:20:size=16")
-    with pytest.raises(UserError, match="6 images of probe_train"):
+    with pytest.raises(UserError, match="6 images of --probe-train"):
         hooks(tmp_path / "a", labelled_folder(tmp_path / "c", 4, 2), k=7)
 
 
@@ -223,14 +229,15 @@ def test_probes_that_say_nothing_are_refused(tmp_path):
     ],
 )
 def test_settings_without_a_meaning_are_refused(values):
-    with pytest.raises(UserError, match="accepted"):
+    with pytest.raises(UserError, match=f"--{next(iter(values)).replace('_', '-')}.* Give"):
         OnlineProbeConfig(**values)
 
 
 def test_every_setting_is_a_flag_and_a_line_of_yaml(tmp_path):
     words = ["--probe-train", "a", "b", "--probe-test", "c", "--probe-every", "2.5", "--probe-k", "7"]
-    command = cli.parse(["pretrain", "--data", "shapes", "--out", "x", *words])
+    _, config, _ = cli.parse(["pretrain", "--data", "shapes", "--out", "x", *words])
     expected = OnlineProbeConfig(probe_train=("a", "b"), probe_test=("c",), probe_every=2.5, probe_k=7)
-    assert isinstance(command, qv.PretrainConfig)
-    assert command.part(OnlineProbeConfig) == expected
+    assert config.probe == expected
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.to_plain()))
+    assert read(str(tmp_path / "c.yaml")).probe == expected
     assert OnlineProbeConfig(probe_train="a", probe_test=["c"]).probe_train == ("a",)

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from quarterview.cli import run as run_cli
+from quarterview.commands.robustness import robustness
 from quarterview.data.sources.open import open_source
 from quarterview.errors import UserError
 from quarterview.evaluation import corruptions
 from quarterview.evaluation.class_map import classes_of, read_class_map
+from quarterview.evaluation.config import COMMON, EXTRA, RobustnessConfig
 from quarterview.evaluation.corruptions import (
-    COMMON,
-    EXTRA,
     Corruption,
     all_of,
     corrupt,
@@ -24,10 +24,11 @@ from quarterview.evaluation.corruptions import (
     predictions,
 )
 from quarterview.evaluation.features import class_scores, extract
-from quarterview.evaluation.robustness import ALEXNET, Corrupted, RobustnessConfig, robustness, set_accuracy
-from quarterview.models.classifier import ClassifierConfig, fresh_classifier
+from quarterview.evaluation.robustness import ALEXNET, Corrupted, set_accuracy
+from quarterview.models.config import ClassifierConfig
+from quarterview.models.create import fresh_classifier
 from quarterview.training import checkpoint
-from quarterview.training.logging import Journal
+from quarterview.training.console import Console
 from quarterview.weights.loading import metadata
 
 NAMES = ("circle", "square", "triangle", "star")
@@ -271,8 +272,8 @@ def test_a_set_is_judged_between_its_own_classes(model, tmp_path):
 def test_a_set_of_one_class_is_refused_before_anything_takes_long(run, tmp_path, monkeypatch):
     folder = pictures(tmp_path / "one", ("star", "square"))
     (tmp_path / "map.csv").write_text("square,star\n")
-    monkeypatch.setattr("quarterview.evaluation.robustness._corrupted", lambda *_: pytest.fail("begun"))
-    with pytest.raises(UserError, match="the set few has one class alone"):
+    monkeypatch.setattr("quarterview.commands.robustness._corrupted", lambda *_: pytest.fail("begun"))
+    with pytest.raises(UserError, match="the set few has images of one class only"):
         robustness(
             settings(
                 run=str(run),
@@ -280,7 +281,7 @@ def test_a_set_of_one_class_is_refused_before_anything_takes_long(run, tmp_path,
                 sets=(f"few={folder}",),
                 class_map=str(tmp_path / "map.csv"),
             ),
-            Journal(quiet=True),
+            Console(quiet=True),
         )
 
 
@@ -363,23 +364,27 @@ def test_a_classifier_without_names(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"test": ()}, "--test IMAGES"),
         ({"corruptions": ("glas_blur",)}, "glass_blur"),
-        ({"severities": (0,)}, "accepted: 1 to 5"),
-        ({"severities": ()}, "no severity"),
+        ({"severities": (0,)}, "numbers from 1 to 5"),
+        ({"severities": ()}, "--severities is empty"),
         ({"alexnet": True, "severities": (3,)}, "--alexnet"),
         ({"alexnet": True, "corruptions": ("extra",)}, "--alexnet"),
         ({"alexnet": True, "test": (), "sets": ("a=x",)}, "--alexnet"),
         ({"sets": ("folder",)}, "NAME=IMAGES"),
         ({"sets": ("a=x", "a=y")}, "different names"),
-        ({"workers": -1}, "workers"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"crop_pct": 2.0}, "crop_pct"),
+        ({"workers": -1}, "--workers -1"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"crop_pct": 2.0}, "--crop-pct 2"),
     ],
 )
 def test_what_is_refused(changes, said):
     with pytest.raises(UserError, match=said):
         settings(**changes)
+
+
+def test_no_images_are_refused():
+    with pytest.raises(UserError, match="--test IMAGES"):
+        robustness(settings(test=()), Console(quiet=True))
 
 
 def test_the_names_of_groups():
@@ -425,7 +430,7 @@ def test_the_command(run, tmp_path, capsys):
 def test_the_command_with_alexnet(run, capsys):
     config = settings(run=str(run), test=("shapes:8:size=16",), alexnet=True, class_map=None)
     with pytest.raises(UserError, match="class of --test"):  # ten classes of shapes
-        robustness(config, Journal())
+        robustness(config, Console())
     model = classifier(
         ClassifierConfig("mae_vit_32x2x2_patch4", (16, 16), 3, (0.5,) * 3, (0.25,) * 3, classes=10)
     )
@@ -433,7 +438,7 @@ def test_the_command_with_alexnet(run, capsys):
     checkpoint.save(
         folder / "checkpoints", 1, {"model": model.state_dict()}, {"step": 1}, metadata(model.config)
     )
-    found = robustness(settings(run=str(folder), test=("shapes:8:size=16",), alexnet=True), Journal())
+    found = robustness(settings(run=str(folder), test=("shapes:8:size=16",), alexnet=True), Console())
     out = capsys.readouterr().out
     assert found.corrupted is not None
     assert f"mCE {100 * found.corrupted.mce:.1f}: the mean of errors as shares of AlexNet's" in out

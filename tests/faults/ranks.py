@@ -32,7 +32,7 @@ def config(out: Path, **changes: object) -> qv.PretrainConfig:
         **{"data": (f"shapes:{IMAGES}:size=16",), "workers": 0, "holdout": 8, "steps": STEPS},
         **{"log_every": 1, "eval_every": 10, "checkpoint_every": 5, "device": "cpu"},
     }
-    return qv.PretrainConfig(**{**values, **changes})  # type: ignore[arg-type]
+    return qv.PretrainConfig.from_flags(**values).with_flags(**changes)
 
 
 Prepare = Callable[[int, Path], None]
@@ -79,7 +79,7 @@ def begin(
     return processes
 
 
-def end(processes: list[BaseProcess], seconds: float = 120.0) -> list[int | None]:
+def end(processes: list[BaseProcess], seconds: float = 300.0) -> list[int | None]:
     """The exit codes of processes, of which none may live longer than that."""
     try:
         for process in processes:

@@ -45,9 +45,11 @@ class Hostile:
 
 @contextmanager
 def within(seconds: float):
-    began = time.monotonic()
+    """So many seconds of a core's work at most, however busy the machine is, and no waiting for minutes."""
+    began, worked = time.monotonic(), time.process_time()
     yield
-    assert time.monotonic() - began < seconds
+    assert time.process_time() - worked < seconds
+    assert time.monotonic() - began < 120
 
 
 # ---------------------------------------------------------------------- recipes
@@ -76,14 +78,14 @@ MERGES = "\n".join(f"x{i + 1}: &x{i + 1} {{<<: [{', '.join(10 * [f'*x{i}'])}]}}"
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (f"seed:\n  - &x0 ha\n{LAUGHS}", "seed in recipe .* is nested"),
-        (f"data:\n  - &x0 ha\n{LAUGHS}", "data in recipe .* is nested"),
+        (f"seed:\n  - &x0 ha\n{LAUGHS}", "recipe .*: seed is nested"),
+        (f"data:\n  - &x0 ha\n{LAUGHS}", "recipe .*: data is nested"),
         ("data: &a [*a]", "is nested"),
         ("x0: &x0 {a: 1}\n" + MERGES, "merges .* are not read"),
         ("[" * 50_000, "is no YAML"),
-        ("epochs: 1" + "0" * 400, "epochs is 1000"),
+        ("epochs: 1" + "0" * 400, "--epochs 1000.* is out of range"),
         ("epochs: 1" + "0" * 5000, "is no YAML"),
-        ("epochs: 1e300", "accepted: a number above 0, up to a billion"),
+        ("epochs: 1e300", "--epochs .* Give a number above 0 and of at most 1e.09"),
         ("out: 2001-99-99", "is no YAML"),
         ("out: !!binary é", "is no YAML"),
         ("out: !!timestamp x", "is no YAML"),
@@ -404,7 +406,7 @@ def test_names_that_are_no_utf_8_train_and_what_is_written_is_utf_8(tmp_path, ca
         with open(folder + b"/\xff%02d.png" % number, "wb") as file:  # noqa: PTH123 (a name of bytes)
             if number != 7:
                 Image.new("RGB", (16, 16), (number, 0, 0)).save(file, "PNG")
-    config = qv.PretrainConfig(
+    config = qv.PretrainConfig.from_flags(
         **{"model": "mae_vit_32x1x1_patch4", "image_size": 16, "decoder_width": 32, "decoder_depth": 1},
         **{"decoder_heads": 1, "batch_size": 8, "holdout": 4, "workers": 0, "precision": "fp32", "lr": 1e-3},
         **{"data": (os.fsdecode(data),), "out": str(tmp_path / "run é")},
@@ -425,5 +427,5 @@ def test_names_that_are_no_utf_8_train_and_what_is_written_is_utf_8(tmp_path, ca
 
 def test_a_run_folder_whose_name_is_no_utf_8_is_refused(tmp_path):
     out = os.fsdecode(os.fsencode(tmp_path) + b"/run \xe9")
-    with pytest.raises(UserError, match="is no UTF-8; accepted: one that is"):
-        qv.pretrain(qv.PretrainConfig(data=("shapes:20",), out=out))
+    with pytest.raises(UserError, match=r"is not UTF-8, under which TensorBoard cannot write\. Give --out"):
+        qv.pretrain(data=("shapes:20",), out=out)

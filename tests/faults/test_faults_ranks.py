@@ -1,17 +1,22 @@
 """Several ranks, and what befalls one of them: rows 2, 3, 6, 7, 8 and 9 of docs/reliability.md."""
 
+import contextlib
 import datetime
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
+import elastic
 import numpy as np
 import pytest
 import torch
@@ -24,7 +29,7 @@ from quarterview.data.loader import shares
 from quarterview.errors import RunError
 from quarterview.training import checkpoint, distributed
 from quarterview.training.lock import lock
-from quarterview.training.logging import metrics
+from quarterview.training.metric_writers import read_metrics as metrics
 from quarterview.training.step import Step
 from quarterview.training.trainer import Trainer
 
@@ -55,6 +60,14 @@ def order(log: Path, size: int) -> list[tuple[int, list[int], list[int]]]:
 
 def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in metrics(folder)]
+
+
+def wait_until(what: Callable[[], object], log: Path, seconds: float = 300) -> None:
+    """Wait until something is so; the deadline is there only for what never will be."""
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, log.read_text()[-3000:] if log.exists() else ""
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -210,14 +223,23 @@ def test_shares_are_the_whole_batch_as_equal_as_can_be(batch, count, start):
 
 def stop_the_second_at_7(rank: int, log: Path) -> None:
     if rank == 1:
+        real = os.kill
+
+        def kill(*arguments: int) -> None:
+            (log / "asked").touch()
+            real(*arguments)
+
+        os.kill = kill
         stop(7)
 
 
 def test_one_of_two_ranks_is_asked_to_stop_and_both_save_the_same_step(tmp_path, alone):
-    began = time.monotonic()
-    run = config(tmp_path / "run", ema=0.9, clip_grad=1.0)
-    assert train(run, 2, tmp_path, stop_the_second_at_7) == [75, 75]
-    assert time.monotonic() - began < 15 + 45  # the ranks have to start first
+    processes = begin(config(tmp_path / "run", ema=0.9, clip_grad=1.0), 2, tmp_path, stop_the_second_at_7)
+    with killing(processes):
+        wait_until((tmp_path / "asked").exists, tmp_path / "rank0.out")
+        began = time.monotonic()
+        assert end(processes, 60) == [75, 75]
+    assert time.monotonic() - began < 30
     assert "stopped by SIGTERM after step 8" in said(tmp_path)  # asked at 7, decided together at 8
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [5, 8]
 
@@ -238,20 +260,20 @@ def die_at_8(rank: int, log: Path) -> None:
 
 
 def hurried(rank: int, log: Path) -> None:
-    """Ranks that give up after two seconds, and validations that take four."""
-    distributed._TIMEOUT = datetime.timedelta(seconds=2)
+    """Ranks that give up after ten seconds, and validations that take fifteen."""
+    distributed._TIMEOUT = datetime.timedelta(seconds=10)
     real = Trainer.__init__
 
     def init(self, *arguments, **named):
         real(self, *arguments, **named)
-        self.hooks = [*self.hooks, lambda step: time.sleep(4) or {}]
+        self.evaluators = [*self.evaluators, lambda step: time.sleep(15) or {}]
 
     Trainer.__init__ = init
 
 
 @pytest.mark.slow
 def test_ranks_wait_for_the_main_one_to_judge_however_long_it_takes(tmp_path):
-    run = config(tmp_path / "run", steps=4, eval_every=2)
+    run = config(tmp_path / "run", steps=4, eval_every=4)
     assert train(run, 2, tmp_path, hurried) == [0, 0], said(tmp_path)
 
 
@@ -276,34 +298,50 @@ def test_when_a_rank_dies_the_other_stops_at_once_and_says_so(tmp_path):
 
 def flags(folder: Path, **changes: object) -> list[str]:
     """The command line of `config`."""
-    given = config(folder, checkpoint_every=2, **changes)
+    given = config(folder, checkpoint_every=2, **changes).flags()
     names = ["model", "precision", "out", "decoder_width", "decoder_depth", "decoder_heads", "lr"]
     names += ["batch_size", "workers", "holdout", "steps", "log_every", "eval_every", "checkpoint_every"]
-    words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(given, name)))]
-    return [*words, "--device", "cpu", "--image-size", "16", "--data", *given.data]
+    words = [word for name in names for word in (f"--{name.replace('_', '-')}", str(given[name]))]
+    return [*words, "--device", "cpu", "--image-size", "16", "--data", *given["data"]]
+
+
+@contextlib.contextmanager
+def stopping(agents: list[subprocess.Popen]) -> Iterator[None]:
+    """Whatever happens within, no agent is left, and no rank of one."""
+    try:
+        yield
+    finally:
+        for agent in agents:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(agent.pid, signal.SIGKILL)
+            agent.wait()
+
+
+def begin_agent(words: list[str], log: TextIO, **environment: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = (
+        "1"  # or one that is late ends both: docs/reliability.md
+    )
+    return subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
 @pytest.mark.slow
 def test_a_rank_killed_under_torchrun_is_replaced_and_the_run_ends_as_it_would_have(tmp_path):
     ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    ranks += ["--standalone", "-m", "quarterview", "pretrain"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*ranks, *flags(tmp_path / "whole")], env=environment, capture_output=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    log = (tmp_path / "log").open("w")
-    folder = tmp_path / "run"
-    with log, subprocess.Popen([*ranks, *flags(folder)], env=environment, stdout=log, stderr=log) as agent:
-        until = time.monotonic() + 200
-        while not checkpoint.steps(folder / "checkpoints") and time.monotonic() < until:
-            time.sleep(0.005)
-        ours = children_of(agent.pid)
-        assert len(ours) == 2
-        os.kill(ours[1], signal.SIGKILL)
-        assert agent.wait(300) == 0, (tmp_path / "log").read_text()[-3000:]
-    text = (tmp_path / "log").read_text()
-    assert "going on from" in text
+    ranks += ["--standalone", elastic.__file__, str(tmp_path), "pretrain"]
+    folder, log = tmp_path / "run", tmp_path / "log"
+    with log.open("w") as file:
+        agent = begin_agent([*ranks, *flags(folder)], file, LOST="1")
+        with stopping([agent]):
+            wait_until((tmp_path / "held").exists, log)
+            wait_until(lambda: checkpoint.steps(folder / "checkpoints"), log)
+            (tmp_path / "lost").touch()  # those that come in its place are not held
+            os.kill(int((tmp_path / "held").read_text()), signal.SIGKILL)
+            assert agent.wait(300) == 0, log.read_text()[-3000:]
+        whole = begin_agent([*ranks, *flags(tmp_path / "whole")], file)
+        with stopping([whole]):
+            assert whole.wait(300) == 0, log.read_text()[-3000:]
+    assert "going on from" in log.read_text()
     assert different(folder, tmp_path / "whole") == []
 
 
@@ -317,45 +355,159 @@ def listens(place: str) -> bool:
     return True
 
 
+def rendezvous() -> str:
+    """A free place for two agents to meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def agent_of(place: str, folder: Path, *, dying: str = "", host: bool = False, read: int = 60) -> list[str]:
+    """torchrun on one of one or two machines, with one rank of a run in ``folder/run``.
+
+    Args:
+        place: where the agents meet.
+        folder: for the run, and for what its ranks write down.
+        dying: a method of the agent that kills it instead.
+        host: whether this one holds the rendezvous.
+        read: seconds that the agent waits for another one's word.
+    """
+    torchrun = ["-c", elastic.DYING.format(dying)] if dying else ["-m", "torch.distributed.run"]
+    # A machine without a heartbeat for 3 intervals is lost. Those that start last have 10 s to come.
+    conf = f"last_call_timeout=10,keep_alive_interval=2,read_timeout={read},is_host={int(host)}"
+    words = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
+    words += ["--rdzv-id", "x", "--rdzv-endpoint", place, "--rdzv-conf", conf, "--local-addr", "127.0.0.1"]
+    words += [elastic.__file__, str(folder), "pretrain", *flags(folder / "run", steps=60)]
+    return [sys.executable, *torchrun, *words]
+
+
+def as_one_alone(folder: Path) -> None:
+    """A run of two machines has every step once, and the losses of one rank."""
+    assert [row["step"] for row in metrics(folder / "run")] == list(range(1, 61))
+    assert train(config(folder / "whole", steps=60), 1, folder / "1") == [0]
+    torch.testing.assert_close(losses(folder / "run"), losses(folder / "whole"), rtol=1e-4, atol=0)
+
+
 @pytest.mark.slow
 def test_a_machine_that_is_lost_is_gone_without(tmp_path):
     """Two agents of an elastic run, as of two machines. One is killed with its rank; the other goes on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = f"127.0.0.1:{free.getsockname()[1]}"
-    elastic = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1"]
-    elastic += ["--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "x", "--rdzv-endpoint", place]
-    elastic += ["--rdzv-conf", "last_call_timeout=3,keep_alive_interval=1", "--local-addr", "127.0.0.1"]
-    words = [*elastic, "-m", "quarterview", "pretrain", *flags(tmp_path / "run", steps=60)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    agents = []
-    with (tmp_path / "log").open("w") as log:
-        try:
-            for _ in range(2):
-                agents.append(subprocess.Popen(words, env=environment, stdout=log, stderr=log))
-                until = time.monotonic() + 200
-                while not listens(place) and time.monotonic() < until:
-                    time.sleep(0.1)  # the first holds the rendezvous
-            while not checkpoint.steps(tmp_path / "run" / "checkpoints") and time.monotonic() < until:
-                time.sleep(0.005)
-            for pid in [*children_of(agents[1].pid), agents[1].pid]:
-                os.kill(pid, signal.SIGKILL)
-            assert agents[0].wait(300) == 0, (tmp_path / "log").read_text()[-3000:]
-        finally:
-            for agent in agents:
-                agent.kill()
-                agent.wait()
-    assert "going on from" in (tmp_path / "log").read_text()
-    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 61))
-    whole = config(tmp_path / "whole", steps=60)
-    assert train(whole, 1, tmp_path / "1") == [0]
-    torch.testing.assert_close(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=1e-4, atol=0)
+    place, log = rendezvous(), tmp_path / "log"
+    agents: list[subprocess.Popen] = []
+    with log.open("w") as file, stopping(agents):
+        agents.append(begin_agent(agent_of(place, tmp_path, host=True), file))
+        wait_until(lambda: listens(place), log)
+        agents.append(begin_agent(agent_of(place, tmp_path), file, LOST="0 1"))
+        # Both are in the same step: one waits to be killed, the other for its gradients.
+        wait_until((tmp_path / "held").exists, log)
+        wait_until(lambda: checkpoint.steps(tmp_path / "run" / "checkpoints"), log)
+        (tmp_path / "lost").touch()
+        ranks = children_of(agents[1].pid)
+        assert len(ranks) == 1
+        for pid in [agents[1].pid, *ranks]:  # the agent first, which would start another rank
+            os.kill(pid, signal.SIGKILL)
+        assert agents[0].wait(300) == 0, log.read_text()[-3000:]
+    assert "going on from" in log.read_text()
+    trained = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    together = [step for step, _, size in trained if size == 2]
+    assert len(together) == 2 * len(set(together))  # both ranks in every step, the last one too
+    assert trained[-1] == [59, 0, 1]
+    as_one_alone(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_machine_that_comes_late_takes_part(tmp_path):
+    place, log = rendezvous(), tmp_path / "log"
+    agents: list[subprocess.Popen] = []
+    with log.open("w") as file, stopping(agents):
+        agents.append(begin_agent(agent_of(place, tmp_path, host=True), file))
+        wait_until((tmp_path / "steps.jsonl").exists, log)  # the first trains alone
+        agents.append(begin_agent(agent_of(place, tmp_path), file))
+        assert [agent.wait(300) for agent in agents] == [0, 0], log.read_text()[-3000:]
+    trained = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert trained[0] == [0, 0, 1]
+    assert [sorted(row[1:] for row in trained if row[0] == 59)] == [[[0, 2], [1, 2]]]
+    as_one_alone(tmp_path)
+
+
+def again() -> str:
+    """The start script of docs/reliability.md, which tries again."""
+    text = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
+    (script,) = re.findall(r"```bash\n(# again\.sh.*?)```", text, re.DOTALL)
+    return script
+
+
+@pytest.mark.slow
+def test_a_machine_lost_in_the_rendezvous_ends_the_other_and_a_start_script_tries_again(tmp_path):
+    place, log, script = rendezvous(), tmp_path / "log", tmp_path / "again.sh"
+    script.write_text(again())
+    agents: list[subprocess.Popen] = []
+    with log.open("w") as file, stopping(agents):
+        words = ["bash", str(script), *agent_of(place, tmp_path, host=True, read=30)]
+        agents.append(begin_agent(words, file, PAUSE="1"))
+        wait_until(lambda: listens(place), log)
+        agents.append(begin_agent(agent_of(place, tmp_path, dying="_assign_worker_ranks"), file))
+        assert agents[1].wait(300) == -signal.SIGKILL, log.read_text()[-3000:]
+        (tmp_path / "lost").touch()
+        assert agents[0].wait(300) == 0, log.read_text()[-3000:]
+    text = log.read_text()
+    assert "DistStoreError" in text  # torchrun itself had given up, with restarts left
+    assert text.count("again.sh: ended with") == 1
+    as_one_alone(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_machine_lost_before_all_ranks_have_met_is_gone_without(tmp_path):
+    place, log = rendezvous(), tmp_path / "log"
+    agents: list[subprocess.Popen] = []
+    with log.open("w") as file, stopping(agents):
+        agents.append(begin_agent(agent_of(place, tmp_path, host=True), file, TIMEOUT="20"))
+        wait_until(lambda: listens(place), log)
+        agents.append(begin_agent(agent_of(place, tmp_path, dying="_start_workers"), file))
+        assert agents[1].wait(300) == -signal.SIGKILL, log.read_text()[-3000:]
+        (tmp_path / "lost").touch()
+        assert agents[0].wait(300) == 0, log.read_text()[-3000:]
+    assert "did not come" in log.read_text()  # it was waited for
+    as_one_alone(tmp_path)
+
+
+def test_the_start_script_ends_when_asked_to_and_when_nothing_helps(tmp_path):
+    script = tmp_path / "again.sh"
+    script.write_text(again())
+
+    def run(*words: str) -> tuple[int, str]:
+        environment = {**os.environ, "PAUSE": "0"}
+        done = subprocess.run(
+            ["bash", script, *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        return done.returncode, done.stderr
+
+    assert run("true") == (0, "")
+    code, said = run("sh", "-c", "exit 3")
+    assert code == 3
+    assert said.count("again.sh: ended with 3") == 5
+    # The command begins, and is asked to stop by way of the script: it saves before both end.
+    words = [
+        "sh",
+        "-c",
+        "trap 'echo saved >> $0; exit 75' TERM; echo begun >> $0; while :; do sleep 0.1; done",
+    ]
+    told = tmp_path / "told"
+    with subprocess.Popen(["bash", script, *words, told], stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: told.exists() and told.read_text() == "begun\n", told)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 75
+    assert told.read_text() == "begun\nsaved\n"
 
 
 def children_of(pid: int) -> list[int]:
     """The ranks of an agent."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children if b"quarterview" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [int(child) for child in children if b"pretrain" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 # ---------------------------------------------------------------------- not finite on one rank
@@ -462,11 +614,8 @@ def test_who_is_patient_gets_the_folder_of_one_that_dies(tmp_path):
     process = CONTEXT.Process(target=hold_for_a_while, args=(tmp_path,))
     process.start()
     with killing([process]):
-        until = time.monotonic() + 60
-        while not (tmp_path / "held").exists():
-            assert time.monotonic() < until
-            time.sleep(0.01)
-        with lock(tmp_path, patience=30):
+        wait_until((tmp_path / "held").exists, tmp_path / "held")
+        with lock(tmp_path, patience=60):
             pass
         process.join()
         assert process.exitcode == -signal.SIGKILL
@@ -479,7 +628,7 @@ def test_who_is_patient_gets_the_folder_of_one_that_dies(tmp_path):
     "kind", ["mocov3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("simclr", "byol", "mae"))]
 )
 def test_ranks_compare_the_images_of_the_whole_batch(tmp_path, kind):
-    changes = {"objective": kind, "steps": 8, "checkpoint_every": None}
+    changes = {"method": kind, "steps": 8, "checkpoint_every": None}
     changes |= {"uniformity": 0.5} if kind == "mae" else {"head_width": 48, "head_out": 16}
     for size in (1, 2):
         assert train(config(tmp_path / str(size), **changes), size, tmp_path / f"log{size}") == [0] * size
@@ -494,6 +643,6 @@ def test_ranks_compare_the_images_of_the_whole_batch(tmp_path, kind):
 
 
 def test_unequal_parts_of_a_batch_cannot_be_compared(tmp_path):
-    given = config(tmp_path / "run", objective="byol", head_width=8, head_out=8, batch_size=18)
+    given = config(tmp_path / "run", method="byol", head_width=8, head_out=8, batch_size=18)
     assert train(given, 2, tmp_path) == [2, 2]
-    assert "multiples of 4" in said(tmp_path)
+    assert "Give a multiple of 4" in said(tmp_path)

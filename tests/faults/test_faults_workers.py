@@ -23,7 +23,8 @@ from quarterview.data.sources.folder import FolderSource, ListSource
 from quarterview.data.sources.parquet import ParquetSource
 from quarterview.errors import RunError
 from quarterview.training import checkpoint
-from quarterview.training.logging import metrics
+from quarterview.training.metric_writers import read_metrics as metrics
+from quarterview.training.trainer import Trainer
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["quarterview.commands.pretrain", "torch.utils.tensorboard"])
@@ -47,9 +48,25 @@ def photos(tmp_path):
     return folder
 
 
-def life(data: Path, out: Path, said: Path) -> None:
+def hold(out: Path) -> None:
+    """Wait in step 25 for ``out.go``, beside the workers, which go on."""
+    real = Trainer._update
+
+    def update(self, batch):
+        if self.step == 25:
+            out.with_suffix(".held").touch()
+            while not out.with_suffix(".go").exists():
+                time.sleep(0.01)
+        real(self, batch)
+
+    Trainer._update = update
+
+
+def life(data: Path, out: Path, said: Path, held: bool) -> None:
     """The command, in a process of its own that leads a group."""
     os.setpgid(0, 0)
+    if held:
+        hold(out)
     multiprocessing.set_start_method("fork", force=True)  # of its workers: as usual, not as this test's
     torch.set_num_threads(1)
     with said.open("a") as file:
@@ -58,14 +75,14 @@ def life(data: Path, out: Path, said: Path) -> None:
         sys.exit(cli.run(["pretrain", "--data", str(data), "--out", str(out), *FLAGS.split()]))
 
 
-def begin(data: Path, out: Path) -> multiprocessing.process.BaseProcess:
-    process = CONTEXT.Process(target=life, args=(data, out, out.with_suffix(".said")))
+def begin(data: Path, out: Path, held: bool = False) -> multiprocessing.process.BaseProcess:
+    process = CONTEXT.Process(target=life, args=(data, out, out.with_suffix(".said"), held))
     process.start()
     return process
 
 
 def wait_for(condition, process) -> None:
-    until = time.monotonic() + 100
+    until = time.monotonic() + 300
     while not condition() and process.is_alive():
         assert time.monotonic() < until
         time.sleep(0.005)
@@ -99,11 +116,13 @@ def assert_same(one: Path, two: Path) -> None:
 
 def test_a_killed_worker_ends_the_run_at_once_and_it_resumes_the_same(tmp_path, photos):
     out = tmp_path / "run"
-    process = begin(photos, out)
+    process = begin(photos, out, held=True)
+    wait_for(out.with_suffix(".held").exists, process)
     wait_for((out / "checkpoints" / "step-00000020").exists, process)
     workers = children(process.pid)
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
+    out.with_suffix(".go").touch()
     killed = time.monotonic()
     process.join(60)
     assert time.monotonic() - killed < 30
@@ -124,12 +143,12 @@ def test_a_killed_worker_ends_the_run_at_once_and_it_resumes_the_same(tmp_path, 
 
 @pytest.mark.slow
 def test_no_worker_outlives_a_killed_run(tmp_path, photos):
-    process = begin(photos, tmp_path / "run")
-    wait_for((tmp_path / "run" / "checkpoints" / "step-00000010").exists, process)
+    process = begin(photos, tmp_path / "run", held=True)
+    wait_for((tmp_path / "run.held").exists, process)
     assert len(group(process.pid)) == 3
     process.kill()
     process.join(60)
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while group(process.pid):
         assert time.monotonic() < until
         time.sleep(0.1)
@@ -231,9 +250,9 @@ def test_a_changed_set_is_refused_on_resume(tmp_path, photos):
         **{"decoder_heads": 1, "batch_size": 16, "holdout": 0, "workers": 0, "precision": "fp32"},
         **{"data": (str(photos),), "out": str(tmp_path / "run"), "lr": 1e-3},
     }
-    qv.pretrain(qv.PretrainConfig(**values, steps=1))
+    qv.pretrain(qv.PretrainConfig.from_flags(**values, steps=1))
     (photos / "003.png").rename(photos / "another.png")
     with pytest.raises(
         qv.UserError if hasattr(qv, "UserError") else ValueError, match="another set of images"
     ):
-        qv.pretrain(qv.PretrainConfig(**values, steps=1))
+        qv.pretrain(qv.PretrainConfig.from_flags(**values, steps=1))

@@ -1,7 +1,6 @@
 """SimCLR, BYOL and MoCo v3 against their formulas, worked out element by element."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,20 +9,14 @@ from lightly.loss import NTXentLoss
 
 from quarterview.data.loader import Batch
 from quarterview.errors import UserError
-from quarterview.methods.contrastive import (
-    BYOL,
-    ContrastiveConfig,
-    MoCoV3,
-    SimCLR,
-    info_nce,
-    make_contrastive,
-    spread_of,
-)
+from quarterview.methods import config as configs
+from quarterview.methods.base import Setting, build
+from quarterview.methods.contrastive import BYOL, MoCoV3, SimCLR, info_nce, spread_of
 from quarterview.models.config import ViTConfig
-from quarterview.models.encoder import Encoder, fresh_encoder
+from quarterview.models.vit import VisionTransformer
 
 CONFIG = ViTConfig("mae_vit_16x2x2_patch4", (8, 8))
-SMALL = ContrastiveConfig(head_width=24, head_out=8)
+METHODS = {"simclr": configs.SimCLR, "byol": configs.BYOL, "mocov3": configs.MoCoV3}
 
 
 @pytest.fixture
@@ -33,8 +26,8 @@ def batch():
     return Batch(torch.randn(6, 3, 8, 8), ids, ids * 0, second=torch.randn(6, 3, 8, 8))
 
 
-def make(kind, updates=10, config=SMALL):
-    return make_contrastive(kind, fresh_encoder(CONFIG, 0), config, 0, updates, lambda rows: rows)
+def make(kind, updates=10, seed=0, **options):
+    return build(METHODS[kind](head_width=24, head_out=8, **options), Setting(CONFIG, seed, updates))
 
 
 def nt_xent(one, two, temperature):
@@ -52,35 +45,35 @@ def nt_xent(one, two, temperature):
 
 
 def test_simclr_is_nt_xent_of_the_projected_cls_tokens(batch):
-    objective = make("simclr")
-    views = [objective.projector(objective.model(x)[:, 0]) for x in (batch.images, batch.second)]
+    method = make("simclr")
+    views = [method.projector(method.model(x)[:, 0]) for x in (batch.images, batch.second)]
     expected = nt_xent(*(view.detach().double() for view in views), 0.5)
-    torch.testing.assert_close(objective(batch).loss.item(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(method(batch).loss.item(), expected, rtol=1e-5, atol=0)
 
 
 def test_byol_is_the_squared_distance_of_unit_vectors_both_ways(batch):
-    objective = make("byol")
-    out = [objective.predictor(objective.projector(objective.model(x)[:, 0])) for x in batch[::4]]
-    kept = [objective.teacher_projector(objective.teacher(x)[:, 0]) for x in batch[::4]]
+    method = make("byol")
+    out = [method.predictor(method.projector(method.model(x)[:, 0])) for x in batch[::4]]
+    kept = [method.teacher_projector(method.teacher(x)[:, 0]) for x in batch[::4]]
     expected = sum(
         (q / q.norm() - z / z.norm()).square().sum().item()
         for queries, keys in ((out[0], kept[1]), (out[1], kept[0]))
         for q, z in zip(queries, keys, strict=True)
     )
-    torch.testing.assert_close(objective(batch).loss.item(), expected / len(batch.ids))
+    torch.testing.assert_close(method(batch).loss.item(), expected / len(batch.ids))
 
 
 def test_mocov3_compares_with_the_other_views_keys_alone(batch):
-    objective = make("mocov3")
-    out = [objective.predictor(objective.projector(objective.model(x)[:, 0])) for x in batch[::4]]
-    kept = [objective.teacher_projector(objective.teacher(x)[:, 0]) for x in batch[::4]]
+    method = make("mocov3")
+    out = [method.predictor(method.projector(method.model(x)[:, 0])) for x in batch[::4]]
+    kept = [method.teacher_projector(method.teacher(x)[:, 0]) for x in batch[::4]]
     expected = 0.0
     for queries, keys in ((out[0], kept[1]), (out[1], kept[0])):
         for i, q in enumerate(queries):
             cosines = [(q @ k / (q.norm() * k.norm())).item() for k in keys]
             weights = [math.exp(cosine / 0.2) for cosine in cosines]
             expected -= 2 * 0.2 * math.log(weights[i] / sum(weights)) / len(queries)
-    loss = objective(batch).loss.item()
+    loss = method(batch).loss.item()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     both = (torch.cat(views) for views in (out, kept))
     assert abs(loss - 2 * 0.2 * NTXentLoss(temperature=0.2)(*both).item()) > 0.01  # which is another loss
@@ -104,58 +97,55 @@ def test_the_views_are_interchangeable(kind, batch):
 
 
 def test_the_temperature_is_the_one_asked_for(batch):
-    config = replace(SMALL, temperature=0.05)
     for kind in ("simclr", "mocov3"):
-        assert make(kind, config=config)(batch).loss != make(kind)(batch).loss
+        assert make(kind, temperature=0.05)(batch).loss != make(kind)(batch).loss
 
 
 # ---------------------------------------------------------------------- teachers
 
 
 def test_the_teacher_follows_by_the_schedule_worked_out_by_hand():
-    objective = make("byol", updates=4, config=replace(SMALL, momentum=0.9))
+    method = make("byol", updates=4, momentum=0.9)
     with torch.no_grad():
-        for parameter in (*objective.teacher.parameters(), *objective.teacher_projector.parameters()):
+        for parameter in (*method.teacher.parameters(), *method.teacher_projector.parameters()):
             parameter.zero_()
-        for parameter in (*objective.model.parameters(), *objective.projector.parameters()):
+        for parameter in (*method.model.parameters(), *method.projector.parameters()):
             parameter.fill_(1.0)
     kept = 1.0  # of the zeros
     for momentum in (0.9, 0.9146446609, 0.95, 0.9853553391, 1.0, 1.0):  # 1 - 0.1 (1 + cos(pi k / 4)) / 2
-        objective.follow()
+        method.follow()
         kept *= momentum
-        for parameter in (*objective.teacher.parameters(), *objective.teacher_projector.parameters()):
+        for parameter in (*method.teacher.parameters(), *method.teacher_projector.parameters()):
             torch.testing.assert_close(parameter, torch.full_like(parameter, 1 - kept), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "momentum"), [("byol", 0.996), ("mocov3", 0.99)])
 def test_the_first_momentum_is_the_papers(kind, momentum):
-    objective = make(kind, updates=1000)
+    method = make(kind, updates=1000)
     with torch.no_grad():
-        objective.teacher.norm.weight.zero_()
-    objective.follow()
-    torch.testing.assert_close(
-        objective.teacher.norm.weight, torch.full((16,), 1 - momentum), rtol=1e-4, atol=0
-    )
+        method.teacher.norm.weight.zero_()
+    method.follow()
+    torch.testing.assert_close(method.teacher.norm.weight, torch.full((16,), 1 - momentum), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["byol", "mocov3"])
 def test_the_teacher_begins_as_the_student_gets_no_gradient_and_rests_in_evaluation(kind, batch):
-    objective = make(kind)
-    begun = {name: tensor.clone() for name, tensor in objective.teacher.state_dict().items()}
-    assert all(torch.equal(begun[name], tensor) for name, tensor in objective.model.state_dict().items())
-    objective(batch).loss.backward()
-    assert all(p.grad is None for p in objective.teacher.parameters())
-    assert all(p.grad is not None for p in objective.model.parameters() if p.requires_grad)
+    method = make(kind)
+    begun = {name: tensor.clone() for name, tensor in method.teacher.state_dict().items()}
+    assert all(torch.equal(begun[name], tensor) for name, tensor in method.model.state_dict().items())
+    method(batch).loss.backward()
+    assert all(p.grad is None for p in method.teacher.parameters())
+    assert all(p.grad is not None for p in method.model.parameters() if p.requires_grad)
     with torch.no_grad():
-        for parameter in objective.model.parameters():
+        for parameter in method.model.parameters():
             parameter.add_(1)
-    objective.eval()(batch)
-    assert all(torch.equal(begun[name], tensor) for name, tensor in objective.teacher.state_dict().items())
-    assert int(objective.updated) == 1
-    objective.train()(batch)
-    moved = objective.teacher.state_dict()
+    method.eval()(batch)
+    assert all(torch.equal(begun[name], tensor) for name, tensor in method.teacher.state_dict().items())
+    assert int(method.updated) == 1
+    method.train()(batch)
+    moved = method.teacher.state_dict()
     assert not any(torch.equal(begun[name], moved[name]) for name in begun)
-    assert int(objective.updated) == 2
+    assert int(method.updated) == 2
 
 
 def test_only_mocov3_keeps_its_first_patch_embedding():
@@ -185,10 +175,10 @@ def test_the_heads_have_the_papers_layers():
 
 @pytest.mark.parametrize("kind", ["simclr", "byol", "mocov3"])
 def test_heads_go_by_the_batch_alone(kind, batch):
-    objective = make(kind)
-    before = {n: t.clone() for n, t in objective.state_dict().items() if not n.endswith("updated")}
-    objective(batch._replace(images=batch.images * torch.nan))
-    after = objective.state_dict()
+    method = make(kind)
+    before = {n: t.clone() for n, t in method.state_dict().items() if not n.endswith("updated")}
+    method(batch._replace(images=batch.images * torch.nan))
+    after = method.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert not any("running" in name for name in after)
 
@@ -196,7 +186,7 @@ def test_heads_go_by_the_batch_alone(kind, batch):
 def test_the_encoder_is_the_one_that_belongs_to_the_seed():
     one, two = make("simclr").state_dict(), make("simclr").state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
-    other = make_contrastive("simclr", fresh_encoder(CONFIG, 1), SMALL, 1, 10, lambda rows: rows).state_dict()
+    other = make("simclr", seed=1).state_dict()
     assert not torch.equal(one["projector.layers.0.weight"], other["projector.layers.0.weight"])
 
 
@@ -210,11 +200,20 @@ def test_one_view_is_refused(batch):
 
 
 @pytest.mark.parametrize(
-    "values", [{"temperature": 0.0}, {"momentum": 1.1}, {"head_width": 0}, {"head_out": 0}]
+    ("kind", "name", "value", "accepted"),
+    [
+        ("simclr", "temperature", 0.0, "a number above 0 and of at most 100"),
+        ("mocov3", "temperature", 0.0, "a number above 0 and of at most 100"),
+        ("byol", "momentum", 1.1, "a number of at least 0 and of at most 1"),
+        ("mocov3", "momentum", 1.1, "a number of at least 0 and of at most 1"),
+        *((kind, "head_width", 0, "a whole number of at least 1 and of at most 65536") for kind in METHODS),
+        *((kind, "head_out", 0, "a whole number of at least 1 and of at most 65536") for kind in METHODS),
+    ],
 )
-def test_impossible_settings_are_refused(values):
-    with pytest.raises(UserError, match=f"{next(iter(values)).replace('_', '.')}"):
-        ContrastiveConfig(**values)
+def test_impossible_settings_are_refused(kind, name, value, accepted):
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(UserError, match=f"^{flag} {value} is out of range. Give {accepted}.$"):
+        METHODS[kind](**{name: value})
 
 
 def test_the_spread_tells_a_collapse():
@@ -227,16 +226,16 @@ def test_the_spread_tells_a_collapse():
 
 def test_the_three_are_trained_through_the_same_encoder(batch):
     for kind, its in (("simclr", SimCLR), ("byol", BYOL), ("mocov3", MoCoV3)):
-        objective = make(kind)
-        assert isinstance(objective, its)
-        assert isinstance(objective.model, Encoder)
-        before = objective(batch).loss
-        trained = [p for p in objective.parameters() if p.requires_grad]
+        method = make(kind)
+        assert isinstance(method, its)
+        assert isinstance(method.model, VisionTransformer)
+        before = method(batch).loss
+        trained = [p for p in method.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=0.05)
         for _ in range(5):
             optimizer.zero_grad()
-            objective(batch).loss.backward()
+            method(batch).loss.backward()
             optimizer.step()
-        assert objective(batch).loss < before
-        unit = F.normalize(objective.model(batch.images)[:, 0], dim=1)
+        assert method(batch).loss < before
+        unit = F.normalize(method.model(batch.images)[:, 0], dim=1)
         assert unit.isfinite().all()

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from quarterview.data.loader import Batch
 from quarterview.errors import UserError
-from quarterview.methods.denoising import Denoising, NoiseConfig, normal
+from quarterview.methods import config as configs
+from quarterview.methods.denoising import Denoising, normal
 from quarterview.models.create import create_model
 
 
@@ -49,7 +50,7 @@ def test_the_noise_belongs_to_the_sample(seed, epoch, ids):
 
 def test_the_loss_is_the_error_against_the_clean_picture(batch):
     model = make(norm_pix_loss=False)
-    objective = Denoising(model, 3, 0.7)
+    method = Denoising(model, 3, 0.7)
     noisy = batch.images + 0.7 * normal(3, "noise", batch.epochs, batch.ids, 192).view_as(batch.images)
     tokens = model.encode(noisy)  # everything is seen
     x = model.decoder_embed(tokens) + model.decoder_pos_embed
@@ -57,7 +58,7 @@ def test_the_loss_is_the_error_against_the_clean_picture(batch):
         x = block(x)
     pred = model.decoder_pred(model.decoder_norm(x))[:, 1:]
     expected = (pred - model.patchify(batch.images)).square().mean()
-    torch.testing.assert_close(objective(batch).loss, expected)
+    torch.testing.assert_close(method(batch).loss, expected)
 
 
 def test_the_mask_token_has_no_part_in_it(batch):
@@ -74,5 +75,5 @@ def test_more_noise_hides_more(batch):
 
 @pytest.mark.parametrize("noise", [0.0, -1.0, 101.0])
 def test_impossible_noise_is_refused(noise):
-    with pytest.raises(UserError, match="noise"):
-        NoiseConfig(noise)
+    with pytest.raises(UserError, match=f"^--noise {noise} is out of range. Give a number above 0 and"):
+        configs.Denoising(noise=noise)

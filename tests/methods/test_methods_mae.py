@@ -1,4 +1,4 @@
-"""Masked autoencoding as an objective: which masks, how many, and that the first is always the same."""
+"""Masked autoencoding as a method: which masks, how many, and that the first is always the same."""
 
 import copy
 
@@ -9,7 +9,8 @@ from torch import Tensor
 from quarterview import rng
 from quarterview.data.loader import Batch
 from quarterview.errors import UserError
-from quarterview.methods.mae import MaskedAutoencoding, MaskingConfig, likeness
+from quarterview.methods.config import MAE, BEiT
+from quarterview.methods.mae import MaskedAutoencoding, likeness
 from quarterview.models import masking
 from quarterview.models.create import create_model
 from quarterview.models.mae import MaskedAutoencoder
@@ -42,10 +43,10 @@ def some_batch(images: int = 3) -> Batch:
     return Batch(torch.randn(images, 3, 16, 24, generator=generator), ids, ids % 3)
 
 
-def masks_of(objective: MaskedAutoencoding, batch: Batch, count: int) -> Tensor:
+def masks_of(method: MaskedAutoencoding, batch: Batch, count: int) -> Tensor:
     """bool [B, count, L]."""
-    noise = objective.noise(batch.epochs, batch.ids, count)
-    return masking.mask_from_noise(noise.flatten(0, 1), objective.model.kept).unflatten(0, (-1, count))
+    noise = method.noise(batch.epochs, batch.ids, count)
+    return masking.mask_from_noise(noise.flatten(0, 1), method.model.kept).unflatten(0, (-1, count))
 
 
 @pytest.mark.parametrize("images", [1, 3])
@@ -98,13 +99,13 @@ def test_one_mask_is_what_it_was_before_there_were_several(arm):
 
 @pytest.mark.parametrize("kind", ["random", "block"])
 def test_masks_differ_and_the_first_do_not_depend_on_how_many_there_are(kind):
-    objective, batch = MaskedAutoencoding(make(mask=kind), seed=5), some_batch(40)
-    few, many = masks_of(objective, batch, 2), masks_of(objective, batch, 5)
+    method, batch = MaskedAutoencoding(make(mask=kind), seed=5), some_batch(40)
+    few, many = masks_of(method, batch, 2), masks_of(method, batch, 5)
     assert torch.equal(few, many[:, :2])
-    assert torch.equal(few[:, :1], masks_of(objective, batch, 1))
+    assert torch.equal(few[:, :1], masks_of(method, batch, 1))
     assert len(many.flatten(0, 1).unique(dim=0)) > 100  # of 200; few blocks fit so small a grid
     assert (~many).sum(dim=2).unique().tolist() == [6]
-    again = masks_of(objective, Batch(batch.images[3:5], batch.ids[3:5], batch.epochs[3:5]), 5)
+    again = masks_of(method, Batch(batch.images[3:5], batch.ids[3:5], batch.epochs[3:5]), 5)
     assert torch.equal(again, many[3:5])  # whatever the batch
 
 
@@ -114,10 +115,11 @@ def test_validation_looks_at_the_first_mask_alone():
     assert torch.equal(one(batch).loss, several(batch).loss)
 
 
+@pytest.mark.parametrize("kind", [MAE, BEiT])
 @pytest.mark.parametrize("masks", [0, -1])
-def test_no_mask_is_an_error(masks):
-    with pytest.raises(UserError, match=f"{masks} masks per image; accepted: 1 or more"):
-        MaskingConfig(masks)
+def test_no_mask_is_an_error(kind, masks):
+    with pytest.raises(UserError, match=f"--masks-per-image {masks} is out of range. .* at least 1"):
+        kind(masks_per_image=masks)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 24), (3, 0, 24), (3, 2, 23), (3, 2, 24, 1)])
@@ -152,36 +154,37 @@ def test_uniformity_is_of_the_visible_patches_under_the_first_masks(disturbed, a
     model = disturbed(make(**ARMS[arm]))
     batch = some_batch(4)
     plain = MaskedAutoencoding(model, 5, masks)(batch).loss
-    objective = MaskedAutoencoding(model, 5, masks, uniformity=0.3)
-    out = objective(batch)
-    first = masks_of(objective, batch, masks)[:, 0]
+    method = MaskedAutoencoding(model, 5, masks, uniformity=0.3)
+    out = method(batch)
+    first = masks_of(method, batch, masks)[:, 0]
     features = model.encode(batch.images, first)[:, 1:].mean(dim=1)
     if arm == "mask tokens in the encoder":  # which its encoder has seen as well
-        noise = objective.noise(batch.epochs, batch.ids, masks)[:, 0]
+        noise = method.noise(batch.epochs, batch.ids, masks)[:, 0]
         features = model(batch.images, noise=noise).latent[:, 1 : 1 + model.kept].mean(dim=1)
     torch.testing.assert_close(out.metrics["likeness"], likeness(features))
     torch.testing.assert_close(out.loss, plain + 0.3 * likeness(features))
     torch.testing.assert_close(out.metrics["prediction"], plain)
     out.loss.backward()
     assert model.blocks[0].attn.qkv.weight.grad.isfinite().all()
-    objective.eval()
-    assert torch.equal(objective(batch).loss, MaskedAutoencoding(model, 5).eval()(batch).loss)
+    method.eval()
+    assert torch.equal(method(batch).loss, MaskedAutoencoding(model, 5).eval()(batch).loss)
 
 
 def test_uniformity_spreads_features():
     batch, likely = some_batch(6), {}
     for weight in (0.0, 1.0):
         model = make()
-        objective = MaskedAutoencoding(model, 5, uniformity=weight)
+        method = MaskedAutoencoding(model, 5, uniformity=weight)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         for _ in range(15):
             optimizer.zero_grad()
-            objective(batch).loss.backward()
+            method(batch).loss.backward()
             optimizer.step()
         likely[weight] = likeness(model.encode(batch.images)[:, 1:].mean(dim=1)).item()
     assert likely[1.0] < 0.7 * likely[0.0]
 
 
-def test_impossible_uniformity_is_refused():
-    with pytest.raises(UserError, match="uniformity"):
-        MaskingConfig(uniformity=-0.1)
+@pytest.mark.parametrize("kind", [MAE, BEiT])
+def test_impossible_uniformity_is_refused(kind):
+    with pytest.raises(UserError, match=r"--uniformity -0\.1 is out of range\. Give a number of at least 0"):
+        kind(uniformity=-0.1)

@@ -1,4 +1,4 @@
-"""The supervised objective against closed forms and timm's losses."""
+"""The supervised method against closed forms and timm's losses."""
 
 import pytest
 import torch
@@ -8,12 +8,13 @@ from timm.loss import SoftTargetCrossEntropy
 from quarterview.data.loader import Batch
 from quarterview.data.transforms.mixing import mix
 from quarterview.errors import UserError
-from quarterview.methods.supervised import Supervised, SupervisedConfig
-from quarterview.models.classifier import Classifier, ClassifierConfig, drop_path_scales
-from quarterview.models.vit import Block
+from quarterview.methods.config import RegularizationConfig
+from quarterview.methods.supervised import Supervised
+from quarterview.models.classifier import Classifier, ClassifierConfig
+from quarterview.models.vit import Block, drop_path_scales
 
 CONFIG = ClassifierConfig("mae_vit_16x4x2_patch4", (8, 8), classes=5)
-PLAIN = SupervisedConfig(smoothing=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0)
+PLAIN = RegularizationConfig(smoothing=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0)
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_without_regularisation_it_is_cross_entropy(model, batch):
 
 
 def test_smoothed_and_mixed_targets_are_timms_soft_ones(model, batch):
-    loss = Supervised(model, SupervisedConfig(drop_path=0.0), 3)(batch).loss
+    loss = Supervised(model, RegularizationConfig(drop_path=0.0), 3)(batch).loss
     smooth = torch.full((12, 5), 0.1 / 5)
     smooth[torch.arange(12), batch.labels] += 0.9
     images, targets = mix(batch.images, smooth, batch.epochs, batch.ids, 3, 0.8, 1.0)
@@ -65,11 +66,11 @@ def test_a_dropped_branch_is_as_timm_drops_it():
 
 
 def test_what_is_dropped_depends_on_the_sample_alone(model, batch):
-    objective = Supervised(model, SupervisedConfig(smoothing=0.0, mixup=0.0, cutmix=0.0, drop_path=0.5), 0)
-    whole = objective(batch).loss
-    parts = [objective(part).loss for part in batch.chunks(3)]
+    method = Supervised(model, RegularizationConfig(smoothing=0.0, mixup=0.0, cutmix=0.0, drop_path=0.5), 0)
+    whole = method(batch).loss
+    parts = [method(part).loss for part in batch.chunks(3)]
     torch.testing.assert_close(whole, torch.stack(parts).mean())
-    assert not torch.equal(whole, objective(batch._replace(epochs=batch.epochs + 1)).loss)
+    assert not torch.equal(whole, method(batch._replace(epochs=batch.epochs + 1)).loss)
 
 
 def test_batches_that_cannot_be_used_are_refused(model, batch):
@@ -77,10 +78,18 @@ def test_batches_that_cannot_be_used_are_refused(model, batch):
         Supervised(model, PLAIN, 0)(batch._replace(labels=None))
     odd = next(batch.split(5))
     with pytest.raises(ValueError, match="in pairs"):
-        Supervised(model, SupervisedConfig(), 0)(odd)
+        Supervised(model, RegularizationConfig(), 0)(odd)
 
 
-@pytest.mark.parametrize("wrong", [{"smoothing": 1.0}, {"mixup": -1.0}, {"drop_path": 1.0}])
-def test_wrong_settings_are_refused(wrong):
-    with pytest.raises(UserError, match="accepted"):
-        SupervisedConfig(**wrong)
+@pytest.mark.parametrize(
+    ("name", "wrong", "accepted"),
+    [
+        ("smoothing", 1.0, "at least 0 and below 1"),
+        ("mixup", -1.0, "at least 0"),
+        ("drop_path", 1.0, "at least 0 and below 1"),
+    ],
+)
+def test_wrong_settings_are_refused(name, wrong, accepted):
+    given = f"--{name.replace('_', '-')} {wrong}"
+    with pytest.raises(UserError, match=f"{given} is out of range. Give a number of {accepted}."):
+        RegularizationConfig(**{name: wrong})

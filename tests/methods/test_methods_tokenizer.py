@@ -10,8 +10,10 @@ from quarterview.data.loader import Batch
 from quarterview.data.sources.open import open_source
 from quarterview.data.transforms.crop import normalise, to_float
 from quarterview.errors import UserError
-from quarterview.methods.tokenizer import Tokenizing, TokenizingConfig, gumbel_of
-from quarterview.models.tokenizer import TokenizerConfig, fresh_tokenizer
+from quarterview.methods.config import Tokenizer
+from quarterview.methods.tokenizer import Tokenizing, gumbel_of
+from quarterview.models.create import fresh_tokenizer
+from quarterview.models.tokenizer import TokenizerConfig
 
 HALF = (0.5, 0.5, 0.5)
 CONFIG = TokenizerConfig(4, 3, 12, 16, 1, HALF, HALF)
@@ -30,23 +32,23 @@ def make(kl_weight=0.0, passes=8):
 
 
 def test_the_temperature_falls_along_a_cosine(batch):
-    objective = make(passes=4)
+    method = make(passes=4)
     seen = []
     for _ in range(6):
-        seen.append(float(objective.temperature()))
-        objective(batch)
+        seen.append(float(method.temperature()))
+        method(batch)
     expected = [1 / 16 + 15 / 16 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in (0, 1, 2, 3, 4, 4)]
     torch.testing.assert_close(seen, expected, rtol=1e-6, atol=1e-7)
-    objective.eval()(batch)
-    assert abs(float(objective.progress) - 6 / 4) < 1e-12
+    method.eval()(batch)
+    assert abs(float(method.progress) - 6 / 4) < 1e-12
 
 
 def test_evaluation_is_the_error_of_the_words_themselves(batch):
-    objective = make(kl_weight=0.5).eval()
-    model = objective.model
+    method = make(kl_weight=0.5).eval()
+    model = method.model
     words = F.one_hot(model.tokens(batch.images), 12).float().view(24, 4, 4, 12)
     expected = (model.picture(words) - batch.images).square().mean()
-    out = objective(batch)
+    out = method(batch)
     torch.testing.assert_close(out.loss, expected)
     assert torch.equal(out.loss, out.metrics["reconstruction"])
     shares = F.one_hot(model.tokens(batch.images).flatten(), 12).float().mean(0)
@@ -78,20 +80,23 @@ def test_the_noise_is_gumbels_and_always_finite():
 
 
 def test_pictures_get_better(batch):
-    objective = make(kl_weight=0.001, passes=150)
-    before = objective.eval()(batch).loss.item()
-    optimizer = torch.optim.AdamW(objective.train().parameters(), 3e-3)
+    method = make(kl_weight=0.001, passes=150)
+    before = method.eval()(batch).loss.item()
+    optimizer = torch.optim.AdamW(method.train().parameters(), 3e-3)
     for _ in range(150):
         optimizer.zero_grad()
-        objective(batch).loss.backward()
+        method(batch).loss.backward()
         optimizer.step()
-    after = objective.eval()(batch)
+    after = method.eval()(batch)
     assert after.loss.item() < 0.6 * before
     assert after.loss.item() < 0.7 * float(batch.images.var())
     assert float(after.metrics["words_used"]) > 3
 
 
-@pytest.mark.parametrize("values", [{"tokenizer_width": 0}, {"tokenizer_depth": -1}, {"kl_weight": -0.1}])
-def test_impossible_settings_are_refused(values):
-    with pytest.raises(UserError):
-        TokenizingConfig(**values)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tokenizer_width", 0), ("tokenizer_depth", -1), ("kl_weight", -0.1), ("vocabulary", 1)],
+)
+def test_impossible_settings_are_refused(name, value):
+    with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} {value} is out of range"):
+        Tokenizer(**{name: value})

@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from quarterview.errors import UserError
 from quarterview.models import masking
+from quarterview.models.config import parse_model_name
 from quarterview.models.create import create_model
 from quarterview.models.cross_decoder import CrossAttention, CrossDecoder
 from quarterview.models.mae import MAEConfig, MaskedAutoencoder
-from quarterview.models.vit import parse_model_name, recompute_blocks
+from quarterview.models.vit import recompute_blocks
 
 SMALL = {
     "model": "mae_vit_32x3x4_patch4",
@@ -329,7 +330,7 @@ def test_the_default_decoder_of_vit_base_costs_less(predicted, times):
         with FlopCounterMode(display=False) as whole, torch.no_grad():
             model.predict(patches, visible, hidden, some)
         with FlopCounterMode(display=False) as encoder, torch.no_grad():
-            model._encode(patches, visible)
+            model.forward_blocks(model.embed(patches, visible))
         return whole.get_total_flops() - encoder.get_total_flops()
 
     assert cost("standard", 147) / cost("cross", predicted) == pytest.approx(times, rel=0.02)
@@ -343,13 +344,19 @@ def test_the_default_decoder_of_vit_base_costs_less(predicted, times):
     [
         (
             {"decoder": "crossed"},
-            "unknown decoder 'crossed'; accepted: standard, cross. Did you mean 'cross'",
+            "unknown value of --decoder: 'crossed'; accepted: standard, cross. Did you mean 'cross'",
         ),
         ({"decoder_depth": 0}, "a cross decoder of 0 blocks sees nothing .* accepted: 1 or more"),
         ({"encoder_mask_tokens": True}, "mask tokens in the encoder, and a cross decoder"),
         ({"predict_all": True}, "visible patches cannot be predicted by a cross decoder"),
-        ({"predict_share": 0.0}, r"a predict share of 0.0; accepted: above 0, up to 1"),
-        ({"predict_share": 1.1}, r"a predict share of 1.1; accepted"),
+        (
+            {"predict_share": 0.0},
+            "--predict-share 0.0 is out of range. Give a number above 0 and of at most 1",
+        ),
+        (
+            {"predict_share": 1.1},
+            "--predict-share 1.1 is out of range. Give a number above 0 and of at most 1",
+        ),
         (
             {"decoder": "standard", "predict_share": 0.5},
             "0.5 with the standard decoder, in which hidden patches look at one another.*--decoder cross",

@@ -9,7 +9,8 @@ import quarterview as qv
 from quarterview.data.sources.open import open_source
 from quarterview.data.transforms.crop import normalise
 from quarterview.errors import UserError
-from quarterview.models.hog import cell_side, numbers_of_patch, oriented_gradients
+from quarterview.models.config import cell_side, hog_numbers
+from quarterview.models.hog import oriented_gradients
 from quarterview.models.targets import HOGTarget
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -142,8 +143,8 @@ def test_cells_fit_patches(patch, cell):
     assert cell_side(999_999_937) == 999_999_937  # a prime; told at once
     model = qv.create_model(f"mae_vit_16x1x2_patch{patch}", **SMALL | {"image_size": 2 * patch}, target="hog")
     out = model(torch.rand(2, 3, 2 * patch, 2 * patch))
-    assert out.pred.shape[2] == model.config.predicted_numbers == numbers_of_patch(patch, 3)
-    assert numbers_of_patch(patch, 3) == 27 * (patch // cell) ** 2
+    assert out.pred.shape[2] == model.config.predicted_numbers == hog_numbers(patch, 3)
+    assert hog_numbers(patch, 3) == 27 * (patch // cell) ** 2
     assert out.loss.isfinite()
 
 
@@ -199,7 +200,7 @@ def test_gradients_are_learned(tmp_path):
     small = {"model": "mae_vit_64x2x2_patch8", "image_size": 32, "precision": "fp32", "device": "cpu"}
     small |= {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2, "lr": 3e-3, "mask_ratio": 0.5}
     small |= {"data": ("shapes:32:size=32",), "batch_size": 32, "holdout": 0, "crop": "none", "workers": 0}
-    run = qv.pretrain(qv.PretrainConfig(**small, target="hog", steps=600, out=str(tmp_path)))
+    run = qv.pretrain(qv.PretrainConfig.from_flags(**small, target="hog", steps=600, out=str(tmp_path)))
     model, source = qv.load(tmp_path), open_source("shapes:32:size=32", 3)
     images = torch.stack([source.image(i).pixels for i in range(32)]) / 255
     images = normalise(images, model.config.mean, model.config.std)

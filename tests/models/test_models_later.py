@@ -8,10 +8,9 @@ from quarterview.errors import UserError
 from quarterview.models.classifier import Classifier, ClassifierConfig
 from quarterview.models.config import MAEConfig, ViTConfig
 from quarterview.models.create import create_model, fresh_model
-from quarterview.models.encoder import Encoder
 from quarterview.models.fusion import Fusion
 from quarterview.models.mae import MaskedAutoencoder
-from quarterview.models.vit import recompute_blocks
+from quarterview.models.vit import VisionTransformer, recompute_blocks
 
 SMALL = {
     "model": "mae_vit_32x4x2_patch4",
@@ -58,8 +57,7 @@ def test_the_fusion_is_the_weighted_sum_of_its_formula():
         fusion.projections["1"].bias.copy_(torch.tensor([10.0, 0.0]))
         fusion.projections["3"].weight.copy_(2 * torch.eye(2))
         fusion.logits.copy_(torch.tensor([0.5, 0.25, 0.25]).log())
-    layers = [torch.full((1, 1, 2), float("nan")) for _ in range(4)]
-    layers[1], layers[3] = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 4.0]]])
+    layers = {1: torch.tensor([[[1.0, 2.0]]]), 3: torch.tensor([[[3.0, 4.0]]])}
     # 0.5 * (2 + 10, 1) + 0.25 * (6, 8) + 0.25 * (20, 40)
     torch.testing.assert_close(fusion(layers, torch.tensor([[[20.0, 40.0]]])), torch.tensor([[[12.5, 12.5]]]))
 
@@ -165,12 +163,12 @@ def test_hidden_pixels_stay_hidden_from_the_fusion(disturbed):
         ({"fused_blocks": (2, 2)}, "different numbers"),
         ({"fused_blocks": (3, 1)}, "ascending"),
         ({"fused_blocks": (-1,)}, "1 to 3"),
-        ({"fused_blocks": ("a",)}, "fused_blocks"),
+        ({"fused_blocks": ("a",)}, "--fused-blocks a is of the wrong type. Give whole numbers"),
         ({"fused_blocks": (1,), "model": "mae_vit_32x1x2_patch4"}, "accepted: none"),
         ({"fused_blocks": (1,), "decoder": "cross"}, "a cross decoder, .* one of the two"),
-        ({"cls_tokens": 0}, "0 cls tokens; accepted: 1 to 999"),
-        ({"cls_tokens": 1000}, "1000 cls tokens"),
-        ({"cls_tokens": 1.5}, "cls_tokens"),
+        ({"cls_tokens": 0}, "--cls-tokens 0 is out of range. Give .* of at least 1 and below 1000"),
+        ({"cls_tokens": 1000}, "--cls-tokens 1000 is out of range"),
+        ({"cls_tokens": 1.5}, "--cls-tokens 1.5 is of the wrong type. Give a whole number"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, said):
@@ -256,7 +254,7 @@ def test_positions_of_the_decoder_are_where_the_patches_are(disturbed):
 def test_the_encoder_and_the_classifier_are_the_masked_autoencoders(disturbed):
     model = disturbed(make(cls_tokens=3))
     shared = {"model": SMALL["model"], "image_size": SMALL["image_size"], "cls_tokens": 3}
-    encoder = Encoder(ViTConfig(**shared))
+    encoder = VisionTransformer(ViTConfig(**shared))
     encoder.load_state_dict({name: model.state_dict()[name] for name in encoder.state_dict()})
     assert torch.equal(encoder(some_images()), model.encode(some_images()))
     for pool in ("cls", "mean"):

@@ -5,7 +5,8 @@ import torch
 
 from quarterview.data.transforms.crop import normalise
 from quarterview.errors import UserError
-from quarterview.models.tokenizer import DiscreteVAE, Renormalised, TokenizerConfig, fresh_tokenizer, halvings
+from quarterview.models.create import fresh_tokenizer
+from quarterview.models.tokenizer import DiscreteVAE, Renormalised, TokenizerConfig, halvings
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -94,9 +95,15 @@ def test_the_same_seed_gives_the_same_tokenizer():
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"vocabulary": 1}, {"patch_size": 0}, {"width": 0}, {"mean": (0.5,)}, {"std": (0.0, 1.0, 1.0)}],
+    ("changes", "said"),
+    [
+        ({"vocabulary": 1}, "--vocabulary 1 is out of range. Give a whole number of at least 2"),
+        ({"patch_size": 0}, "--patch-size 0 is out of range. Give a whole number of at least 1"),
+        ({"width": 0}, "--width 0 is out of range. Give a whole number of at least 1"),
+        ({"mean": (0.5,)}, r"a tokenizer with mean \(0.5,\) .* accepted: 3 numbers"),
+        ({"std": (0.0, 1.0, 1.0)}, "a tokenizer with mean .* and std .* accepted: 3 numbers"),
+    ],
 )
-def test_impossible_tokenizers_are_refused(changes):
-    with pytest.raises(UserError, match="tokenizer"):
+def test_impossible_tokenizers_are_refused(changes, said):
+    with pytest.raises(UserError, match=said):
         config(**changes)

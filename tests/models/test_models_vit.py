@@ -3,13 +3,34 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import nn
 
 from quarterview.errors import UserError
-from quarterview.models import vit
-from quarterview.models.create import create_model
-from quarterview.models.vit import Block, recompute_blocks
+from quarterview.models import masking, vit
+from quarterview.models.classifier import Classifier, ClassifierConfig
+from quarterview.models.config import SIZES, MAEConfig, ViTConfig, ViTShape, parse_model_name
+from quarterview.models.create import create_model, fresh_classifier, fresh_encoder, fresh_model
+from quarterview.models.mae import MaskedAutoencoder
+from quarterview.models.vit import Block, VisionTransformer, recompute_blocks
+
+SMALL = {"model": "mae_vit_32x4x2_patch4", "image_size": (16, 24)}
+
+
+def timms_shape(model: VisionTransformer) -> TimmVisionTransformer:
+    """A vision transformer of timm's of the same shape, with its own weights."""
+    config, shape = model.config, model.config.shape
+    return TimmVisionTransformer(
+        img_size=config.image_size,
+        patch_size=shape.patch_size,
+        in_chans=config.in_chans,
+        num_classes=0,
+        global_pool="",
+        embed_dim=shape.width,
+        depth=shape.depth,
+        num_heads=shape.heads,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+    )
 
 
 @pytest.mark.parametrize(
@@ -26,18 +47,7 @@ def test_the_encoder_equals_timms_vision_transformer(disturbed, name, size, chan
     model = disturbed(
         create_model(name, image_size=size, in_chans=channels, decoder_depth=1, decoder_width=64)
     )
-    shape = model.config.shape
-    theirs = VisionTransformer(
-        img_size=size,
-        patch_size=shape.patch_size,
-        in_chans=channels,
-        num_classes=0,
-        global_pool="",
-        embed_dim=shape.width,
-        depth=shape.depth,
-        num_heads=shape.heads,
-        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
-    )
+    theirs = timms_shape(model)
     state = model.state_dict()
     result = theirs.load_state_dict(state, strict=False)
     assert result.missing_keys == []
@@ -51,7 +61,7 @@ def test_the_encoder_equals_timms_vision_transformer(disturbed, name, size, chan
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", vit.SIZES)
+@pytest.mark.parametrize("size", SIZES)
 def test_named_sizes_are_those_of_timm(size):
     import timm
 
@@ -105,7 +115,7 @@ def test_the_patch_embedding_equals_its_convolution():
     ],
 )
 def test_names_are_read(name, shape):
-    assert vit.parse_model_name(name) == vit.ViTShape(*shape)
+    assert parse_model_name(name) == ViTShape(*shape)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +134,7 @@ def test_names_are_read(name, shape):
 )
 def test_other_names_are_an_error_that_names_the_nearest(name, hint):
     with pytest.raises(UserError) as error:
-        vit.parse_model_name(name)
+        parse_model_name(name)
     assert str(error.value).startswith(f"unknown model {name!r}; accepted: mae_vit_tiny_patch")
     assert hint in str(error.value)
 
@@ -132,7 +142,7 @@ def test_other_names_are_an_error_that_names_the_nearest(name, hint):
 @pytest.mark.parametrize(("width", "heads"), [(100, 3), (66, 6), (2, 1)])
 def test_widths_must_divide(width, heads):
     with pytest.raises(UserError, match=rf"{width} wide with {heads} heads; accepted: widths that divide"):
-        vit.parse_model_name(f"mae_vit_{width}x2x{heads}_patch4")
+        parse_model_name(f"mae_vit_{width}x2x{heads}_patch4")
 
 
 @pytest.mark.parametrize("first", [0, 1, 5])
@@ -157,3 +167,156 @@ def test_recomputed_blocks_keep_their_input_alone_and_give_the_same_gradients():
     again, kept_again = gradients()
     assert all(torch.equal(one, two) for one, two in zip(plain, again, strict=True))
     assert kept_again < 0.1 * kept
+
+
+# ---------------------------------------------------------------------- the one transformer
+
+
+def some_images(batch: int = 3) -> torch.Tensor:
+    return torch.randn(batch, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+
+
+def some_mask(visible: int = 7, batch: int = 3) -> torch.Tensor:
+    noise = torch.rand(batch, 24, generator=torch.Generator().manual_seed(2))
+    return masking.mask_from_noise(noise, visible)
+
+
+def some_encoder(**changes) -> VisionTransformer:
+    return fresh_encoder(ViTConfig(**SMALL, **changes), 0)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("indices", [(0,), (3,), (0, 2, 3), (-1,), (-4, -2)])
+def test_intermediate_feature_maps_equal_timms(disturbed, indices, norm):
+    model = disturbed(some_encoder())
+    theirs = timms_shape(model)
+    theirs.load_state_dict(model.state_dict())
+    expected = theirs.eval().forward_intermediates(
+        some_images(), indices=list(indices), norm=norm, intermediates_only=True
+    )
+    found = model.forward_intermediates(some_images(), indices, norm=norm)
+    assert [each.shape for each in found] == [(3, 32, 4, 6)] * len(indices)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_intermediate_feature_maps_come_in_the_order_asked_for():
+    model = some_encoder(cls_tokens=2)
+    last, first = model.forward_intermediates(some_images(), (3, 0))
+    again = model.forward_intermediates(some_images(), (0,))[0]
+    assert torch.equal(first, again)
+    assert not torch.allclose(last, first)
+    # The last block's, after the norm, are the features.
+    normed = model.forward_intermediates(some_images(), [-1], norm=True)[0]
+    assert torch.equal(normed.flatten(2).transpose(1, 2), model.encode(some_images())[:, 2:])
+
+
+def test_no_block_after_those_asked_for_is_run():
+    model, run = some_encoder(), []
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, i=i: run.append(i))
+    model.forward_intermediates(some_images(), (1, 0))
+    assert run == [0, 1]
+
+
+@pytest.mark.parametrize("indices", [(), (4,), (-5,), (0, 9)])
+def test_blocks_that_are_not_there_are_an_error(indices):
+    with pytest.raises(ValueError, match=r"for 4 blocks\. Give one or more from -4 to 3"):
+        some_encoder().forward_intermediates(some_images(), indices)
+
+
+def test_gradients_of_a_feature_map_reach_its_blocks_and_no_later_ones():
+    model = some_encoder()
+    model.forward_intermediates(some_images(), (1,))[0].square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for block in model.blocks[:2] for p in block.parameters())
+    assert all(p.grad is None for p in [*model.blocks[2:].parameters(), *model.norm.parameters()])
+
+
+def test_tokens_are_kept_after_any_number_of_blocks():
+    model = some_encoder()
+    x = expected = model.embed(model.patchify(some_images()))
+    last, kept = model.forward_blocks(x, keep=range(5))
+    assert list(kept) == [0, 1, 2, 3, 4]
+    assert kept[0] is x
+    assert kept[4] is last
+    for n, block in enumerate(model.blocks, 1):
+        expected = block(expected)
+        assert torch.equal(kept[n], expected)
+        stopped, none = model.forward_blocks(x, stop=n)
+        assert torch.equal(stopped, expected)
+        assert none == {}
+    assert model.forward_blocks(x, stop=0)[0] is x
+
+
+@pytest.mark.parametrize("cls_tokens", [1, 3])
+def test_all_models_encode_alike(disturbed, cls_tokens):
+    """Whole images, visible patches alone, and with branches that are scaled."""
+    shared = {**SMALL, "cls_tokens": cls_tokens}
+    model = disturbed(fresh_model(MAEConfig(**shared, decoder_depth=1, decoder_width=16, decoder_heads=2), 0))
+    encoder = VisionTransformer(ViTConfig(**shared))
+    classifier = Classifier(ClassifierConfig(**shared, classes=3, pool="cls"))
+    for other in (encoder, classifier):
+        other.load_state_dict(model.state_dict(), strict=False)
+    scales = torch.rand(3, 4, 2, generator=torch.Generator().manual_seed(3))
+    for mask in (None, some_mask()):
+        for given in (None, scales):
+            tokens = model.encode(some_images(), mask, given)
+            assert tokens.shape == (3, cls_tokens + (24 if mask is None else 7), 32)
+            assert torch.equal(encoder.encode(some_images(), mask, given), tokens)
+            assert torch.equal(classifier.encode(some_images(), mask, given), tokens)
+    assert torch.equal(encoder(some_images()), model.encode(some_images()))
+
+
+def test_scales_multiply_each_branch(disturbed):
+    model = disturbed(some_encoder())
+    whole = model.encode(some_images())
+    assert torch.equal(model.encode(some_images(), scales=torch.ones(3, 4, 2)), whole)
+    embedded = model.embed(model.patchify(some_images()))
+    assert torch.equal(model.encode(some_images(), scales=torch.zeros(3, 4, 2)), model.norm(embedded))
+    one = torch.ones(3, 4, 2)
+    one[1, 2, 0] = 0  # the second image's attention in the third block
+    found = model.encode(some_images(), scales=one)
+    assert torch.equal(found[[0, 2]], whole[[0, 2]])
+    x, _ = model.forward_blocks(embedded[1:2], stop=2)
+    third, last = model.blocks[2], model.blocks[3]
+    expected = model.norm(last(x + third.mlp(third.norm2(x))))
+    torch.testing.assert_close(found[1:2], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 24, 16), (2, 1, 16, 24), (3, 16, 24)])
+def test_images_of_another_shape_are_an_error(shape):
+    model = some_encoder()
+    for call in (model, model.encode, lambda images: model.forward_intermediates(images, [0])):
+        with pytest.raises(ValueError, match=r"images of shape .* accepted: \(B, 3, 16, 24\)"):
+            call(torch.randn(shape))
+
+
+def test_an_encoder_has_the_names_of_the_masked_autoencoders():
+    encoder = list(some_encoder().state_dict())
+    model = list(create_model(**SMALL, decoder_depth=1).state_dict())
+    assert [name for name in model if name in encoder] == encoder
+    assert all(name.startswith(("decoder_", "mask_token")) for name in model if name not in encoder)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "config"),
+    [
+        (fresh_encoder, VisionTransformer, ViTConfig(**SMALL)),
+        (fresh_model, MaskedAutoencoder, MAEConfig(**SMALL, decoder_depth=1)),
+        (fresh_classifier, Classifier, ClassifierConfig(**SMALL, classes=3)),
+    ],
+)
+def test_initial_weights_belong_to_the_seed(make, kind, config):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one, two, other = make(config, 0), make(config, 0), make(config, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert type(one) is kind
+    assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
+    assert not torch.equal(one.cls_token, other.cls_token)
+    assert not torch.equal(one.patch_embed.proj.weight, other.patch_embed.proj.weight)
+    # Xavier-uniform, not torch's default for linear layers.
+    bound = (6 / (32 + 4 * 32)) ** 0.5
+    weight = one.blocks[0].mlp.fc1.weight.detach()
+    assert 0.98 * bound < float(weight.abs().max()) <= bound
+    assert not one.blocks[0].mlp.fc1.bias.detach().any()

@@ -1,37 +1,32 @@
 """compare: same images for every arm, the probes' own figures, resume, refusals, and a true verdict."""
 
 import json
-from dataclasses import fields, replace
+import logging
 
 import numpy as np
 import pytest
 import timm
 import torch
 
-from quarterview.commands.finetune import FinetuneConfig
+from quarterview.commands.config import RecipeOptions
 from quarterview.commands.pretrain import pretrain
 from quarterview.data.sources.open import open_source
 from quarterview.demo import demo_config
 from quarterview.errors import UserError
-from quarterview.evaluation.features import ProbeConfig, choose_labelled, probe_data
+from quarterview.evaluation.config import LabelledImagesConfig, ProbeConfig
 from quarterview.evaluation.knn import knn_accuracies
-from quarterview.evaluation.linear import linear_accuracy
+from quarterview.evaluation.labelled import choose_labelled
+from quarterview.evaluation.linear import LogisticRegression
+from quarterview.evaluation.probe import open_probe
 from quarterview.evaluation.timm_backbone import TimmBackbone, open_timm
 from quarterview.models.classifier import Classifier, ClassifierConfig
 from quarterview.models.create import create_model
-from quarterview.studies.compare import (
-    RANDOM,
-    CompareConfig,
-    between,
-    compare,
-    comparisons,
-    open_arms,
-    random_twin,
-    recipe,
-    resolve,
-)
+from quarterview.studies import compare_command
+from quarterview.studies.compare import compare
+from quarterview.studies.compare_arms import finetuning_of, open_arms, random_twin
+from quarterview.studies.compare_results import RANDOM, between, comparisons
+from quarterview.studies.config import CompareConfig, labelled_count
 from quarterview.training import checkpoint
-from quarterview.training.logging import Journal
 from quarterview.weights.loading import metadata
 
 TRAIN, TEST = "shapes:120:size=16", "shapes:60:seed=1:size=16"
@@ -76,13 +71,13 @@ def runs(tmp_path_factory):
 def compared(runs, tmp_path_factory):
     """Two arms by everything, run twice into the same folder."""
     out = tmp_path_factory.mktemp("compare") / "out"
-    config = CompareConfig(arms=(*runs, "scratch", "random"), out=str(out), **PLAIN)
-    found = compare(config, Journal(quiet=True), ["quarterview", "compare"])
+    config = CompareConfig.from_flags(arms=(*runs, "scratch", "random"), out=str(out), **PLAIN)
+    found = compare(config, ["quarterview", "compare"])
     record = json.loads((out / "results" / "compare.json").read_text("utf-8"))
     weights = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/checkpoints/*/model.safetensors")}
-    again = compare(config, Journal(quiet=True))
+    again = compare(config)
     assert weights == {path: path.stat().st_mtime_ns for path in weights}, "complete runs were trained again"
-    assert again.verdicts == found.verdicts
+    assert again.results.verdicts == found.results.verdicts
     return config, found, record, out
 
 
@@ -103,10 +98,11 @@ def test_every_protocol_count_and_arm_is_there(compared, runs):
     frozen = {(p, n, a) for p in ("knn", "linear") for n in (40, 120) for a in (*runs, RANDOM, "raw pixels")}
     assert rows == frozen | {("finetune", n, a) for n in (40, 120) for a in (*runs, "scratch")}
     assert all(len(r["accuracy"]["by_seed"]) == 2 for r in record["results"]["accuracies"])
-    assert [v.arm for v in found.verdicts] == list(runs)
-    assert found.status == found.verdicts[0].answer
-    assert found.report == out / "report.html"
-    assert all(v.sentence.startswith(("Pre-", "Cannot")) for v in found.verdicts)
+    verdicts = found.results.verdicts
+    assert [v.arm for v in verdicts] == list(runs)
+    assert found.status == verdicts[0].answer
+    assert (found.report, found.record) == (out / "report.html", out / "results" / "compare.json")
+    assert all(v.sentence.startswith(("Pre-", "Cannot")) for v in verdicts)
     assert "1% of 120" in record["results"]["notes"][0]
     assert {(r["protocol"], r["labels"]) for r in record["results"]["between"]} == {
         (p, n) for p in ("knn", "linear", "finetune") for n in (40, 120)
@@ -118,12 +114,12 @@ def test_frozen_figures_are_those_of_the_probes(compared, runs):
     _, _, record, _ = compared
     names = {"this model": runs[0], "random encoder": RANDOM, "raw pixels": "raw pixels"}
     for seed in (0, 1):
-        probe = ProbeConfig(run=runs[0], train=(TRAIN,), test=(TEST,), labels=40, seed=seed, device="cpu")
-        data = probe_data(probe)
+        probe = ProbeConfig(run=runs[0], labels=40, seed=seed, device="cpu")
+        data = open_probe(LabelledImagesConfig((TRAIN,), (TEST,)), probe).features()
         knn = {row.features: row.accuracy for row in knn_accuracies(data, (5,)) if row.vote == "weighted"}
         for name, arm in names.items():
             assert accuracies(record, "knn", arm)[40][seed] == pytest.approx(knn[name])
-            linear = linear_accuracy(data, name, 0)
+            linear = dict(LogisticRegression(0)(data[name]))["accuracy"]
             assert accuracies(record, "linear", arm)[40][seed] == pytest.approx(linear)
 
 
@@ -135,7 +131,7 @@ def test_fine_tuned_figures_are_those_of_the_runs(compared, runs):
                 (folder,) = out.glob(f"runs/{start}*-{count}-seed{seed}")
                 result = json.loads((folder / "results" / "finetune.json").read_text("utf-8"))
                 assert accuracies(record, "finetune", arm)[count][seed] == result["results"]["accuracy"]
-                assert result["settings"]["seed"] == seed
+                assert result["settings"]["loop"]["seed"] == seed
                 assert result["data"]["train_images"] == count
 
 
@@ -149,29 +145,51 @@ def test_arms_of_a_seed_learn_from_the_same_images_and_seeds_do_not(compared):
         assert len({data for name, data in trained.items() if name.endswith(f"seed{seed}")}) == 1
     assert len(set(trained.values())) == 2
     labels = torch.tensor([open_source(TRAIN, 3).label(i) for i in range(120)])
-    chosen = [set(choose_labelled(labels, n, config.seed).tolist()) for n in (40, 80)]
+    chosen = [set(choose_labelled(labels, n, config.loop.seed).tolist()) for n in (40, 80)]
     assert chosen[0] < chosen[1]
 
 
 def test_the_recipe_is_one_but_for_the_start_and_the_layer_decay_of_scratch(runs, tmp_path):
-    config = CompareConfig(arms=runs, out=str(tmp_path), **{**PLAIN, "layer_decay": 0.6, "pool": "cls"})
-    first = open_arms(config)[0]
-    ours, theirs = (recipe(config, first, given, 40, 3, tmp_path / "r") for given in (runs[0], "scratch"))
-    differ = {f.name for f in fields(FinetuneConfig) if getattr(ours, f.name) != getattr(theirs, f.name)}
+    config = CompareConfig.from_flags(
+        arms=runs, out=str(tmp_path), **{**PLAIN, "layer_decay": 0.6, "pool": "cls"}
+    )
+    arms = open_arms(config)
+    ours, theirs = (
+        finetuning_of(config, arms, start, 40, 3, tmp_path / "r").flags() for start in (runs[0], "scratch")
+    )
+    differ = {name for name in ours if ours[name] != theirs[name]}
     assert differ == {"run", "model", "image_size", "cls_tokens", "layer_decay"}
-    assert (ours.layer_decay, theirs.layer_decay) == (0.6, 1.0)
-    assert (ours.steps, ours.seed, ours.labels, ours.pool) == (3, 3, 40, "cls")
-    longer = recipe(config, first, runs[0], 120, 0, tmp_path / "r")
+    assert (ours["layer_decay"], theirs["layer_decay"]) == (0.6, 1.0)
+    assert [ours[name] for name in ("steps", "seed", "labels", "pool")] == [3, 3, 40, "cls"]
+    longer = finetuning_of(config, arms, runs[0], 120, 0, tmp_path / "r").loop
     assert (longer.steps, longer.total_steps(120)) == (None, 6)
 
 
 def test_features_alone_need_no_fine_tuning(runs, tmp_path):
-    config = CompareConfig(
+    config = CompareConfig.from_flags(
         arms=(runs[0],), out=str(tmp_path), **{**PLAIN, "protocols": ("knn",), "counts": ("50%",)}
     )
-    found = compare(config, Journal(quiet=True))
+    found = compare(config)
     assert not (tmp_path / "runs").exists()
-    assert "nearest neighbours among 60 labelled images" in found.verdicts[0].sentence
+    assert "nearest neighbours among 60 labelled images" in found.results.verdicts[0].sentence
+
+
+def test_the_command_shows_figures_and_verdicts_and_the_library_is_silent(runs, tmp_path, capsys, caplog):
+    flags = {**PLAIN, "protocols": ("knn", "knn"), "counts": ("1%", "50%", "50%")}
+    config = CompareConfig.from_flags(arms=runs * 2, out=str(tmp_path), **flags)
+    with caplog.at_level(logging.INFO, "quarterview"):
+        found = compare(config)
+    assert capsys.readouterr().out == ""
+    assert "evaluated: random encoder, seed 1" in caplog.messages
+    assert any(text.startswith("1% of 120 labelled images were left out") for text in caplog.messages)
+    assert [verdict.arm for verdict in found.results.verdicts] == list(runs)  # each once
+    code = compare_command.main(config, ["quarterview", "compare"], RecipeOptions())
+    assert code == (0 if found.status == "helped" else 1)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "nearest neighbours: accuracy and points of difference, with 95% intervals" in shown
+    for verdict in found.results.verdicts:
+        assert verdict.sentence in shown
+    assert f"See {found.report}; the figures are in {found.record}" in shown
 
 
 def test_arms_are_held_against_the_first_one():
@@ -197,10 +215,12 @@ def test_comparisons_hold_frozen_features_against_pixels_too():
 def test_a_classifier_is_judged_frozen_and_not_fine_tuned_again(tmp_path):
     model = Classifier(ClassifierConfig("mae_vit_32x2x2_patch4", (16, 16), classes=10))
     run = save(tmp_path / "c", model)
-    config = CompareConfig(arms=(run,), out=str(tmp_path / "o"), **{**PLAIN, "protocols": ("knn", "linear")})
-    assert len(compare(config, Journal(quiet=True)).verdicts) == 1
+    config = CompareConfig.from_flags(
+        arms=(run,), out=str(tmp_path / "o"), **{**PLAIN, "protocols": ("knn", "linear")}
+    )
+    assert len(compare(config).results.verdicts) == 1
     with pytest.raises(UserError, match="fine-tuned classifier"):
-        compare(replace(config, protocols=("finetune",)), Journal(quiet=True))
+        compare(config.with_flags(protocols="finetune"))
 
 
 def test_timms_transformers_are_backbones():
@@ -233,29 +253,31 @@ def test_what_is_no_plain_transformer_of_timms_is_refused():
     ("count", "means"), [("1%", 10), ("0.5%", 5), ("100%", 1000), ("7", 7), ("0.01%", 1)]
 )
 def test_counts_are_shares_or_numbers(count, means):
-    assert resolve(count, 1000) == means
+    assert labelled_count(count, 1000) == means
 
 
 @pytest.mark.parametrize("count", ["", "%", "0", "0%", "101%", "-5", "ten", "1.5", "nan%"])
 def test_other_counts_are_refused(count):
-    with pytest.raises(UserError, match="labelled images; accepted"):
-        resolve(count, 1000)
+    with pytest.raises(UserError, match=rf"^--counts {count} is not accepted. Give a share such as 10%"):
+        labelled_count(count, 1000)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"protocols": ("knm",)}, "Did you mean 'knn'"),
-        ({"seeds": 0}, "seeds 0"),
-        ({"counts": ("0%",)}, "0% labelled"),
-        ({"worthwhile": 0.0}, "worthwhile"),
-        ({"scratch_layer_decay": 0.0}, "layer decay"),
-        ({"labels": 5}, "--counts"),
+        ({"seeds": 0}, "--seeds 0 is out of range"),
+        ({"counts": ("0%",)}, "--counts 0% is not accepted"),
+        ({"worthwhile": 0.0}, "--worthwhile 0.0 is out of range"),
+        ({"scratch_layer_decay": 0.0}, "--scratch-layer-decay 0.0 is out of range"),
+        ({"labels": 5}, "--labels is not a flag here"),
+        ({"blocks": ("1", "2")}, "--blocks 1 2 are several recipes"),
+        ({"batch_size": 3}, "--batch-size 3 leaves an image"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(options, message):
     with pytest.raises(UserError, match=message):
-        CompareConfig(**options)
+        CompareConfig.from_flags(**options)
 
 
 @pytest.mark.parametrize(
@@ -263,23 +285,26 @@ def test_what_cannot_be_asked_is_refused(options, message):
     [
         ({"arms": ("scratch", "random")}, "no pre-trained arm"),
         ({"arms": ("nowhere",)}, "nowhere does not exist"),
-        ({"train": ()}, "something is missing"),
+        ({"train": ()}, "--train is missing"),
+        ({"protocols": ()}, "--protocols is missing"),
         ({"arms": ("timm:vit_tiny_patch16_224",), "protocols": ("finetune",)}, "not fine-tuned here"),
-        ({"counts": ("1%",)}, "no --counts left"),
-        ({"counts": ("500",)}, "no --counts left"),
+        ({"counts": ("1%",)}, "--counts 1% leaves nothing to compare. Give 20 to 120"),
+        ({"counts": ("500",)}, "--counts 500 leaves nothing to compare"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(options, message, runs, tmp_path):
-    config = CompareConfig(**{**PLAIN, "arms": (runs[0],), "out": str(tmp_path / "out"), **options})
+    config = CompareConfig.from_flags(
+        **{**PLAIN, "arms": (runs[0],), "out": str(tmp_path / "out"), **options}
+    )
     with pytest.raises(UserError, match=message):
-        compare(config, Journal(quiet=True))
+        compare(config)
     assert not (tmp_path / "out").exists()
 
 
 def test_arms_of_other_channels_are_refused(runs, tmp_path):
     grey = save(tmp_path / "grey", autoencoder(0, in_chans=1, mean=(0.5,), std=(0.25,)))
-    with pytest.raises(UserError, match="other channels"):
-        open_arms(CompareConfig(arms=(runs[0], grey)))
+    with pytest.raises(UserError, match=r"takes images of 3 channels and \S+ of 1\."):
+        open_arms(CompareConfig.from_flags(arms=(runs[0], grey)))
 
 
 # ---------------------------------------------------------------------- the verdict on real runs
@@ -288,8 +313,8 @@ def test_arms_of_other_channels_are_refused(runs, tmp_path):
 @pytest.mark.slow
 def test_the_demos_run_helped_and_one_of_five_steps_did_not(tmp_path):
     pretrain(demo_config(str(tmp_path / "demo"), 0))
-    pretrain(replace(demo_config(str(tmp_path / "five"), 0), steps=5))
-    config = CompareConfig(
+    pretrain(demo_config(str(tmp_path / "five"), 0).with_flags(steps=5))
+    config = CompareConfig.from_flags(
         arms=(str(tmp_path / "demo"), str(tmp_path / "five")),
         out=str(tmp_path / "out"),
         train=("shapes:500:seed=1",),
@@ -307,6 +332,6 @@ def test_the_demos_run_helped_and_one_of_five_steps_did_not(tmp_path):
         crop_min=0.4,
         device="cpu",
     )
-    demo, five = compare(config, Journal(quiet=True)).verdicts
+    demo, five = compare(config).results.verdicts
     assert demo.answer == "helped", demo.sentence
     assert five.answer in ("did not help", "cannot tell"), five.sentence

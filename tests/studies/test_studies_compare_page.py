@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from quarterview.evaluation.results import write_result
-from quarterview.studies.compare_page import Between, Page, Point, colours_of, plot, render, write_page
+from quarterview.studies.compare_page import colours_of, plot, render, write_page
+from quarterview.studies.compare_results import Between, Point, Results
+from quarterview.studies.config import CompareConfig
 from quarterview.studies.verdict import Comparison, contrast, estimate, judge
 
 NASTY = "runs/<script>alert('$x_1$')</script>&\"_a"
@@ -41,7 +43,8 @@ class Checked(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
+def page():
+    """The results of two arms."""
     rng = np.random.default_rng(0)
     points, cells, between = [], {NASTY: [], "other": []}, []
     for protocol, baselines in (("finetune", ["scratch"]), ("knn", ["random encoder", "raw pixels"])):
@@ -55,46 +58,51 @@ def page(tmp_path_factory):
             for arm, rows in cells.items():
                 contrasts = tuple(contrast(b, right[arm], right[b]) for b in baselines)
                 rows.append(Comparison(protocol, count, contrasts))
-    folder = tmp_path_factory.mktemp("report")
-    record = write_result(
-        folder / "results",
-        "compare",
-        ["quarterview", "compare", NASTY],
-        {"train": [NASTY], "test": ["b"], "seeds": 3, "seed": 0, "scratch_layer_decay": 1.0},
-        {"train": "f1", "train_images": 5000, "test": "f2", "test_images": 200},
-        {"notes": [f"left out {NASTY}"]},
-    )
     arms = {a: {"network": "mae_vit_tiny_patch4", "image_size": [32, 32], "weights": "0abc"} for a in cells}
     verdicts = tuple(judge(arm, rows, 0.01) for arm, rows in cells.items())
-    protocols = {"finetune": "fine-tuning", "knn": "nearest neighbours"}
-    return Page(verdicts, protocols, tuple(points), cells, between, arms, record, 0.01)
+    return Results(verdicts, tuple(points), cells, between, arms, 0.01)
 
 
 @pytest.fixture(scope="module")
-def parsed(page):
+def record(tmp_path_factory):
+    """The file that tells where they come from."""
+    return write_result(
+        tmp_path_factory.mktemp("report") / "results",
+        "compare",
+        ["quarterview", "compare", NASTY],
+        CompareConfig.from_flags(train=[NASTY], test=["b"]).to_plain(),
+        {"train": "f1", "train_images": 5000, "test": "f2", "test_images": 200},
+        {"notes": [f"left out {NASTY}"]},
+    )
+
+
+@pytest.fixture(scope="module")
+def html(page, record):
+    return render(page, json.loads(record.read_text("utf-8")))
+
+
+@pytest.fixture(scope="module")
+def parsed(html):
     checked = Checked()
-    checked.feed(render(page))
+    checked.feed(html)
     checked.close()
     assert not checked.open
     return checked
 
 
-def test_the_page_asks_nothing_of_a_network(page, parsed):
+def test_the_page_asks_nothing_of_a_network(html, parsed):
     assert not {"script", "link", "img", "iframe"} & set(parsed.tags)
-    text = re.sub(
-        r'xmlns(:\w+)?="[^"]*"|<metadata>.*?</metadata>|<!DOCTYPE.*?>', "", render(page), flags=re.S
-    )
+    text = re.sub(r'xmlns(:\w+)?="[^"]*"|<metadata>.*?</metadata>|<!DOCTYPE.*?>', "", html, flags=re.S)
     assert not re.search(r"(?:src|href)\s*=\s*\"(?!#)|url\((?!#)|@import|https?://", text)
 
 
-def test_texts_of_users_are_texts(page, parsed):
-    assert "<script" not in render(page)
+def test_texts_of_users_are_texts(html, parsed):
+    assert "<script" not in html
     assert any(NASTY in text for text in parsed.texts)
     assert any(f"left out {NASTY}" in text for text in parsed.texts)
 
 
-def test_verdicts_come_first_and_every_figure_is_there(page, parsed):
-    html = render(page)
+def test_verdicts_come_first_and_every_figure_is_there(page, html, parsed):
     text = " ".join(parsed.texts)
     for verdict in page.verdicts:
         assert verdict.sentence in text
@@ -130,8 +138,8 @@ def test_colours_tell_arms_apart(page):
     assert len(set(colours.values())) == len(colours) == 5
 
 
-def test_the_page_is_written_whole(page, tmp_path):
-    path = write_page(tmp_path / "report.html", page)
-    assert path.read_text("utf-8") == render(page)
+def test_the_page_is_written_whole(page, record, html, tmp_path):
+    path = write_page(tmp_path / "report.html", page, record)
+    assert path.read_text("utf-8") == html
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
-    assert json.loads(page.record.read_text("utf-8"))["protocol"] == "compare"
+    assert json.loads(record.read_text("utf-8"))["protocol"] == "compare"

@@ -1,7 +1,6 @@
 """What arms are judged by: patches that are visible, and what there was before networks."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +8,19 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from quarterview.commands.pretrain import PretrainConfig
+from quarterview.commands.config import PretrainConfig
 from quarterview.data.sources.open import open_source
 from quarterview.data.transforms.crop import to_float
 from quarterview.errors import RunError, UserError
 from quarterview.evaluation import corruptions
-from quarterview.evaluation.corruptions import COMMON, corrupt, one_of
+from quarterview.evaluation.config import COMMON
+from quarterview.evaluation.corruptions import corrupt, one_of
 from quarterview.evaluation.features import class_scores, encoder_features, partly_visible
+from quarterview.evaluation.labelled import open_split
 from quarterview.models.create import create_model
 from quarterview.studies.conduct import conduct
-from quarterview.studies.measure import check_measures, judge, open_images, read_judged
+from quarterview.studies.config import StudyConfig, check_measure
+from quarterview.studies.measure import check_measures, judge, read_judged
 from quarterview.studies.named import STUDIES
 from quarterview.studies.plain_features import (
     PATCH_COMPONENTS,
@@ -29,9 +31,7 @@ from quarterview.studies.plain_features import (
     picture_clusters,
     picture_components,
 )
-from quarterview.studies.plan import StudyConfig, base_of, unique_arms
-from quarterview.studies.study import check_measure
-from quarterview.training.logging import Journal
+from quarterview.studies.plan import base_of, unique_arms
 from quarterview.weights.loading import load_classifier
 
 
@@ -148,9 +148,9 @@ def test_few_pictures_have_few_clusters_and_one_is_refused():
 @pytest.mark.slow
 def test_patches_without_a_network_beat_random_weights(tmp_path):
     train, test = ("shapes:800:size=32:seed=7",), ("shapes:800:size=32:seed=8",)
-    pretraining = PretrainConfig(data=train, image_size=32, model="mae_vit_64x3x4_patch4")
+    pretraining = PretrainConfig.from_flags(data=train, image_size=32, model="mae_vit_64x3x4_patch4")
     study = StudyConfig(data=train, train=train, test=test, out=str(tmp_path), device="cpu")
-    images = open_images(train, test, 3)
+    images = open_split(train, test, 3)
     accuracy = {
         start: judge(None, start, pretraining, ["linear"], images, study, 0, tmp_path / start)[
             "linear"
@@ -187,19 +187,19 @@ def test_what_is_no_measure(measure):
 
 
 def test_measures_that_an_arm_cannot_have():
-    four = PretrainConfig(model="mae_vit_32x4x2_patch4", image_size=16)
+    four = PretrainConfig.from_flags(model="mae_vit_32x4x2_patch4", image_size=16)
     check_measures("kmeans", ["linear", "knn"], four)
     check_measures("pretrain", ["finetune:4", "finetune:all", "linear@50", "corrupted"], four)
-    for start, measure in (
-        ("pixels", "finetune"),
-        ("pixels", "corrupted"),
-        ("pca", "knn@50"),
-        ("pretrain", "finetune:5"),
+    for start, measure, said in (
+        ("pixels", "finetune", "needs a network, not pixels"),
+        ("pixels", "corrupted", "needs a network, not pixels"),
+        ("pca", "knn@50", "needs a network, not pca"),
+        ("pretrain", "finetune:5", "needs more blocks than the encoder's 4"),
     ):
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match=said):
             check_measures(start, [measure], four)
-    with pytest.raises(UserError, match="corrupted images of 1 channels"):
-        check_measures("pretrain", ["corrupted"], replace(four, in_chans=1))
+    with pytest.raises(UserError, match="needs images of 3 channels, not 1"):
+        check_measures("pretrain", ["corrupted"], four.with_flags(in_chans=1))
 
 
 # ---------------------------------------------------------------------- corrupted images
@@ -218,8 +218,8 @@ def config(out: Path, **changes) -> StudyConfig:
 @pytest.mark.parametrize("measures", [("corrupted",), ("corrupted", "finetune")])
 def test_corrupted_images_are_judged_by_what_was_fine_tuned(tmp_path, measures):
     settings = config(tmp_path)
-    base = replace(base_of(STUDIES["robustness"], settings), precision="fp32")
-    images = open_images(settings.train, settings.test, 3)
+    base = base_of(STUDIES["robustness"], settings).with_flags(precision="fp32")
+    images = open_split(settings.train, settings.test, 3)
     found = judge(None, "random", base, measures, images, settings, 0, tmp_path / "arm")
     assert found.keys() == read_judged(tmp_path / "arm").keys() == set(measures)
     right = found["corrupted"]
@@ -253,7 +253,7 @@ def test_the_study_of_robustness(tmp_path):
         "    arms: {MAE: {}, random weights: random}\n"
         "    findings: [{claim: it helps, first: MAE, second: random weights, measure: corrupted}]\n"
     )
-    studied = conduct(str(mine), config(tmp_path / "out"), Journal(quiet=True))
+    studied = conduct(config(tmp_path / "out", name=str(mine)))
     assert studied.status == "complete"
     assert "corrupted images" in (tmp_path / "out" / "report.html").read_text()
 

@@ -1,7 +1,9 @@
 """What a study will run: arms once each, lengths within the budget, operations as torch counts them."""
 
+import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,21 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-import quarterview as qv
+from quarterview.commands.config import PretrainConfig
+from quarterview.config import PATH
 from quarterview.data.loader import Batch
 from quarterview.errors import UserError
-from quarterview.methods.registry import DEFAULTS, fresh_objective, model_config_of
+from quarterview.methods.base import Setting, build
 from quarterview.models.mae import MaskedAutoencoder
 from quarterview.models.targets import TokenTarget
 from quarterview.studies.arm import images_of
+from quarterview.studies.config import StudyConfig, read_budget
 from quarterview.studies.lengths import choose_lengths
 from quarterview.studies.named import STUDIES
 from quarterview.studies.plan import (
-    StudyConfig,
     base_of,
     flops_an_image,
     heads_of,
-    read_budget,
     tokenizer_config,
     unique_arms,
 )
@@ -36,7 +38,7 @@ from quarterview.studies.timing import (
     time_training,
     time_tuning,
 )
-from quarterview.training.logging import metrics
+from quarterview.training.metric_writers import read_metrics
 
 CONFIG = StudyConfig(
     data=("shapes",),
@@ -69,8 +71,29 @@ def test_budgets(text, expected):
 
 @pytest.mark.parametrize("text", ["", "30", "m", "-3m", "0m", "1e400images", "3 m", "1..5h", "nanm", "2days"])
 def test_budgets_that_mean_nothing(text):
-    with pytest.raises(UserError, match="a budget of"):
+    with pytest.raises(UserError, match=rf"^--budget {re.escape(text)} is not accepted. Give a time such as"):
         read_budget(text)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"budget": "lots"}, "--budget lots"),
+        ({"seeds": 0}, "--seeds 0 is out of range"),
+        ({"jobs": 0}, "--jobs 0 is out of range"),
+        ({"measures": ("knm",)}, "Did you mean 'knn'"),
+        ({"measures": "linear@101"}, "linear@101 is not accepted"),
+        ({"device": "gpu"}, "--device"),
+    ],
+)
+def test_values_of_a_study_that_are_refused(values, said):
+    with pytest.raises(UserError, match=said):
+        StudyConfig(**values)
+
+
+def test_one_word_and_one_side_are_enough():
+    config = StudyConfig(data="a", measures="knn", image_size=32)
+    assert (config.data, config.measures, config.image_size) == (("a",), ("knn",), (32, 32))
 
 
 # ---------------------------------------------------------------------- arms
@@ -82,7 +105,9 @@ def test_every_named_study_can_be_planned(name):
     arms = choose_lengths(unique_arms(STUDIES[name], config, "words"), config).arms
     assert len({one.key for one in arms}) == len(arms)
     for one in arms:
-        expected = 0 if one.arm.start != "pretrain" else round(1e5 * one.arm.length / one.config.batch_size)
+        expected = (
+            0 if one.arm.start != "pretrain" else round(1e5 * one.arm.length / one.config.loop.batch_size)
+        )
         assert one.steps == expected
         assert one.measures
 
@@ -134,46 +159,51 @@ def test_equal_operations():
     config = replace(CONFIG, budget="1e12flops")
     for one in choose_lengths(unique_arms(STUDIES["baselines"], config, "words"), config).arms:
         if one.steps:
-            spent = one.steps * one.config.batch_size * flops_an_image(one.config, config.vocabulary)
+            spent = one.steps * one.config.loop.batch_size * flops_an_image(one.config, config.vocabulary)
             assert abs(spent / 1e12 - 1) < 0.5 / one.steps + 1e-6
 
 
 @pytest.mark.parametrize(
-    ("objective", "changes"),
+    ("method", "changes"),
     [
         ("mae", {}),
         ("mae", {"encoder_mask_tokens": True}),
         ("mae", {"target": "pca", "pca_components": 7}),
         ("mae", {"target": "hog"}),
-        ("beit", DEFAULTS["beit"]),
+        ("beit", {"tokenizer": "tokens"}),
         ("denoising", {}),
         ("supervised", {}),
         ("simclr", {}),
         ("byol", {}),
         ("mocov3", {}),
+        ("mae", {"masks_per_image": 2, "target": "tokens", "tokenizer": "tokens"}),
         ("denoising", {"cls_tokens": 4, "fused_blocks": (1,)}),
         ("simclr", {"cls_tokens": 4}),
     ],
 )
-def test_operations_are_those_that_torch_counts(objective, changes):
-    changes = {**changes, **({"tokenizer": "words"} if objective == "beit" else {})}
-    config = qv.PretrainConfig(
-        model="mae_vit_32x2x2_patch4", image_size=16, decoder_width=32, decoder_heads=2, precision="fp32",
-        **{"objective": objective, "decoder_depth": 1, "head_width": 40, "head_out": 24, **changes}
-        if objective in ("simclr", "byol", "mocov3")
-        else {"objective": objective, "decoder_depth": 1, **changes},
-    )  # fmt: skip
-    model = model_config_of(config, (0.0,) * 3, (1.0,) * 3, class_names=None, classes=10, vocabulary=512)
-    made = fresh_objective(config, model, 10, lambda rows: rows).train()
+def test_operations_are_those_that_torch_counts(method, changes):
+    decoder, heads = (
+        {"decoder_width": 32, "decoder_heads": 2, "decoder_depth": 1},
+        {"head_width": 40, "head_out": 24},
+    )
+    sizes = {"mae": decoder, "denoising": decoder, "simclr": heads, "byol": heads, "mocov3": heads}
+    config = PretrainConfig.from_flags(
+        model="mae_vit_32x2x2_patch4",
+        image_size=16,
+        method=method,
+        **{**sizes.get(method, {}), **changes},
+    )
+    encoder = replace(config.model, mean=(0.0,) * 3, std=(1.0,) * 3)
+    made = build(config.method, Setting(encoder, seed=0, steps=10, vocabulary=512, classes=10)).train()
     if isinstance(made.model, MaskedAutoencoder) and isinstance(made.model.target, TokenTarget):
 
-        class Words:
+        class Tokenizer:
             vocabulary = 512
 
             def tokens(self, images):
                 return torch.zeros(len(images), 16, dtype=torch.int64)
 
-        made.model.target.use(Words())
+        made.model.target.use(Tokenizer())
     ids = torch.arange(4)
     batch = Batch(torch.randn(4, 3, 16, 16), ids, ids * 0, ids, torch.randn(4, 3, 16, 16))
     with FlopCounterMode(display=False) as counter:
@@ -204,30 +234,30 @@ def test_short_runs_tell_how_long_things_take(tmp_path):
     words |= {"test": ("shapes:60:size=16:seed=2",), "labels": 40, "device": "cpu", "workers": 0}
     config = replace(CONFIG, **words, batch_size=16, tune_steps=4)
     one = unique_arms(STUDIES["schedule"], config, "words")[0]
-    its = replace(one.config, precision="fp32")
+    its = one.config.with_flags(precision="fp32")
     began = time.perf_counter()
     training = time_training(its, tmp_path / "trained")
     took = time.perf_counter() - began
-    rows = metrics(tmp_path / "trained")
+    rows = read_metrics(tmp_path / "trained")
     assert [row["step"] for row in rows] == [6, 12]
     assert training.image == 1 / rows[1]["images_per_s"]  # of the second half, which needs no warming
-    assert training.once == pytest.approx(took - 12 * 16 * training.image, abs=0.5)
+    assert training.once == pytest.approx(max(0, took - 12 * 16 * training.image), abs=0.5)
     part = next(part for part in parts_judged(one) if part.measures == ("finetune",))
     images_of(config, 3)  # which is no part of it
     began = time.perf_counter()
     tuning = time_tuning(part, its, config, tmp_path / "tuned")
     took = time.perf_counter() - began
-    rows = metrics(tmp_path / "tuned" / "finetune")
+    rows = read_metrics(tmp_path / "tuned" / "finetune")
     assert rows[-1]["step"] == 4
     assert tuning.update == 64 / rows[-1]["images_per_s"]
-    assert tuning.once == pytest.approx(took - 4 * tuning.update, abs=0.5)
+    assert tuning.once == pytest.approx(max(0, took - 4 * tuning.update), abs=0.5)
 
 
 def test_each_network_is_judged_by_its_own_time():
     config = replace(CONFIG, model=None, budget="90m", seeds=1, tune_steps=100)
     arms = unique_arms(STUDIES["scaling"], config, "words")
     times = Times(arms).timed
-    parts = {one.config.model: parts_judged(one) for one in arms}
+    parts = {one.config.model.model: parts_judged(one) for one in arms}
     assert len(parts) == len({part for each in parts.values() for part in each}) == 3
     large = parts["mae_vit_base_patch4"][0]
     slow = replace(times, tuning={**times.tuning, large: Tuning(1.0, 1.0)})
@@ -288,7 +318,7 @@ def test_a_budget_that_judging_alone_eats_is_refused():
 def test_a_decoder_as_a_share_of_the_encoder():
     config = replace(CONFIG, model="mae_vit_tiny_patch16")
     widths = {
-        one.arm.name: (one.config.decoder_width, one.config.decoder_heads)
+        one.arm.name: (one.config.method.decoder_width, one.config.method.decoder_heads)
         for one in unique_arms(STUDIES["decoder"], config, "words")
         if one.arm.decoder_share
     }
@@ -315,9 +345,9 @@ def test_each_arm_has_a_decoder_and_fused_blocks_for_its_own_encoder():
         ),
     )
     arms = {one.arm.name: one.config for one in unique_arms(Study("s", "", (table,)), CONFIG, "words")}
-    assert [arms[f"share {i}"].decoder_width for i in (0, 1)] == [16, 32]
-    assert [arms[f"fused {i}"].fused_blocks for i in (0, 1)] == [(1,), (1, 3, 5)]
-    with pytest.raises(UserError, match="fuses blocks of an encoder of 2"):
+    assert [arms[f"share {i}"].method.decoder_width for i in (0, 1)] == [16, 32]
+    assert [arms[f"fused {i}"].method.fused_blocks for i in (0, 1)] == [(1,), (1, 3, 5)]
+    with pytest.raises(UserError, match=r"^Arm fused blocks \(MFF\) fuses blocks of an encoder of 2\."):
         unique_arms(STUDIES["later"], CONFIG, "words")
 
 
@@ -343,22 +373,59 @@ def test_the_bases_tokenizer_is_another_than_the_studys(tmp_path):
     base.write_text("target: tokens\ntokenizer: mine\n")
     table = Table("Words", (Arm("the base's"), Arm("the study's", {"tokenizer": "study"})))
     arms = unique_arms(Study("s", "", (table,)), replace(CONFIG, base=str(base)), "words")
-    assert [one.config.tokenizer for one in arms] == ["mine", "words"]
+    assert [one.config.method.tokenizer for one in arms] == ["mine", "words"]
 
 
 def test_an_arm_may_have_another_encoder_than_fits_the_base():
     table = Table("Sizes", (Arm("a"), Arm("b", {"model": "mae_vit_32x4x1_patch7", "image_size": (28, 28)})))
     pocket = replace(CONFIG, base="pocket", model=None)
-    assert unique_arms(Study("s", "", (table,)), pocket, "words")[1].config.patches == 16
+    assert unique_arms(Study("s", "", (table,)), pocket, "words")[1].config.model.patches == 16
+
+
+def test_methods_bring_their_defaults_and_keep_what_the_base_says():
+    config = replace(CONFIG, model=None, base="pocket")
+    arms = {one.arm.name: one.config for one in unique_arms(STUDIES["baselines"], config, "words")}
+    decay = {name: its.optim.weight_decay for name, its in arms.items()}
+    assert [decay[name] for name in ("MAE", "denoising", "SimCLR", "MoCo v3")] == [0.05, 0.05, 0.1, 0.1]
+    assert {its.optim.lr for its in arms.values()} == {1e-3}
+    assert arms["denoising"].method.decoder_width == arms["MAE"].method.decoder_width == 32
+    beit = arms["BEiT"].method
+    assert (beit.tokenizer, beit.mask, beit.mask_ratio) == ("words", "block", 0.4)
+
+
+def test_the_studys_flags_go_before_its_files_base_and_that_before_the_recipe():
+    study = Study("s", "", (), {"image_size": 48, "batch_size": 8, "workers": 0, "lr": 0.5, "method": "byol"})
+    base = base_of(study, replace(CONFIG, base="pocket", model=None, image_size=None, batch_size=4))
+    assert (base.model.model, base.model.image_size) == ("mae_vit_64x4x2_patch8", (48, 48))
+    assert (base.loop.batch_size, base.loader.workers, base.optim.lr) == (4, 0, 0.5)
+    assert (base.method.name, base.optim.weight_decay) == ("byol", 0.1)
+
+
+def test_keys_of_arms_do_not_hang_on_where_files_are():
+    assert {"out", "data", "tokenizer", "init_from", "resume"} <= PretrainConfig().marked(PATH)
+    one, two = (
+        [arm.key for arm in unique_arms(STUDIES["tokens"], config, folder)]
+        for config, folder in (
+            (CONFIG, "words"),
+            (replace(CONFIG, data=("moved",), out="moved", workers=3, device="cpu", seed=7), "moved/words"),
+        )
+    )
+    assert one == two
+    (fast,) = (
+        unique_arms(Study("s", "", (Table("T", arms),)), CONFIG, "words")[1:]
+        for arms in ((Arm("a"), Arm("b", {"compile": True})),)
+    )
+    assert len(fast) == 1  # another arm, though a run may go on with another value
 
 
 def test_heads_and_tokenizers_may_be_small():
     config = replace(CONFIG, model=None, head_width=32, vocabulary=64, tokenizer_width=16)
     arms = unique_arms(STUDIES["baselines"], config, "words")
-    widths = {one.config.objective: one.config.head_width for one in arms}
+    widths = {one.config.method.name: getattr(one.config.method, "head_width", None) for one in arms}
     assert [widths[name] for name in ("simclr", "byol", "mocov3")] == [32] * 3
-    words = tokenizer_config(base_of(STUDIES["baselines"], config), "words", config)
-    assert (words.vocabulary, words.tokenizer_width) == (64, 16)
+    tokenizer = tokenizer_config(base_of(STUDIES["baselines"], config), "words", config)
+    assert (tokenizer.method.vocabulary, tokenizer.method.tokenizer_width) == (64, 16)
+    assert (tokenizer.optim.lr, tokenizer.optim.weight_decay, tokenizer.run.out) == (1e-3, 0.0, "words")
 
 
 # ---------------------------------------------------------------------- files
@@ -429,7 +496,7 @@ def test_a_study_from_a_file(tmp_path):
         ("measure: linear}", "measure: linear, over_measure: linear}", "beside over"),
         ("start: random", "start: randum", "randum"),
         ("tables:", "table:", "tables"),
-        ("base: {decoder_depth: 1}", "base: {decoder_dept: 1}", "decoder_depth"),
+        ("base: {decoder_depth: 1}", "base: {decoder_dept: 1}", "Did you mean --decoder-depth"),
         ("base: {decoder_depth: 1}", "base: 3", "base in study"),
         (GIVEN, "[1, 2]", "no table"),
         (GIVEN, "tables: []", "has no tables"),
@@ -441,3 +508,47 @@ def test_files_that_say_something_else_are_refused(tmp_path, old, new, said):
     path.write_text(GIVEN.replace(old, new, 1))
     with pytest.raises(UserError, match=said):
         read_study(path)
+
+
+@pytest.mark.parametrize(
+    ("base", "arm", "expected"),
+    [
+        ("{}", "{method: simclr}", {"weight_decay": 0.1, "lr": 1e-3}),
+        ("{}", "{objective: simclr}", {"weight_decay": 0.05, "lr": 1e-3}),
+        ("{}", "{objective: simclr, weight_decay: 0.2, decoder_depth: 8}", {"weight_decay": 0.2}),
+        (
+            "{weight_decay: 0.3}",
+            "{objective: mocov3, temperature: null}",
+            {"weight_decay": 0.3, "temperature": 0.2},
+        ),
+        (
+            "{}",
+            "{objective: beit, tokenizer: study, target: tokens, encoder_mask_tokens: true, "
+            "decoder_depth: 0}",
+            {"mask": "random", "mask_ratio": 0.75, "tokenizer": "words"},
+        ),
+        ("{objective: denoising, noise: 0.5}", "{noise: 2.0}", {"method": "denoising", "noise": 2.0}),
+        ("{objective: supervised}", "{}", {"blr": 1.5e-4, "weight_decay": 0.05}),
+        (
+            "{method: {name: byol, momentum: 0.9}}",
+            "{lr: 2e-3}",
+            {"method": "byol", "momentum": 0.9, "lr": 2e-3},
+        ),
+    ],
+)
+def test_methods_are_named_as_in_version_0_1_or_as_today(tmp_path, base, arm, expected):
+    """What is called `objective` changed no default of other flags in version 0.1, and does not now."""
+    path = tmp_path / "mine.yaml"
+    table = f"{{title: T, arms: {{this: {arm}, other: {{length: 0.5}}}}}}"
+    path.write_text(f"base: {base}\ntables: [{table}]\n")
+    flags = unique_arms(read_study(path), CONFIG, "words")[0].config.flags()
+    assert {name: flags[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["cpu_slow", "cpu_plain", "cpu_scaling"])
+def test_studies_of_the_benchmarks_can_be_planned(name):
+    study = read_study(Path(__file__).parents[2] / "benchmarks" / f"{name}.yaml")
+    arms = {one.arm.name: one.config for one in unique_arms(study, replace(CONFIG, model=None), "words")}
+    if name == "cpu_slow":
+        beit = arms["BEiT"].method
+        assert (beit.name, beit.mask, beit.mask_ratio) == ("beit", "block", 0.4)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from quarterview.errors import RunError, UserError
+from quarterview.studies.config import read_budget
 from quarterview.studies.measure import StoppedError
-from quarterview.studies.plan import read_budget
 from quarterview.studies.side_by_side import Here, Piece, Workers, visible_gpus
 
 
@@ -72,15 +72,15 @@ def test_nothing_is_started_where_there_is_nothing_to_do():
 
 
 def test_a_failure_is_told_and_ends_the_rest():
-    pieces = [Piece("missing", os.stat, ("/does/not/exist",)), *[Piece("sleep", time.sleep, (60,))] * 3]
+    pieces = [Piece("missing", os.stat, ("/does/not/exist",)), *[Piece("sleep", time.sleep, (600,))] * 3]
     began = time.monotonic()
     with pytest.raises(RunError, match=r"missing: .*No such file"), Workers(2) as workers:
         list(workers.each(pieces))
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 300
 
 
 def test_what_a_user_got_wrong_stays_so():
-    with pytest.raises(UserError, match="budget: a budget of 'lots'; accepted"), Workers(2) as workers:
+    with pytest.raises(UserError, match="budget: --budget lots is not accepted"), Workers(2) as workers:
         list(workers.each([Piece("budget", read_budget, ("lots",))]))
 
 
@@ -142,8 +142,8 @@ def test_a_signal_ends_what_is_no_run_at_once():
     timer.start()
     try:
         with pytest.raises(StoppedError, match="SIGTERM"), Workers(2) as workers:
-            list(workers.each([Piece("sleep", time.sleep, (60,))] * 4))
+            list(workers.each([Piece("sleep", time.sleep, (600,))] * 4))
     finally:
         timer.cancel()
         timer.join()
-    assert time.monotonic() - began < 45
+    assert time.monotonic() - began < 300

@@ -63,8 +63,8 @@ def step_and_batch(precision: str = "bf16", **options) -> tuple[Step, Batch]:
         decoder_depth=DECODER_DEPTH,
         decoder_heads=2,
     )
-    objective = MaskedAutoencoding(model, seed=0)
-    step = Step(objective, adamw(objective, 0.05), World(CPU), precision_context(precision, CPU), **options)
+    method = MaskedAutoencoding(model, seed=0)
+    step = Step(method, adamw(method, 0.05), World(CPU), precision_context(precision, CPU), **options)
     ids = torch.arange(8)
     return step, Batch(torch.randn(8, 3, 32, 32), ids, torch.zeros_like(ids))
 

@@ -13,10 +13,12 @@ import quarterview as qv
 from quarterview.data.sampler import SampleStream
 from quarterview.errors import RunError, UserError
 from quarterview.models.create import fresh_model
-from quarterview.models.mae import MAEConfig
 from quarterview.training import checkpoint
-from quarterview.training.logging import Journal, Meter, duration, metrics
-from quarterview.training.trainer import LoopConfig, stop_signals, usable_precision
+from quarterview.training.config import ComputeConfig, LoopConfig, RunConfig
+from quarterview.training.console import duration
+from quarterview.training.logging import Meter, RunLogger
+from quarterview.training.metric_writers import read_metrics as metrics
+from quarterview.training.trainer import stop_signals, usable_precision
 
 COLUMNS = [
     *("step", "samples", "epoch", "loss", "val_loss", "lr", "grad_norm"),
@@ -39,7 +41,7 @@ def tiny(out: Path, **changes) -> qv.PretrainConfig:
         **{"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "lr": 1e-3, "batch_size": 16},
         **{"data": ("shapes:200:size=16",), "workers": 0, "holdout": 0, "steps": 12, "log_every": 4},
     }
-    return qv.PretrainConfig(**{**values, **changes})
+    return qv.PretrainConfig.from_flags(**{**values, **changes})
 
 
 def digest(folder: Path) -> str:
@@ -168,22 +170,29 @@ def test_checkpoints_by_the_clock(tmp_path, changes, saved):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("kind", "field", "value"),
     [
-        *(("batch_size", 0), ("steps", 0), ("log_every", 0), ("eval_every", -1), ("checkpoint_every", 0)),
-        *(("epochs", 0), ("epochs", float("nan")), ("epochs", float("inf")), ("keep_checkpoints", 0)),
+        *((LoopConfig, name, 0) for name in ("batch_size", "steps", "epochs", "accum_iter")),
+        *((LoopConfig, "epochs", value) for value in (float("nan"), float("inf"))),
         *(
-            ("accum_iter", 0),
-            ("keep_every", 0),
-            ("parallel", "ddpp"),
-            ("precision", "fp16"),
-            ("checkpoint_minutes", -1.0),
+            (RunConfig, name, 0)
+            for name in ("log_every", "checkpoint_every", "keep_checkpoints", "keep_every")
         ),
+        *((RunConfig, "eval_every", -1), (RunConfig, "checkpoint_minutes", -1.0)),
     ],
 )
-def test_wrong_settings_are_refused(field, value):
-    with pytest.raises(UserError, match="accepted"):
-        LoopConfig(**{"batch_size": 16, field: value})
+def test_numbers_out_of_range_are_refused(kind, field, value):
+    with pytest.raises(UserError, match=f"^--{field.replace('_', '-')} {value} is out of range. Give a "):
+        kind(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "accepted"),
+    [("parallel", "ddpp", "auto, ddp, fsdp"), ("precision", "fp16", "bf16, fp32")],
+)
+def test_unknown_words_are_refused(field, value, accepted):
+    with pytest.raises(UserError, match=f"unknown value of --{field}: '{value}'; accepted: {accepted}"):
+        ComputeConfig(**{field: value})
 
 
 # ---------------------------------------------------------------------- gradients
@@ -218,7 +227,7 @@ def test_clipping(tmp_path, clip):
 def test_the_moving_average_is_its_closed_form(tmp_path):
     config = tiny(tmp_path, ema=0.8, steps=8, checkpoint_every=1, keep_checkpoints=100, lr=1e-2)
     qv.pretrain(config)
-    start = fresh_model(config.part(MAEConfig), seed=0)
+    start = fresh_model(config.autoencoder(), seed=0)
     expected = {name: 0.8**8 * parameter.detach() for name, parameter in start.named_parameters()}
     for step in range(1, 9):
         weights = model_at(tmp_path, step)
@@ -305,7 +314,7 @@ def test_precision_falls_back_where_there_is_no_bf16(tmp_path, monkeypatch, caps
     assert all(tensor.dtype == torch.float32 for tensor in model_at(tmp_path / "c", 2).values())
 
 
-# ---------------------------------------------------------------------- the journal
+# ---------------------------------------------------------------------- the log
 
 
 def test_the_meter_counts_images_waiting_and_no_pauses():
@@ -380,7 +389,7 @@ def test_a_journal_opened_at_a_step_forgets_what_came_after(tmp_path):
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 5, "lo')
     (tmp_path / "skipped_steps.jsonl").write_text('{"step": 2, "ids": [1]}\n{"step": 3, "ids": [2]}\n{"st')
-    journal = Journal(tmp_path)
+    journal = RunLogger(tmp_path)
     journal.open(2)
     journal.close()
     assert metrics(tmp_path) == rows[:2]
@@ -389,7 +398,7 @@ def test_a_journal_opened_at_a_step_forgets_what_came_after(tmp_path):
 
 
 def test_a_quiet_journal_writes_and_says_nothing(tmp_path, capsys):
-    journal = Journal(tmp_path, quiet=True)
+    journal = RunLogger(tmp_path, quiet=True)
     journal.open(0)
     journal.start_progress(10, 0)
     journal.say("hello")
@@ -454,14 +463,14 @@ def test_a_second_interrupt_within_leaves_all_handlers_as_they_were():
 
 
 def test_a_signal_in_the_last_step_of_a_run_is_seen_around_it(tmp_path, monkeypatch):
-    row = Journal.row
+    row = RunLogger.row
 
     def asked_meanwhile(self, columns):
         if columns["step"] == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         row(self, columns)
 
-    monkeypatch.setattr(Journal, "row", asked_meanwhile)
+    monkeypatch.setattr(RunLogger, "row", asked_meanwhile)
     with stop_signals() as asked:
         assert qv.pretrain(tiny(tmp_path, steps=4)).status == "complete"
         assert asked == ["SIGTERM"]

@@ -7,10 +7,12 @@ import torch
 import yaml
 from weights_models import CLASSES, autoencoder, classifier
 
-from quarterview.commands.pretrain import PretrainConfig, pretrain
+from quarterview.commands.config import PretrainConfig
+from quarterview.commands.pretrain import pretrain
 from quarterview.weights import Facts, export_safetensors, export_timm, facts_of
 from quarterview.weights.export.model_card import card
 from quarterview.weights.export.safetensors import target
+from quarterview.weights.facts import flat_settings, shown_settings
 
 TINY = {
     "model": "mae_vit_32x2x2_patch4",
@@ -30,9 +32,10 @@ def run(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs")
     first = {"data": ("shapes:200:size=16",), "out": str(folder / "first"), "steps": 2}
-    pretrain(PretrainConfig(**first, **TINY))
+    pretrain(PretrainConfig.from_flags(**first, **TINY))
     second = {"data": ("shapes:120:size=16",), "out": str(folder / "second"), "steps": 3, "ema": 0.9}
-    pretrain(PretrainConfig(**second, **TINY, init_from=str(folder / "first")))
+    second["shard_cache_dir"] = str(folder / "cache")
+    pretrain(PretrainConfig.from_flags(**second, **TINY, init_from=str(folder / "first")))
     results = folder / "second" / "results"
     results.mkdir()
     weights = "checkpoints/step-00000003/model.safetensors"
@@ -57,7 +60,7 @@ def test_the_facts_of_a_run_and_of_the_one_before_it(run):
     assert (facts.name, facts.steps, facts.images, facts.average) == ("second", 3, 120, False)
     assert facts.fingerprint == record["data"]["fingerprint"]
     assert facts.settings["mask_ratio"] == 0.75
-    assert "out" not in facts.settings
+    assert not {"out", "data", "init_from", "device", "log_every", "shard_cache_dir"} & facts.settings.keys()
     assert "loss" in facts.losses
     assert facts.accuracies == {
         "knn, k 20, weighted: this model": 0.25,
@@ -97,6 +100,42 @@ def test_the_card_of_a_run(run, tmp_path):
     assert header(text)["library_name"] == "timm"
     assert header(text)["pipeline_tag"] == "image-feature-extraction"
     assert "license" not in header(text)
+
+
+def test_a_configuration_by_parts_is_shown_as_a_flat_one_is():
+    flat = {
+        "model": "mae_vit_base_patch16",
+        "method": "mae",
+        "mask_ratio": 0.75,
+        "lr": None,
+        "out": "/home/me/run",
+        "device": "cuda",
+        "shard_cache_dir": "/home/me/cache",
+        "log_every": 20,
+        "init_from": "/home/me/first",
+    }
+    nested = {
+        "run": {"out": "/home/me/run", "log_every": 20},
+        "compute": {"device": "cuda"},
+        "data": {"shard_cache_dir": "/home/me/cache"},
+        "model": {"model": "mae_vit_base_patch16"},
+        "method": {"name": "mae", "mask_ratio": 0.75},
+        "optim": {"lr": None},
+        "init": {"init_from": "/home/me/first"},
+    }
+    assert flat_settings(nested) == flat_settings(flat) == flat
+    shown = {"model": "mae_vit_base_patch16", "method": "mae", "mask_ratio": 0.75}
+    assert shown_settings(flat_settings(nested)) == shown_settings(flat) == shown
+
+
+def test_what_a_run_started_from_is_named_without_its_folder_though_it_is_gone(run):
+    first = run.parent / "first"
+    moved = first.rename(run.parent / "moved")
+    try:
+        facts = facts_of(run)
+    finally:
+        moved.rename(first)
+    assert (facts.started_from, facts.start) == ("first", None)
 
 
 def test_the_licence_is_carried_along(run, tmp_path):

@@ -7,13 +7,14 @@ from weights_models import autoencoder, pictures
 
 import quarterview as qv
 from quarterview import cli
-from quarterview.commands.pretrain import start_values
+from quarterview.commands.config import PretrainConfig
+from quarterview.commands.start import flags_of_start
 from quarterview.errors import UserError
 from quarterview.models.mae import MaskedAutoencoder
 from quarterview.training import checkpoint
-from quarterview.training.logging import Journal
 from quarterview.weights import export_safetensors, export_timm, export_transformers
-from quarterview.weights.export.command import ExportConfig, export
+from quarterview.weights.config import ExportConfig
+from quarterview.weights.export.formats import export
 from quarterview.weights.inspect import inspect
 from quarterview.weights.loading import load_into, metadata, read
 
@@ -83,13 +84,12 @@ def test_the_encoder_goes_everywhere(model, tmp_path):
 def test_transformers_without_parts_is_an_error(model, tmp_path):
     config = ExportConfig(saved(tmp_path / "run", model), "transformers", str(tmp_path / "out"))
     with pytest.raises(UserError, match="ViTMAEForPreTraining cannot hold a cross-attention decoder"):
-        export(config, Journal())
+        export(config)
     assert not (tmp_path / "out").exists()
 
 
-def test_it_is_said(model, tmp_path, capsys):
-    inspect(saved(tmp_path / "run", model), Journal())
-    shown = " ".join(capsys.readouterr().out.split())
+def test_it_is_said(model, tmp_path):
+    shown = " ".join(value for _, value in inspect(saved(tmp_path / "run", model)))
     assert "cross, 32 wide, 2 blocks, 2 heads" in shown
     assert "25% of the hidden predicted" in shown
     export_timm(model, tmp_path / "timm")
@@ -120,7 +120,7 @@ def test_another_grid_and_other_patches(model, tmp_path):
 
 
 def test_a_start_brings_its_decoder(model, tmp_path):
-    values = start_values(saved(tmp_path / "run", model), "")
+    values = flags_of_start(saved(tmp_path / "run", model), "", (), PretrainConfig())
     assert (values["decoder"], values["decoder_depth"]) == ("cross", 2)
     assert "predict_share" not in values  # how it was trained, not what it is
 

@@ -11,7 +11,7 @@ from weights_models import autoencoder, classifier, pictures
 from quarterview import cli
 from quarterview.errors import UserError
 from quarterview.weights import export_safetensors
-from quarterview.weights.export.command import ExportConfig
+from quarterview.weights.config import ExportConfig
 
 
 @pytest.fixture
@@ -82,7 +82,10 @@ def test_a_classifier_as_a_graph(call, tmp_path, to, made):
     [
         (["--to", "onx", "--out", "out"], "Did you mean 'onnx'?"),
         (["--to", "timm", "--out", "."], "holds something else than an export (mine.safetensors)"),
-        (["--to", "timm", "--out", "out", "--parts", "vit"], "--parts with --to timm"),
+        (
+            ["--to", "timm", "--out", "out", "--parts", "vit"],
+            "--parts vit does not go with --to timm. Remove it",
+        ),
         (["--to", "timm", "--out", "out", "--ema"], "accepted with ema: a run"),
     ],
 )
@@ -95,7 +98,7 @@ def test_wrong_requests_end_with_2_and_write_nothing(call, file, monkeypatch, fl
 
 
 def test_the_configuration_checks_itself(tmp_path):
-    with pytest.raises(UserError, match="unknown to 'jax'"):
+    with pytest.raises(UserError, match="unknown value of --to: 'jax'"):
         ExportConfig("run", "jax", str(tmp_path))  # type: ignore[arg-type]
 
 

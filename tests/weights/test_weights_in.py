@@ -74,17 +74,20 @@ def official(path: Path, tensors: dict[str, torch.Tensor], **args: object) -> Pa
 # ---------------------------------------------------------------------- the official layouts
 
 
-def test_an_official_checkpoint_with_decoder(model, images, tmp_path, capsys):
+def test_an_official_checkpoint_with_decoder(model, images, tmp_path, capsys, caplog):
     args = {"norm_pix_loss": False, "mask_ratio": 0.6, "input_size": 32}
     path = official(tmp_path / "mae_visualize_vit_tiny.pth", model.state_dict(), **args)
-    opened = qv.load(path)
+    with caplog.at_level("INFO", "quarterview"):
+        opened = qv.load(path)
     assert isinstance(opened, MaskedAutoencoder)
     assert same(model, opened)
     assert (opened.config.norm_pix_loss, opened.config.mask_ratio) == (False, 0.6)
     assert opened.config.mean == IMAGENET_MEAN
-    said = capsys.readouterr().out
-    assert "masked autoencoder of timm or the official code, mae_vit_tiny_patch4" in said
-    assert "ImageNet's are assumed" in said
+    assert capsys.readouterr() == ("", "")
+    assert opened.notes == tuple(record.getMessage() for record in caplog.records)
+    assert [record.levelname for record in caplog.records] == ["INFO", *["WARNING"] * (len(opened.notes) - 1)]
+    assert "masked autoencoder of timm or the official code, mae_vit_tiny_patch4" in opened.notes[0]
+    assert any("ImageNet's are assumed" in note for note in opened.notes)
 
     export_transformers(model, tmp_path / "theirs")
     folder = next(iter(sorted((tmp_path / "theirs").rglob("config.json")))).parent
@@ -98,13 +101,13 @@ def test_an_official_checkpoint_with_decoder(model, images, tmp_path, capsys):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_an_official_encoder_gets_a_fresh_decoder_and_says_so(model, images, tmp_path, capsys):
+def test_an_official_encoder_gets_a_fresh_decoder_and_says_so(model, images, tmp_path):
     encoder = {k: v for k, v in model.state_dict().items() if not k.startswith(("decoder", "mask_token"))}
     path = official(tmp_path / "mae_pretrain_vit_tiny.pth", encoder)
     opened = load(path)
     assert isinstance(opened, MaskedAutoencoder)
     assert (opened.config.decoder_width, opened.config.decoder_depth) == (512, 8)
-    assert "there is no decoder: it is freshly initialised" in capsys.readouterr().out
+    assert any("there is no decoder: it is freshly initialised" in note for note in opened.notes)
     theirs = ViTModel(
         ViTConfig(
             hidden_size=192,

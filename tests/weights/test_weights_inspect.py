@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from quarterview.commands.inspect import main
 from quarterview.models.classifier import Classifier, ClassifierConfig
 from quarterview.models.create import create_model
 from quarterview.training import checkpoint
-from quarterview.training.logging import Journal
+from quarterview.weights.config import InspectConfig
 from quarterview.weights.inspect import compare_weights, inspect, parameters
 from quarterview.weights.loading import metadata, read
 
@@ -25,10 +26,13 @@ def model():
     )
 
 
-def test_an_autoencoder(model, tmp_path, capsys):
+def said(given):
+    return " ".join(f"{name} {value}" for name, value in inspect(str(given)))
+
+
+def test_an_autoencoder(model, tmp_path):
     given = saved(tmp_path / "run", model)
-    inspect(given, Journal())
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = said(given)
     for words in (
         "Quarterview's masked autoencoder",
         "192 wide, 12 blocks, 3 heads",
@@ -44,37 +48,37 @@ def test_an_autoencoder(model, tmp_path, capsys):
     assert sum(counted.values()) == sum(p.numel() for p in model.parameters())
 
 
-def test_what_predicts_no_pictures(tmp_path, capsys):
+def test_what_predicts_no_pictures(tmp_path):
     small = {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4}
     model = create_model("mae_vit_tiny_patch8", image_size=32, **small, target="hog")
-    inspect(saved(tmp_path / "run", model), Journal())
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = said(saved(tmp_path / "run", model))
     assert "; not reconstruct, for oriented gradients (HOG) in cells of 8 × 8 pixels are no picture" in shown
 
 
-def test_an_encoder_and_a_classifier(model, tmp_path, capsys):
+def test_an_encoder_and_a_classifier(model, tmp_path):
     names = ("decoder", "mask_token")
     torch.save({k: v for k, v in model.state_dict().items() if not k.startswith(names)}, tmp_path / "x.pth")
-    inspect(str(tmp_path / "x.pth"), Journal())
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = said(tmp_path / "x.pth")
     assert "decoder none" in shown
     assert "pretrain --init-from with a fresh decoder; not reconstruct" in shown
     assert "ImageNet's are assumed" in shown
     config = ClassifierConfig("mae_vit_tiny_patch8", (32, 32), classes=3, class_names=("a", "b", "c"))
-    inspect(saved(tmp_path / "ft", Classifier(config)), Journal())
-    assert "3 classes: a, b, c, read from the mean of the patch tokens" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    shown = said(saved(tmp_path / "ft", Classifier(config)))
+    assert "3 classes: a, b, c, read from the mean of the patch tokens" in shown
 
 
 def test_two_that_differ_and_two_that_do_not(model, tmp_path, capsys):
     one, same = saved(tmp_path / "one", model), saved(tmp_path / "same", model)
-    assert compare_weights(one, same, Journal())
+    found = compare_weights(one, same)
+    assert found.same
+    assert found.configs == found.tensors == []
+    assert main(InspectConfig(one, same), []) == 0
     assert "what they are" not in capsys.readouterr().out
     with torch.no_grad():
         model.blocks[3].mlp.fc1.weight[5, 7] += 0.25
     other = saved(tmp_path / "other", model)
-    assert not compare_weights(one, other, Journal())
+    assert not compare_weights(one, other).same
+    assert main(InspectConfig(one, other), []) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if "blocks" in line)
     assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["blocks", "145", "1", "0.25", "0"]
 
@@ -84,7 +88,8 @@ def test_what_only_one_has(model, tmp_path, capsys):
     torch.manual_seed(0)
     wide = {"decoder_width": 48, "decoder_depth": 2, "decoder_heads": 4, "norm_pix_loss": False}
     other = saved(tmp_path / "other", create_model("mae_vit_tiny_patch8", image_size=32, **wide))
-    assert not compare_weights(one, other, Journal())
+    assert not compare_weights(one, other).same
+    assert main(InspectConfig(one, other), []) == 0
     shown = capsys.readouterr().out
     assert "decoder_pred.bias" not in shown  # of one shape in both
     assert "decoder_embed.weight: 32×192 in the first, 48×192 in the second" in shown

@@ -10,8 +10,9 @@ from weights_models import autoencoder, classifier, pictures
 
 import quarterview as qv
 from quarterview import cli
-from quarterview.commands.finetune import FinetuneConfig, start_of
-from quarterview.commands.pretrain import start_values
+from quarterview.commands.config import FinetuneConfig, PretrainConfig
+from quarterview.commands.finetune import start_of
+from quarterview.commands.start import flags_of_start
 from quarterview.errors import UserError
 from quarterview.models.positions import sincos_2d
 from quarterview.training import checkpoint
@@ -99,7 +100,8 @@ def test_the_encoder_without_its_decoder_forgets_the_fusion(tmp_path):
 
 
 def test_a_start_brings_both(tmp_path):
-    values = start_values(saved(tmp_path / "run", autoencoder(**DEEP, fused_blocks=(2,), cls_tokens=3)), "")
+    start = saved(tmp_path / "run", autoencoder(**DEEP, fused_blocks=(2,), cls_tokens=3))
+    values = flags_of_start(start, "", (), PretrainConfig())
     assert (values["fused_blocks"], values["cls_tokens"]) == ((2,), 3)
 
 
@@ -250,7 +252,9 @@ def test_a_run_from_the_command_line_to_its_uses(tmp_path, capsys):
         tuned = qv.load(tmp_path / pool)
         assert tuned.config.cls_tokens == 4
         assert tuned.cls_token.shape == (1, 4, 32)
-    scratch = FinetuneConfig(run="scratch", model="mae_vit_32x3x2_patch4", image_size=16, cls_tokens=3)
+    scratch = FinetuneConfig.from_flags(
+        run="scratch", model="mae_vit_32x3x2_patch4", image_size=16, cls_tokens=3
+    )
     assert start_of(scratch).cls_tokens == 3
     tokens = ["--features", "tokens", "--device", "cpu", "--out", str(tmp_path / "tokens")]
     assert cli.run(["embed", out, "--data", "shapes:9:size=16", *tokens]) == 0

@@ -9,7 +9,6 @@ from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 import quarterview as qv
 from quarterview.data.transforms.crop import normalise
 from quarterview.errors import UserError
-from quarterview.methods.registry import DEFAULTS
 from quarterview.models.config import MAEConfig
 from quarterview.weights.loading import find_weights
 from quarterview.weights.tokenizers import open_tokenizer
@@ -47,19 +46,18 @@ def test_dalles_words_are_those_of_the_codebook(codebook):
 
 
 def test_a_run_learns_dalles_words(codebook, tmp_path):
-    config = qv.PretrainConfig(
+    config = qv.PretrainConfig.from_flags(
         data=("shapes:40:size=16",),
         out=str(tmp_path / "run"),
         model="mae_vit_32x2x2_patch4",
         image_size=16,
-        objective="beit",
+        method="beit",
         tokenizer=str(codebook[0]),
         steps=2,
         batch_size=8,
         lr=1e-3,
         device="cpu",
         workers=0,
-        **DEFAULTS["beit"],
     )
     run = qv.pretrain(config)
     assert run.status == "complete"
@@ -81,12 +79,12 @@ def test_wrong_tokenizers_are_refused(codebook, tmp_path):
 def test_weights_that_are_not_the_headers_are_refused(tmp_path):
     out = tmp_path / "words"
     qv.pretrain(
-        qv.PretrainConfig(
+        qv.PretrainConfig.from_flags(
             data=("shapes:20:size=16",),
             out=str(out),
             model="mae_vit_32x2x2_patch4",
             image_size=16,
-            objective="tokenizer",
+            method="tokenizer",
             vocabulary=8,
             tokenizer_width=8,
             steps=1,

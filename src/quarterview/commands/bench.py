@@ -6,7 +6,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,21 @@ from typing import Any
 import torch
 
 from quarterview.benchmark.rate import median, product_rates, products_of, repeat, timed
-from quarterview.commands.dry_run import ADAM_BYTES, measure
-from quarterview.commands.pretrain import PretrainConfig
+from quarterview.commands.config import BenchConfig, PretrainConfig, RecipeOptions
+from quarterview.commands.dry_run import ADAM_BYTES, masks_per_image, measure
 from quarterview.data.cache import CACHE_BYTES, CachedSet, load_all
 from quarterview.data.loader import Batch, Loader
 from quarterview.data.sampler import default_holdout
 from quarterview.data.shuffle import shard_cache, stream_of
 from quarterview.data.sources.open import open_sources
-from quarterview.errors import UserError, check_types
+from quarterview.files import replace_text
 from quarterview.methods.mae import MaskedAutoencoding
-from quarterview.models.config import MAEConfig
 from quarterview.models.create import fresh_model
 from quarterview.models.flops import flops
 from quarterview.models.vit import recompute_blocks
 from quarterview.training.allocator import keep_freed_memory
+from quarterview.training.console import Console, duration
 from quarterview.training.distributed import World, choose_device
-from quarterview.training.logging import Journal, duration, replace_text
 from quarterview.training.optim import adamw
 from quarterview.training.record import provenance
 from quarterview.training.step import Step
@@ -40,29 +39,10 @@ IMAGENET = 1_281_167
 """Images of ImageNet-1K's training set, for which hours are told where no set is named."""
 
 
-@dataclass(frozen=True)
-class BenchConfig(PretrainConfig):
-    """What to time: all that a pre-training is told, and how long to look."""
-
-    seconds: float = 20.0
-    """How long steps are timed, after those that warm up; reading images is timed for as long again."""
-    images: int | None = None
-    """Images in the set that hours are told for; by default those of --data, else ImageNet-1K's 1,281,167."""
-    json: str | None = None
-    """A file to write the figures to."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_types(self, BenchConfig)
-        if (self.objective, self.target) != ("mae", "pixels"):
-            raise UserError(
-                f"objective {self.objective} and target {self.target}; accepted: bench times masked "
-                "autoencoders of pixels"
-            )
-        if not self.seconds > 0:
-            raise UserError(f"{self.seconds} seconds; accepted: a number above 0")
-        if self.images is not None and self.images < 1:
-            raise UserError(f"a set of {self.images} images; accepted: 1 or more")
+def main(config: BenchConfig, argv: Sequence[str], _options: RecipeOptions) -> int:
+    """``quarterview bench``; returns the exit code."""
+    bench(config, Console(), argv)
+    return 0
 
 
 @dataclass(frozen=True)
@@ -110,51 +90,52 @@ class Figures:
         return self.flops_per_s / max(self.products.values())
 
 
-def bench(config: BenchConfig, journal: Journal, argv: Sequence[str] = ()) -> Figures:
+def bench(config: BenchConfig, console: Console, argv: Sequence[str] = ()) -> Figures:
     """Time the updates of a pre-training, and say what a whole one takes.
 
     Raises:
         UserError: if the request cannot be met.
     """
     keep_freed_memory()
-    device = choose_device(config.device)
-    precision = usable_precision(config.precision, device)
-    pretraining = PretrainConfig(**{f.name: getattr(config, f.name) for f in fields(PretrainConfig)})
-    journal.say(f"timing {config.model} on {device} in {precision}, for about {2 * config.seconds:.0f} s")
+    device = choose_device(config.compute.device)
+    precision = usable_precision(config.compute.precision, device)
+    pretraining, seconds, loop = config.pretraining(), config.options.seconds, config.loop
+    model, masks = pretraining.autoencoder(), masks_per_image(pretraining)
+    console.say(f"timing {model.model} on {device} in {precision}, for about {2 * seconds:.0f} s")
     loader = loader_of(pretraining, device)
     batch = _batch(pretraining, device, loader)
     step = _step(pretraining, device, precision)
-    whole, parts = _times(step, batch, device, config.seconds)
+    whole, parts = _times(step, batch, device, seconds)
     peak = _peak_memory(device)
     rates = product_rates(
-        products_of(config.part(MAEConfig), config.masks_per_image * config.batch_size // config.accum_iter),
+        products_of(model, masks * loop.batch_size // loop.accum_iter),
         _dtype(precision),
         device,
     )
-    data_s = reading_time(loader, pretraining, config.seconds) if loader is not None else None
-    images = config.images or (loader.stream.trained if loader is not None else IMAGENET)
+    data_s = reading_time(loader, pretraining, seconds) if loader is not None else None
+    images = config.options.images or (loader.stream.trained if loader is not None else IMAGENET)
     # Reading goes on beside a GPU's work, but takes the cores away from a CPU's.
     each = whole if data_s is None else max(whole, data_s) if device.type == "cuda" else whole + data_s
     figures = Figures(
         device=_device_name(device),
         precision=precision,
-        batch=config.batch_size,
+        batch=loop.batch_size,
         step_s=whole,
         forward_s=parts[0],
         backward_s=parts[1],
         optimizer_s=parts[2],
         data_s=data_s,
-        flops_per_image=config.masks_per_image * flops(config.part(MAEConfig)).step,
+        flops_per_image=masks * flops(model).step,
         products={"×".join(map(str, product)): rate for product, rate in rates.items()},
         peak_memory=peak,
         largest_batch=_largest_batch(pretraining, precision, device),
-        hours=config.total_steps(images) * each / 3600,
+        hours=loop.total_steps(images) * each / 3600,
         images=images,
     )
-    _show(config, figures, journal)
-    if config.json is not None:
+    _show(config, figures, console)
+    if config.options.json is not None:
         record = {"figures": _plain(figures), **provenance(argv)}
-        replace_text(Path(config.json), json.dumps(record, indent=1) + "\n")
+        replace_text(Path(config.options.json), json.dumps(record, indent=1) + "\n")
     return figures
 
 
@@ -163,17 +144,19 @@ def bench(config: BenchConfig, journal: Journal, argv: Sequence[str] = ()) -> Fi
 
 def loader_of(config: PretrainConfig, device: torch.device) -> Loader | None:
     """A loader of a run's images, held on the device if the run would hold them; None without --data."""
-    if not config.data:
+    if not config.data.data:
         return None
-    source = open_sources(config.data, config.in_chans, shard_cache(config))
-    holdout = default_holdout(len(source)) if config.holdout is None else config.holdout
-    stream = stream_of(config, source, holdout, config.seed)
-    cached = "as asked" if config.cache == "none" else load_all(
-        source, device, CACHE_BYTES if config.cache == "auto" else sys.maxsize, config.threads, _quiet
+    source = open_sources(config.data.data, config.model.in_chans, shard_cache(config.data))
+    holdout = default_holdout(len(source)) if config.data.holdout is None else config.data.holdout
+    stream = stream_of(config.data, source, holdout, config.loop.seed)
+    limit = CACHE_BYTES if config.loader.cache == "auto" else sys.maxsize
+    cached = "as asked" if config.loader.cache == "none" else load_all(
+        source, device, limit, config.loader.threads, _quiet
     )  # fmt: skip
     held = cached if isinstance(cached, CachedSet) else None
-    grey = (0.5,) * config.in_chans
-    return Loader(source, stream, config.image_size, grey, grey, device, config.threads, held, _quiet)
+    gray = (0.5,) * config.model.in_chans
+    size, threads = config.model.image_size, config.loader.threads
+    return Loader(source, stream, size, gray, gray, device, threads, held, _quiet)
 
 
 def _quiet(_report: object) -> None:
@@ -182,28 +165,28 @@ def _quiet(_report: object) -> None:
 
 def _batch(config: PretrainConfig, device: torch.device, loader: Loader | None) -> Batch:
     """A batch of the user's images, or of noise: a step takes as long."""
-    size = config.batch_size
+    size = config.loop.batch_size
     if loader is not None:
         return next(loader.batches(iter([range(size)])))
-    images = torch.randn(size, config.in_chans, *config.image_size, device=device)
+    images = torch.randn(size, config.model.in_chans, *config.model.image_size, device=device)
     ids = torch.arange(size, device=device)
     return Batch(images, ids, torch.zeros_like(ids))
 
 
 def _step(config: PretrainConfig, device: torch.device, precision: str) -> Step:
-    model = fresh_model(config.part(MAEConfig), config.seed).to(device)
-    if config.grad_checkpointing:
+    model = fresh_model(config.autoencoder(), config.loop.seed).to(device)
+    if config.compute.grad_checkpointing:
         recompute_blocks(model)
-    if config.compile:
+    if config.compute.compile:
         model.compile()
-    objective = MaskedAutoencoding(model, config.seed, config.masks_per_image)
+    method = MaskedAutoencoding(model, config.loop.seed, masks_per_image(config))
     return Step(
-        objective,
-        adamw(objective, config.weight_decay),
+        method,
+        adamw(method, config.optim.weight_decay),
         World(device),
         precision_context(precision, device),
-        config.accum_iter,
-        config.clip_grad,
+        config.loop.accum_iter,
+        config.optim.clip_grad,
     )
 
 
@@ -236,7 +219,7 @@ def _parts(step: Step, batch: Batch, device: torch.device) -> tuple[float, float
 
 def reading_time(loader: Loader, config: PretrainConfig, seconds: float) -> float:
     """Seconds a batch, when nothing else is done, once what workers made while they started is used up."""
-    size = config.batch_size
+    size = config.loop.batch_size
     times: list[float] = []
     with closing(loader.batches(range(i * size, (i + 1) * size) for i in count())) as batches:
         for _ in range(_UNCOUNTED):
@@ -263,7 +246,7 @@ def _largest_batch(config: PretrainConfig, precision: str, device: torch.device)
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     (trained, frozen, one), (_, _, two) = (
-        measure(replace(config, batch_size=size, accum_iter=1), precision, device) for size in (1, 2)
+        measure(config.with_flags(batch_size=size, accum_iter=1), precision, device) for size in (1, 2)
     )
     each = two - one  # the rest of what is kept, such as weights in bf16, is there once
     left = 0.9 * memory - trained * ADAM_BYTES - frozen * 4 - (one - each)
@@ -273,7 +256,7 @@ def _largest_batch(config: PretrainConfig, precision: str, device: torch.device)
 # ---------------------------------------------------------------------- telling
 
 
-def _show(config: BenchConfig, found: Figures, journal: Journal) -> None:
+def _show(config: BenchConfig, found: Figures, console: Console) -> None:
     best = max(found.products, key=lambda name: found.products[name])
     rows = [
         ("images/s", f"{found.images_per_s:,.1f} in batches of {found.batch}, images at hand"),
@@ -286,10 +269,10 @@ def _show(config: BenchConfig, found: Figures, journal: Journal) -> None:
                       f"({best}); the step achieves {found.utilisation:.0%} of it"),
         ("memory", f"{found.peak_memory / 2**30:.2f} GiB at the peak; about {found.largest_batch:,} images "
                    "at a time would fit, by the size of what the backward pass keeps"),
-        ("the whole run", f"{duration(3600 * found.hours)} for {config.total_steps(found.images):,} steps "
-                          f"over {found.images:,} images"),
+        ("the whole run", f"{duration(3600 * found.hours)} for "
+                          f"{config.loop.total_steps(found.images):,} steps over {found.images:,} images"),
     ]  # fmt: skip
-    journal.facts(f"{config.model} on {found.device}, {found.precision}", rows)
+    console.facts(f"{config.model.model} on {found.device}, {found.precision}", rows)
 
 
 def _data_line(found: Figures) -> str:

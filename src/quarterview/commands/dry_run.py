@@ -1,7 +1,6 @@
 """What a run would be: its configuration, size, length and memory, without training anything."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,63 +8,68 @@ import yaml
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from quarterview.commands.pretrain import VOCABULARY, PretrainConfig
+from quarterview.commands.config import PretrainConfig
 from quarterview.data.sampler import default_holdout
 from quarterview.data.shuffle import stream_of
 from quarterview.data.sources.base import Source
 from quarterview.data.sources.open import open_sources
 from quarterview.errors import UserError
-from quarterview.methods.registry import PREDICTING
-from quarterview.models.config import MAEConfig
+from quarterview.methods.config import Tokenizer
 from quarterview.models.mae import MaskedAutoencoder
 from quarterview.models.vit import Block, Recomputable, recompute_blocks
+from quarterview.training.console import Console
 from quarterview.training.distributed import choose_device
-from quarterview.training.logging import Journal
 from quarterview.training.optim import warmup_steps
-from quarterview.training.run import check_shares, to_plain
+from quarterview.training.run import check_shares
 from quarterview.training.trainer import precision_context, usable_precision
 
 ADAM_BYTES = 4 + 4 + 4 + 4
 """A trained weight, its gradient and its two moments, in float32."""
 
 
-def show(config: PretrainConfig, journal: Journal) -> None:
-    """Say what `config` comes to.
+def show(config: PretrainConfig) -> None:
+    """Say what a configuration comes to.
 
     Raises:
         UserError: if the request cannot be met.
     """
-    if config.objective not in PREDICTING:
+    if not config.method.predicts:
         raise UserError(
-            f"a dry run with objective {config.objective}, of which no memory is known; accepted: "
-            f"{', '.join(PREDICTING)}"
+            f"--dry-run is not supported with --method {config.method.name}, of which no memory is known. "
+            "Use --method mae, denoising or beit."
         )
+    console, loop = Console(), config.loop
     source = check(config)
-    device = choose_device(config.device)
-    precision = usable_precision(config.precision, device)
-    holdout = default_holdout(len(source)) if config.holdout is None else config.holdout
-    trained = stream_of(config, source, holdout, config.seed).trained
-    steps = config.total_steps(trained)
-    warmup, warning = warmup_steps(config.warmup_epochs, trained / config.batch_size, steps)
+    device = choose_device(config.compute.device)
+    precision = usable_precision(config.compute.precision, device)
+    holdout = default_holdout(len(source)) if config.data.holdout is None else config.data.holdout
+    trained = stream_of(config.data, source, holdout, loop.seed).trained
+    steps = loop.total_steps(trained)
+    warmup, warning = warmup_steps(config.optim.warmup_epochs, trained / loop.batch_size, steps)
     parameters, frozen, activations = measure(config, precision, device)
-    journal.say(yaml.safe_dump(to_plain(config), sort_keys=False).rstrip())
+    console.say(yaml.safe_dump(config.to_plain(), sort_keys=False).rstrip())
     if warning:
-        journal.warn(warning)
-    peak = config.peak_lr(config.batch_size)
+        console.warn(warning)
+    peak, masks = config.optim.peak_lr(loop.batch_size), masks_per_image(config)
     memory = (parameters * ADAM_BYTES + frozen * 4 + activations) / 2**30
-    part = f"{config.batch_size // config.accum_iter} images"
-    if config.masks_per_image > 1:
-        part += f", each hidden in {config.masks_per_image} ways,"
+    part = f"{loop.batch_size // loop.accum_iter} images"
+    if masks > 1:
+        part += f", each hidden in {masks} ways,"
     rows = [
         ("images", f"{len(source):,}, of which {trained:,} are trained on and {holdout:,} held out"),
         ("parameters", f"{parameters:,} trained, {frozen:,} in fixed position tables"),
         ("steps", f"{steps:,}, the first {warmup:,} of them warm-up to a learning rate of {peak:.2e}"),
-        ("epochs", f"{steps * config.batch_size / trained:.4g}"),
+        ("epochs", f"{steps * loop.batch_size / trained:.4g}"),
         ("device", f"{device}, {precision}"),
         ("memory", f"about {memory:.2f} GiB for {part} at a time on one device, "
                    "cached images and libraries not counted"),
     ]  # fmt: skip
-    journal.facts("dry run", rows)
+    console.facts("dry run", rows)
+
+
+def masks_per_image(config: PretrainConfig) -> int:
+    """Ways in which an image is hidden in one update."""
+    return getattr(config.method, "masks_per_image", 1)
 
 
 def check(config: PretrainConfig, ranks: int = 1) -> Source:
@@ -77,10 +81,10 @@ def check(config: PretrainConfig, ranks: int = 1) -> Source:
     Raises:
         UserError: if the request cannot be met.
     """
-    if not config.data:
-        raise UserError("no images; accepted: --data with at least one source")
-    check_shares(config, ranks)
-    return open_sources(config.data, config.in_chans)
+    if not config.data.data:
+        raise UserError("There are no images. Give --data with at least one source.")
+    check_shares(config.loop, ranks)
+    return open_sources(config.data.data, config.model.in_chans)
 
 
 def measure(config: PretrainConfig, precision: str, device: torch.device) -> tuple[int, int, int]:
@@ -93,11 +97,14 @@ def measure(config: PretrainConfig, precision: str, device: torch.device) -> tup
     def note(block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         inputs[block] = (*given, *named.values())
 
+    encoder = config.model
     with FakeTensorMode(), precision_context(precision, torch.device("cpu"))():
-        model = MaskedAutoencoder(replace(config.part(MAEConfig), vocabulary=config.vocabulary or VOCABULARY))
-        images = torch.empty(config.batch_size // config.accum_iter, config.in_chans, *config.image_size)
-        noise = torch.empty(len(images), config.masks_per_image, config.patches)
-        if config.grad_checkpointing:
+        vocabulary = getattr(config.method, "vocabulary", None) or Tokenizer.vocabulary
+        model = MaskedAutoencoder(config.autoencoder(vocabulary))
+        size = config.loop.batch_size // config.loop.accum_iter
+        images = torch.empty(size, encoder.in_chans, *encoder.image_size)
+        noise = torch.empty(len(images), masks_per_image(config), encoder.patches)
+        if config.compute.grad_checkpointing:
             recompute_blocks(model)
             for block in model.modules():
                 if isinstance(block, Recomputable):

@@ -10,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from quarterview.errors import RunError, UserError, unknown
+from quarterview.training.console import Console
 from quarterview.training.lock import lock
-from quarterview.training.logging import Journal
 
 STOPPED = 75
 """The exit code of a command that was asked to stop and saved."""
@@ -116,13 +117,38 @@ def _read(name: str, value: str, kind: Any) -> Any:
     return number
 
 
+def submit_command(
+    words: Sequence[str],
+    config: Any,
+    inputs: Sequence[str],
+    check: Callable[[int], object],
+    argv: Sequence[str],
+) -> None:
+    """Hand the same command line, without --slurm, to Slurm.
+
+    Args:
+        words: what followed --slurm.
+        config: composed, with the part `run`.
+        inputs: the sets of images.
+        check: refuses what so many ranks could not train.
+        argv: the command line, from the program's name on.
+    """
+    request = parse(words)
+    check(request.world_size)
+    cli = import_module("quarterview.cli")  # by its name, for it stands above the commands
+    arguments = cli.join_data(argv[1:])
+    at = arguments.index("--slurm")
+    rest = [*arguments[:at], *arguments[at + 1 + len(words) :]]
+    submit(request, config.run.out, inputs, cli.run, rest, Console())
+
+
 def submit(
     request: Request,
     out: str,
     inputs: Sequence[str],
     run: Callable[[Sequence[str]], int],
     argv: Sequence[str],
-    journal: Journal,
+    console: Console,
 ) -> str:
     """Hand a command line to Slurm, and say where it went.
 
@@ -169,7 +195,7 @@ def submit(
         job = executor.submit(Task(run), list(argv))
     except submitit.core.utils.FailedJobError as error:
         raise RunError(f"Slurm refuses the job: {str(error).strip()}") from None
-    journal.say(
+    console.say(
         f"submitted job {job.job_id}: {request.world_size} ranks, {request.ranks_per_node} a node, "
         f"{request.hours:g} hours at a time; queued again until the run is complete"
     )
@@ -182,7 +208,7 @@ def submit(
         ("stop", (f"kill {job.job_id}" if local else f"scancel {job.job_id}") + " (it saves first)"),
     ):
         if text:
-            journal.say(f"  {name:<8}{text}")
+            console.say(f"  {name:<8}{text}")
     return job.job_id
 
 

@@ -5,90 +5,28 @@ What a batch contains depends on its positions in the stream alone, never on how
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from signal import SIG_IGN, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, signal
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from quarterview.data.cache import CachedSet
+from quarterview.data.config import AugmentConfig, View
 from quarterview.data.reading import Report, attempt, attempt_picture, opened, read_many
 from quarterview.data.sampler import SampleStream
 from quarterview.data.sources.base import Croppable, Source
 from quarterview.data.transforms.crop import crop_resize, crop_resize_batch, eval_box, normalise, to_float
-from quarterview.data.transforms.randaugment import PRETRAINING, AugmentConfig, erase, randaugment
-from quarterview.data.transforms.views import View, boxes_of, distort
+from quarterview.data.transforms.randaugment import erase, randaugment
+from quarterview.data.transforms.views import boxes_of, distort
 from quarterview.data.workers import watched
-from quarterview.errors import RunError, UserError, check_types
+from quarterview.errors import RunError, UserError
 
 _OPEN = 32
 """Images that a worker holds open at a time: as encoded files, or as whole pictures."""
-
-CacheKind = Literal["auto", "device", "none"]
-Shuffle = Literal["auto", "full", "shards"]
-
-
-@dataclass(frozen=True)
-class LoadConfig:
-    """How images reach the model."""
-
-    cache: CacheKind = "auto"
-    """Hold the whole set on the device (device), stream it through workers (none), or decide: 8-bit
-    sets of one image size under 2 GiB are held (auto)."""
-    workers: int | None = None
-    """Processes that decode images; by default one a core, eight at most. 0 decodes in the main process."""
-    max_bad_samples: float = 0.01
-    """Share of broken images above which the run stops. Broken images are replaced and recorded."""
-
-    def __post_init__(self) -> None:
-        check_types(self, LoadConfig)
-        if self.workers is not None and self.workers < 0:
-            raise UserError(f"{self.workers} workers; accepted: 0 or more")
-        if not 0 <= self.max_bad_samples <= 1:
-            raise UserError(f"a share of bad samples of {self.max_bad_samples}; accepted: 0 to 1")
-
-    @property
-    def threads(self) -> int:
-        """How many images are decoded at a time."""
-        return min(8, os.cpu_count() or 1) if self.workers is None else self.workers
-
-
-@dataclass(frozen=True)
-class DataConfig(LoadConfig):
-    """Where images come from and how they reach the model."""
-
-    data: tuple[str, ...] = ()
-    """Images: folders, packed stores, tar shards (also by URL), .txt lists of paths, parquet, .npy/.npz
-    arrays, torchvision:NAME, or shapes."""
-    holdout: int | None = None
-    """Images never trained on, for val_loss and the panel; by default 1%, at most 512."""
-    shuffle: Shuffle = "auto"
-    """Mix all images of the set (full), or a few shards at a time, so that each is read once an epoch
-    (shards: tar, parquet, packed stores). auto is shards for remote data, else full."""
-    shuffle_shards: int = 16
-    """How many shards are mixed at a time by --shuffle shards; of parquet, row groups."""
-    shard_cache_gib: float = 0.0
-    """GiB of remote shards to keep on the local disk; 0 keeps none and reads each part where it is."""
-    shard_cache_dir: str = ""
-    """Where they are kept; by default in ~/.cache/quarterview."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "data", (self.data,) if isinstance(self.data, str) else tuple(map(str, self.data))
-        )
-        super().__post_init__()
-        check_types(self, DataConfig)
-        if self.holdout is not None and self.holdout < 0:
-            raise UserError(f"a holdout of {self.holdout}; accepted: 0 or more")
-        if self.shuffle_shards < 1:
-            raise UserError(f"shuffle_shards {self.shuffle_shards}; accepted: 1 or more")
-        if self.shard_cache_gib < 0:
-            raise UserError(f"shard_cache_gib {self.shard_cache_gib}; accepted: 0 or more")
 
 
 class Batch(NamedTuple):
@@ -140,7 +78,7 @@ class Loader:
         workers: processes that decode.
         cached: uint8 [N, C, H, W] of the whole set on the device, from `load_all`, or None.
         report: called once for every image that was broken or converted.
-        augment: what is done to training images.
+        augment: what is done to training images beyond their views, in fine-tuning.
         labels: int64 [N], the class of each image, or None.
         views: how the one or two views of each training image are made; by default one, as `augment` says.
     """
@@ -156,13 +94,16 @@ class Loader:
         workers: int,
         cached: CachedSet | None,
         report: Callable[[Report], None],
-        augment: AugmentConfig = PRETRAINING,
+        augment: AugmentConfig | None = None,
         labels: Tensor | None = None,
         views: Sequence[View] = (),
     ) -> None:
         self.source, self.stream, self.image_size = source, stream, image_size
-        self.augment, self.labels = augment, labels
-        self.views = tuple(views) or (View(crop_min=augment.crop_min, flip=augment.flip),)
+        self.labels = labels
+        self.policy = augment.randaugment if augment else None
+        self.erase_prob = augment.erase if augment else 0.0
+        default = View(crop_min=augment.crop_min, flip=augment.flip) if augment else View()
+        self.views = tuple(views) or (default,)
         assert len(self.views) <= 2
         self.fill = tuple(mean)
         # On the device already, so that no batch has to wait for the host.
@@ -181,9 +122,7 @@ class Loader:
                 yield self._from_cache(torch.arange(part.start, part.stop))
             return
         loader = DataLoader(
-            _StreamedSamples(
-                self.source, self.stream, self.image_size, self.augment.randaugment, self.fill, self.views
-            ),
+            _StreamedSamples(self.source, self.stream, self.image_size, self.policy, self.fill, self.views),
             batch_sampler=_Parts(parts),
             num_workers=self.workers,
             collate_fn=_collate,
@@ -236,11 +175,11 @@ class Loader:
         the pictures that are `shown`."""
         finished = []
         for number, (view, images) in enumerate(zip(self.views, crops, strict=True)):
-            if view.colours is not None:
-                images = distort(images, view.colours, number, self.stream.seed, epochs, ids)  # noqa: PLW2901
+            if view.colors is not None:
+                images = distort(images, view.colors, number, self.stream.seed, epochs, ids)  # noqa: PLW2901
             finished.append(normalise(images, self.mean, self.std))
-        if self.augment.erase:
-            finished[0] = erase(finished[0], self.augment.erase, self.stream.seed, epochs, ids)
+        if self.erase_prob:
+            finished[0] = erase(finished[0], self.erase_prob, self.stream.seed, epochs, ids)
         labels = None if self.labels is None else self.labels[shown].to(self.device, non_blocking=True)
         return Batch(finished[0], ids, epochs, labels, *finished[1:])
 

@@ -8,17 +8,17 @@ there completes ``store.json``.
 
 import io
 import json
+import logging
 import os
 import socket
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, signal
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from quarterview.data.bad_samples import Ledger
+from quarterview.data.config import LoaderConfig
 from quarterview.data.decode import MAX_PIXELS
-from quarterview.data.loader import LoadConfig
+from quarterview.data.pack_config import PackConfig
 from quarterview.data.reading import Report, read
 from quarterview.data.sources.base import Source, remarks
 from quarterview.data.sources.open import open_sources
@@ -50,129 +51,101 @@ from quarterview.data.sources.packed import (
 )
 from quarterview.data.transforms.crop import crop_resize
 from quarterview.data.workers import watched
-from quarterview.errors import RunError, UserError, check_types
+from quarterview.errors import RunError, UserError
 
+LOGGER = logging.getLogger("quarterview")
 _SHOWN = 10
 _JPEG_SIDE = 65_500  # pixels that JPEG can count
 _STALE_SECONDS = 3600  # a file that is being written is touched more often
 
 
-@dataclass(frozen=True)
-class PackConfig:
-    """What is packed, and how."""
+class Packed(NamedTuple):
+    """How far a packed store is."""
 
-    data: tuple[str, ...]
-    """Images: anything that --data of pretrain takes; with --verify, the packed store."""
-    out: str = ""
-    """The folder to write; the same command goes on with one that was interrupted."""
-    short_side: int | None = 256
-    """Pixels that the shorter side of larger pictures is reduced to; unset keeps every picture's size."""
-    encoding: Literal["raw", "jpeg"] = "raw"
-    """raw pixels are read fastest; JPEG takes a ninth of the space. Pictures that JPEG cannot hold, such
-    as those of 16 bits, are stored raw in any case."""
-    quality: int = 90
-    """Of --encoding jpeg: 1 to 95."""
-    shard_size: int = 1024
-    """Images in a shard."""
-    in_chans: int = 3
-    """Channels of the pictures; a store of 1 can be read as any number."""
-    part: str = "0/1"
-    """Which share of the shards to write, such as 0/4 on the first of four machines."""
-    workers: int | None = None
-    """Processes that write shards; by default one a core, eight at most. 0 writes in the main process."""
-    max_bad_samples: float = 0.01
-    """Share of broken images above which packing stops. Broken images are recorded, and keep their place."""
-    verify: bool = False
-    """Check every checksum of a packed store, and write nothing."""
+    shards: int
+    """Shards that are there."""
+    all_shards: int
+    """Shards that the whole store has."""
+    images: int
+    """Images that the whole store has."""
+    size: int
+    """Bytes of the images in the shards that are there."""
 
-    def __post_init__(self) -> None:
-        check_types(self, PackConfig)
-        for name, least in (("short_side", 1), ("shard_size", 1), ("in_chans", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name} {value}; accepted: {least} or more")
-        if not 1 <= self.quality <= 95:
-            raise UserError(f"quality {self.quality}; accepted: 1 to 95")
-        LoadConfig(workers=self.workers, max_bad_samples=self.max_bad_samples)
-        self.share(0)
-
-    def share(self, shards: int) -> range:
-        """The numbers of the shards that this part writes, of all."""
-        number, slash, parts = self.part.partition("/")
-        if not (slash and number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
-            raise UserError(f"part {self.part!r}; accepted: such as 0/4, for the first of four parts")
-        return range(int(number), shards, int(parts))
+    @property
+    def complete(self) -> bool:
+        """Whether the store can be read."""
+        return self.shards == self.all_shards
 
 
-class Journal(Protocol):
-    """Where is said what happens."""
+class Verified(NamedTuple):
+    """What a packed store holds whose checksums were all found right."""
 
-    def say(self, text: str) -> None: ...
-    def warn(self, text: str) -> None: ...
-    def start_progress(self, steps: int, done: int) -> None: ...
-    def advance(self, step: int) -> None: ...
-    def close(self) -> None: ...
+    images: int
+    """How many there are."""
+    broken: int
+    """How many of them could not be read when they were packed."""
 
 
-def pack(config: PackConfig, journal: Journal) -> bool:
+Progress = Callable[[int, int], object]
+"""Called with the shards that are done, and with those that there are to do."""
+
+
+def pack(config: PackConfig, progress: Progress = lambda _done, _total: None) -> Packed:
     """Write a packed store, or one part of it, or what is missing of it.
 
-    Returns:
-        Whether the store is complete.
+    What is odd about the images, and which of them are broken, is logged at WARNING.
+
+    Args:
+        config: what to pack, and how.
+        progress: told how far it is, first with no shard done.
 
     Raises:
         UserError: if the folder holds anything else, or a store of other images or by other settings.
         RunError: if too many of the images are broken.
     """
-    if not config.out:
-        raise UserError("no folder for the packed store; accepted: --out STORE")
     folder = Path(config.out)
-    source = open_sources(config.data, config.in_chans, say=journal.say)
+    source = open_sources(config.data, config.in_chans, say=LOGGER.info)
     settings = settings_of(config, source)
     begin(folder, settings)
     for line in remarks(source):
-        journal.warn(line)
+        LOGGER.warning(line)
     ledger = Ledger(None, len(source), config.max_bad_samples)
     mine = config.share(len(list(shard_ranges(len(source), config.shard_size))))
-    workers = LoadConfig(workers=config.workers).threads
-    journal.start_progress(len(mine), 0)
-    try:
-        for done, reports in enumerate(_ensured(_Shards(source, folder, config), mine, workers), 1):
-            for report in reports:
-                ledger(report)
-            journal.advance(done)
-    finally:
-        journal.close()
-    return finish(folder, settings, source, ledger, journal)
+    workers = LoaderConfig(workers=config.workers).threads
+    progress(0, len(mine))
+    for done, reports in enumerate(_ensured(_Shards(source, folder, config), mine, workers), 1):
+        for report in reports:
+            ledger(report)
+        progress(done, len(mine))
+    for line in ledger.summary():
+        LOGGER.warning(line)
+    return finish(folder, settings, source, config.max_bad_samples)
 
 
-def verify(config: PackConfig, journal: Journal) -> None:
+def verify(folder: Path, progress: Progress = lambda _done, _total: None) -> Verified:
     """Compare every image and index of a packed store with its checksum.
+
+    Args:
+        folder: the store.
+        progress: told how far it is, first with no shard done.
 
     Raises:
         UserError: if the folder is no complete store, or an index is damaged.
         RunError: if an image is damaged.
     """
-    if len(config.data) != 1 or config.out:
-        raise UserError("--verify checks one packed store: quarterview pack STORE --verify")
-    folder = Path(config.data[0])
     store = read_store(folder)
     wrong: list[str] = []
-    journal.start_progress(len(store.shards), 0)
-    try:
-        for number, shard in enumerate(store.shards):
-            wrong += damage(folder, number, shard, store)
-            journal.advance(number + 1)
-    finally:
-        journal.close()
+    progress(0, len(store.shards))
+    for number, shard in enumerate(store.shards):
+        wrong += damage(folder, number, shard, store)
+        progress(number + 1, len(store.shards))
     if wrong:
         listed = "\n".join(f"  {what}" for what in wrong[:_SHOWN])
         raise RunError(
             f"{folder} is damaged in {len(wrong)} place(s):\n{listed}\nThe `quarterview pack` that wrote it "
             "once more writes the damaged shards anew."
         )
-    broken = sum(shard.broken for shard in store.shards)
-    journal.say(f"{folder} is sound: {store.images} images, {broken} of them broken when they were packed")
+    return Verified(store.images, sum(shard.broken for shard in store.shards))
 
 
 # ---------------------------------------------------------------------- the folder
@@ -226,20 +199,22 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def finish(folder: Path, settings: dict[str, Any], source: Source, ledger: Ledger, journal: Journal) -> bool:
-    """Complete ``store.json`` if every shard is there, whoever wrote it; and say how things stand."""
+def finish(folder: Path, settings: dict[str, Any], source: Source, max_bad_samples: float) -> Packed:
+    """Complete ``store.json`` if every shard is there, whoever wrote it.
+
+    Raises:
+        RunError: if more than a share `max_bad_samples` of all images are broken.
+    """
     ranges = list(shard_ranges(settings["images"], settings["shard_size"]))
     shards = [sealed(folder, number) for number in range(len(ranges))]
     there = [shard for shard in shards if shard is not None]
-    for line in ledger.summary():
-        journal.warn(line)
-    if len(there) < len(shards):
-        journal.say(f"{len(there)} of {len(shards)} shards are in {folder}; the last part completes it")
-        return False
+    found = Packed(len(there), len(shards), len(source), sum(shard.bin_bytes for shard in there))
+    if not found.complete:
+        return found
     broken = sum(shard.broken for shard in there)
-    if broken > ledger.limit * len(source):
+    if broken > max_bad_samples * len(source):
         raise RunError(
-            f"{broken} of {len(source)} images are broken, which is more than the {ledger.limit:.2%} that "
+            f"{broken} of {len(source)} images are broken, which is more than the {max_bad_samples:.2%} that "
             "--max-bad-samples allows; their names and the reasons are in the .jsonl files of the shards"
         )
     record = {
@@ -253,9 +228,7 @@ def finish(folder: Path, settings: dict[str, Any], source: Source, ledger: Ledge
     remove_stale(folder)
     with _written(folder / RECORD) as file:
         file.write(_as_text(record))
-    size = sum(shard.bin_bytes for shard in there) / 2**20
-    journal.say(f"{len(source)} images in {folder}, {size:.0f} MiB; --data {folder} reads them")
-    return True
+    return found
 
 
 def remove_stale(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from quarterview.data.loader import DataConfig
+from quarterview.data.config import DataConfig
 from quarterview.data.sampler import SampleStream, ShardedStream
 from quarterview.data.sources.base import Source, is_remote, shard_starts
 from quarterview.data.sources.shard_cache import ShardCache

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from quarterview import rng
-from quarterview.data.loader import DataConfig
+from quarterview.data.config import DataConfig
 from quarterview.data.sampler import SampleStream, default_holdout
 from quarterview.data.sources.base import Source
 from quarterview.data.sources.open import open_sources
 from quarterview.data.statistics import channel_statistics
 from quarterview.data.transforms.crop import normalise
 from quarterview.doctor.collapse import Spread, encoder_spread, image_spread
+from quarterview.doctor.config import MIN_IMAGES
 from quarterview.doctor.examined import MODEL, Examined
 from quarterview.doctor.findings import Finding
 from quarterview.doctor.history import read_history
@@ -28,13 +29,13 @@ from quarterview.models.create import fresh_model
 from quarterview.models.mae import MaskedAutoencoder
 from quarterview.safe_yaml import read_yaml
 from quarterview.training import checkpoint
-from quarterview.training.logging import metrics
-from quarterview.training.optim import OptimConfig, warmup_steps
-from quarterview.training.trainer import LoopConfig, precision_context, usable_precision
+from quarterview.training.config import LoopConfig, OptimConfig
+from quarterview.training.metric_writers import read_metrics
+from quarterview.training.optim import warmup_steps
+from quarterview.training.trainer import precision_context, usable_precision
+from quarterview.weights.facts import flat_settings
 from quarterview.weights.loading import load_autoencoder
 
-FEWEST = 8
-"""Fewer held-out images than this say nothing; training images stand in for them."""
 _THREADS = 4
 _MOST_IMAGES, _LEAST_IMAGES, _MOST_PIXELS = 256, 48, 1 << 22
 
@@ -74,16 +75,18 @@ def read_record(folder: Path) -> Record:
                 f"{folder} is no run: it holds neither checkpoints nor config.yaml; accepted: a folder "
                 "that `quarterview pretrain --out` wrote"
             ) from None
-    if not isinstance(values, dict) or "model" not in values:
+    values = flat_settings(values) if isinstance(values, dict) else {}
+    if "model" not in values:
         raise UserError(
             f"{folder} says nothing of how it was trained; accepted: a run of `quarterview pretrain`"
         )
-    trained = (values.get("objective", "mae"), values.get("target", "pixels"))
-    if trained != ("mae", "pixels"):
+    method = values.get("method", values.get("objective", "mae"))  # which version 0.1 called objective
+    target = values.get("target", "pixels")
+    if (method, target) != ("mae", "pixels"):
         raise UserError(
-            f"{folder} was trained for {trained[0]} of {trained[1]}, and the doctor compares predictions "
-            "of pixels with inpainters; accepted: runs of --objective mae --target pixels, and for "
-            "others quarterview knn or linear"
+            f"{folder} was trained with --method {method}{f' --target {target}' if method == 'mae' else ''}, "
+            "and the doctor compares predictions of pixels with inpainters. Give a run of --method mae "
+            "--target pixels, or use quarterview knn or linear."
         )
     return Record(
         folder,
@@ -170,7 +173,7 @@ def stream_of(record: Record, source: Source) -> SampleStream:
 def _see(record: Record, source: Source, fingerprint: str, count: int, device: torch.device) -> Seen:
     stream = stream_of(record, source)
     new, known = stream.held_out()[:count], stream.training_sample(count)
-    held_out = len(new) >= FEWEST
+    held_out = len(new) >= MIN_IMAGES  # otherwise training images stand in for them
     ids = torch.cat([new, known]) if held_out else known
     sample = read_sample(source, ids.tolist(), record.model.image_size)
     if len(sample.ids) == 0:
@@ -183,7 +186,7 @@ def _see(record: Record, source: Source, fingerprint: str, count: int, device: t
     is_new = torch.isin(sample.ids, new) if held_out else torch.ones(len(sample.ids), dtype=torch.bool)
     losses = inpainted_losses(fresh, images[is_new.to(device)], mask[is_new.to(device)])
     ours: Tensor | None = None
-    precision = usable_precision(record.resolved.get("precision", record.loop.precision), device)
+    precision = usable_precision(record.resolved.get("precision", "bf16"), device)
     with precision_context(precision, device)():
         if model is not None:
             model = model.to(device)
@@ -235,7 +238,7 @@ def examine(record: Record, seen: Seen | None) -> Examined:
     steps = steps or record.loop.total_steps(trained)
     planned, _ = warmup_steps(record.optim.warmup_epochs, trained / record.loop.batch_size, steps)
     warmup = record.resolved.get("warmup_steps", planned)
-    history = read_history(metrics(record.folder), warmup)
+    history = read_history(read_metrics(record.folder), warmup)
     # A run that the loop gave up wrote no row of its last steps.
     skipped = max(history.skipped, lines(record.folder / "skipped_steps.jsonl"))
     return Examined(

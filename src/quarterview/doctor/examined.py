@@ -11,8 +11,7 @@ from quarterview.doctor.history import History
 from quarterview.doctor.inpainters import INPAINTERS, MEAN, ZERO
 from quarterview.evaluation.pictures import Pictures
 from quarterview.models.config import MAEConfig
-from quarterview.training.optim import OptimConfig
-from quarterview.training.trainer import LoopConfig
+from quarterview.training.config import LoopConfig, OptimConfig
 
 MODEL = "this model"
 """The name that the model has beside the inpainters."""

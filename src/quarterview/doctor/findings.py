@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from quarterview.doctor.examined import CERTAIN, LEAST_GAIN, MODEL, Examined, usual_rate
 from quarterview.doctor.inpainters import INTERPOLATED, NEAREST, ZERO
-from quarterview.training.optim import OptimConfig
+from quarterview.training.config import OptimConfig
 
 Severity = Literal["ailment", "caution", "fine"]
 

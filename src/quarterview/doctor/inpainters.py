@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quarterview.models import masking
 from quarterview.models.mae import MaskedAutoencoder
-from quarterview.models.targets import take
+from quarterview.models.masking import take
 
 ZERO, MEAN, NEAREST, INTERPOLATED = "zero", "mean of visible", "nearest patch", "interpolation"
 INPAINTERS = (ZERO, MEAN, NEAREST, INTERPOLATED)

@@ -1,52 +1,35 @@
-"""Is my run working? The model beside trivial inpainters, its features, its history, its images."""
+"""Is a run working? The model beside trivial inpainters, its features, its history, its images."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from quarterview.doctor.examine import FEWEST, examine, read_record, see_images
+from quarterview.doctor.config import DoctorConfig
+from quarterview.doctor.examine import examine, read_record, see_images
 from quarterview.doctor.examined import MODEL, Examined, usual_rate
 from quarterview.doctor.findings import Finding, by_severity, diagnose
 from quarterview.doctor.inpainters import INPAINTERS
-from quarterview.errors import UserError, check_types
 from quarterview.evaluation.results import write_result
 from quarterview.training.distributed import choose_device
-from quarterview.training.logging import Journal, metrics
-
-
-@dataclass(frozen=True)
-class DoctorConfig:
-    """Which run is examined, and how closely."""
-
-    run: str
-    """The folder of a run, finished or not."""
-    data: tuple[str, ...] = ()
-    """The images of the run, if they are not where they were."""
-    images: int | None = None
-    """How many held-out images, and as many training images, are looked at; by default 256, and fewer,
-    down to 48, of more than 128 × 128 pixels."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute."""
-
-    def __post_init__(self) -> None:
-        data = (self.data,) if isinstance(self.data, str) else tuple(map(str, self.data))
-        object.__setattr__(self, "data", data)
-        object.__setattr__(self, "run", str(self.run))
-        check_types(self, DoctorConfig)
-        if self.images is not None and self.images < FEWEST:
-            raise UserError(f"{self.images} images; accepted: {FEWEST} or more")
+from quarterview.training.metric_writers import read_metrics
 
 
 @dataclass(frozen=True)
 class Diagnosis:
     """What was found of a run."""
 
+    run: Examined
+    """What was measured."""
     findings: tuple[Finding, ...]
     """Ailments first."""
     figures: dict[str, Any]
     """All that was measured, as in ``results/doctor.json``."""
+    settings: dict[str, Any]
+    """How it was measured."""
+    data: dict[str, Any]
+    """Fingerprint and size of the images, where they could be read."""
 
     @property
     def healthy(self) -> bool:
@@ -54,33 +37,43 @@ class Diagnosis:
         return all(finding.severity != "ailment" for finding in self.findings)
 
 
-def doctor(config: DoctorConfig, journal: Journal, argv: Sequence[str] = ()) -> Diagnosis:
-    """Examine a run, show what was found, and write ``results/doctor.json`` and ``doctor.png`` into it.
+def doctor(config: DoctorConfig) -> Diagnosis:
+    """Examine a run. Nothing is written.
 
     Raises:
         UserError: if the folder is no run, or `config.data` cannot be read.
     """
     record = read_record(Path(config.run))
-    device = choose_device(config.device)
-    seen, left_out = see_images(record, config.data, config.images, device)
+    seen, left_out = see_images(record, config.data, config.images, choose_device(config.device))
     run = examine(record, seen)
-    findings = tuple(by_severity([*diagnose(run), *left_out]))
-    diagnosis = Diagnosis(findings, figures_of(run))
-    folder = Path(config.run).resolve() / "results"
-    data = {"fingerprint": seen.fingerprint, "images": run.images} if seen else {"images": run.images}
+    return Diagnosis(
+        run,
+        tuple(by_severity([*diagnose(run), *left_out])),
+        figures_of(run),
+        settings={"images": config.images or "default", "seed": record.loop.seed, "step": record.step},
+        data=({"fingerprint": seen.fingerprint} if seen else {}) | {"images": run.images},
+    )
+
+
+def write_diagnosis(diagnosis: Diagnosis, run: Path, argv: Sequence[str] = ()) -> Path:
+    """Write ``doctor.json`` and ``doctor.png`` into the results of a run.
+
+    Args:
+        run: the run's folder.
+        argv: the command line.
+
+    Returns:
+        The folder of the results.
+    """
+    folder = run.resolve() / "results"
     results = {
         "healthy": diagnosis.healthy,
-        "findings": [finding._asdict() for finding in findings],
+        "findings": [finding._asdict() for finding in diagnosis.findings],
         **diagnosis.figures,
     }
-    settings = {"images": config.images or "default", "seed": record.loop.seed, "step": record.step}
-    write_result(folder, "doctor", argv, settings, data, _finite(results))
-    draw_history(metrics(record.folder), run, diagnosis.healthy, folder / "doctor.png")
-    show(run, diagnosis, folder, journal)
-    return diagnosis
-
-
-# ---------------------------------------------------------------------- telling
+    write_result(folder, "doctor", argv, diagnosis.settings, diagnosis.data, _finite(results))
+    draw_history(read_metrics(run), diagnosis.run, diagnosis.healthy, folder / "doctor.png")
+    return folder
 
 
 def figures_of(run: Examined) -> dict[str, Any]:
@@ -119,30 +112,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def show(run: Examined, diagnosis: Diagnosis, folder: Path, journal: Journal) -> None:
-    """The table of losses, the findings and the verdict."""
-    if run.losses:
-        figures = diagnosis.figures
-        title = f"masked loss, {figures['space']}, {figures['judged']} {figures['on']}"
-        rows = []
-        for name in sorted(run.losses, key=lambda name: -float(run.losses[name].mean() if run.losses else 0)):
-            gain = run.gain(name) if name != MODEL else None
-            below = "" if gain is None else f"{gain[0]:+.1%}"
-            rows.append((name, f"{run.loss(name):.4f}", below))
-        journal.table(title, ["what fills the holes", "loss", "the model is below by"], rows)
-    for finding in diagnosis.findings:
-        journal.say(f"{finding.severity}: {finding.name}. {finding.seen}")
-        if finding.cause:
-            journal.say(f"    likely cause: {finding.cause}")
-        if finding.remedy:
-            journal.say(f"    what to do: {finding.remedy}")
-    ailments = [finding.name for finding in diagnosis.findings if finding.severity == "ailment"]
-    verdict = f"not healthy: {', '.join(ailments)}" if ailments else "healthy, as far as this can be seen"
-    journal.say(
-        f"{run.history.step} of {run.steps} steps; {verdict}. See {folder}/doctor.png and doctor.json."
-    )
 
 
 def draw_history(rows: Sequence[Mapping[str, Any]], run: Examined, healthy: bool, path: Path) -> None:

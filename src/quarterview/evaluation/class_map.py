@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quarterview.data.sources.base import Source, labels_of
+from quarterview.data.sources.base import Source
 from quarterview.errors import UserError, unknown
+from quarterview.evaluation.labelled import read_labels
 from quarterview.models.classifier import ClassifierConfig
 from quarterview.safe_yaml import MOST_BYTES, read_yaml
 
@@ -102,10 +103,8 @@ def classes_of(source: Source, config: ClassifierConfig, classes: ClassMap, wher
     Raises:
         UserError: if the images have no labels, or a class is none of the classifier's.
     """
-    labels = torch.tensor(labels_of(source))
+    labels = read_labels(source, where)
     present = labels.unique()
-    if source.classes is None and int(present.min()) < 0:
-        raise UserError(f"{where} has labels below 0; accepted: 0 to {config.classes - 1}")
     names = {int(n): source.classes[n] if source.classes else str(int(n)) for n in present}
     theirs = source.classes or ()
     in_order = not classes and config.class_names is None and len(theirs) == config.classes

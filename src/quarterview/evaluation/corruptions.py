@@ -25,18 +25,8 @@ from quarterview.evaluation.features import class_scores, crop_share
 from quarterview.models.classifier import Classifier
 from quarterview.training.trainer import precision_context, usable_precision
 
-COMMON = (
-    *("gaussian_noise", "shot_noise", "impulse_noise"),
-    *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
-    *("snow", "frost", "fog", "brightness"),
-    *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
-)
-"""Of which ImageNet-C is made, and over which its mean goes."""
-EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-"""Which it has beside them, to choose things by."""
-SEVERITIES = (1, 2, 3, 4, 5)
 LEAST_SIDE = 32
-"""Of what the library takes, in pixels."""
+"""The smallest side of an image that the library takes, in pixels."""
 _PACKAGE = "imagecorruptions-imaug"
 _SEEDED = ("glass_blur", "impulse_noise")  # they draw from a generator of their own, and take its seed
 _MOST_BYTES = 32 << 20  # of pictures that a worker hands over at a time
@@ -119,7 +109,7 @@ def all_of(conditions: Sequence[Corruption | None], _image: int) -> Sequence[Cor
 
 
 def one_of(names: Sequence[str], severity: int, seed: int, image: int) -> tuple[Corruption]:
-    """One of the names for each image, drawn by its number: an `Asked`, likewise."""
+    """One of the names for each image, drawn by its number: an `Asked`, all but the image bound."""
     number = float(rng.uniform(seed, "which corruption", 0, torch.tensor([image]), 1))
     return (Corruption(names[int(number * len(names))], severity),)
 

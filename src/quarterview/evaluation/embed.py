@@ -7,11 +7,11 @@ and given again makes the same bytes as one that was left alone.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,19 +22,19 @@ from quarterview.data.reading import Report
 from quarterview.data.sources.base import Source
 from quarterview.data.sources.open import open_sources
 from quarterview.data.transforms.crop import to_float
-from quarterview.errors import RunError, UserError, check_types
+from quarterview.errors import RunError, UserError
+from quarterview.evaluation.config import EmbedConfig
 from quarterview.evaluation.features import (
-    Backbone,
     as_trained,
     central_batches,
-    check_crop_pct,
     compile_blocks,
     tokens_after,
 )
+from quarterview.files import replace_text
+from quarterview.models.vit import VisionTransformer
 from quarterview.training.checkpoint import sync
 from quarterview.training.distributed import choose_device
 from quarterview.training.lock import lock
-from quarterview.training.logging import Journal, replace_text
 from quarterview.training.trainer import precision_context, usable_precision
 from quarterview.weights.loading import load, read
 
@@ -43,49 +43,10 @@ _UNREADABLE = "unreadable"
 _ARROW_TYPES = {"float32": pa.float32(), "float16": pa.float16()}
 
 
-@dataclass(frozen=True)
-class EmbedConfig:
-    """Which images are embedded, by what, and how the embeddings are written."""
-
-    run: str
-    """A run, a checkpoint folder or a .safetensors file."""
-    data: tuple[str, ...]
-    """Images: anything that --data of pretrain takes; labels are taken along where there are any."""
-    out: str
-    """The folder to write; the same command goes on with one that was interrupted."""
-    features: Literal["mean", "cls", "tokens"] = "mean"
-    """The mean of the patch tokens, the cls token (of several the mean), or all tokens: cls, then the patches
-    by row."""
-    block: int | None = None
-    """Take the tokens after so many blocks; by default after the last one and the final norm."""
-    dtype: Literal["float32", "float16"] = "float32"
-    """Of the embeddings as they are written."""
-    shard_size: int = 8192
-    """Images in a shard."""
-    batch_size: int = 256
-    """Images that the encoder sees at a time."""
-    crop_pct: float | None = None
-    """Share of the sides of the largest central box that an image is cut to. By default 0.875 for
-    224 × 224 pixels, as the paper does, and 1 for other sizes."""
-    ema: bool = False
-    """Use the moving average of the weights, of a run with --ema."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute."""
-    compile: bool = False
-    """Compile the encoder, which takes a minute and pays off over many images."""
-
-    def __post_init__(self) -> None:
-        check_types(self, EmbedConfig)
-        for name in ("shard_size", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}; accepted: 1 or more")
-        check_crop_pct(self.crop_pct)
-
-
 class Embedder(NamedTuple):
     """A model, and what is to be taken from it."""
 
-    model: Backbone
+    model: VisionTransformer
     config: EmbedConfig
     device: torch.device
     shape: tuple[int, ...]
@@ -114,8 +75,11 @@ class Embedder(NamedTuple):
             return _take(self.config, self.model, to_float(pixels.to(self.device))).float().cpu()
 
 
-def embed(config: EmbedConfig, journal: Journal) -> dict[str, Any]:
-    """Write the embeddings of images, or go on where an earlier call was interrupted.
+def embed(config: EmbedConfig, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Write the embeddings of images, or continue where an earlier call was interrupted.
+
+    Args:
+        progress: told how many shards are written and how many there are, at the start and after each.
 
     Returns:
         What ``embed.json`` holds.
@@ -123,18 +87,18 @@ def embed(config: EmbedConfig, journal: Journal) -> dict[str, Any]:
     Raises:
         UserError: if the folder holds anything else, or embeddings of other images, of another
             model or by other settings.
-        RunError: if an embedding is no number.
+        RunError: if an embedding is not finite.
     """
     device = choose_device(config.device)
     model = load(config.run, config.ema).to(device)
     depth = len(model.blocks)
-    if config.block is not None and not 1 <= config.block <= depth:
+    if config.block is not None and config.block > depth:
         raise UserError(
-            f"block {config.block} of {depth}; accepted: 1 to {depth}, or none for the final norm"
+            f"--block {config.block} is more than the {depth} blocks of {config.run}. Give at most {depth}, "
+            "or none for the final norm."
         )
     if config.compile:
-        # All whose output nothing listens to, see `tokens_after`.
-        compile_blocks(model, None if config.block is None else config.block - 1)
+        compile_blocks(model, config.block)
     source = open_sources(config.data, model.config.in_chans)
     embedder = Embedder(model, config, device, embedding_shape(model, config, device))
     folder = Path(config.out)
@@ -143,29 +107,24 @@ def embed(config: EmbedConfig, journal: Journal) -> dict[str, Any]:
         settings = settings_of(config, source, device)
         begin(folder, settings)
         shards = shard_ranges(len(source), config.shard_size)
-        journal.start_progress(len(shards), 0)
-        try:
-            for done, (name, ids) in enumerate(shards.items(), 1):
-                if not (folder / name).exists():
-                    write_shard(folder / name, embedder, source, ids)
-                journal.advance(done)
-        finally:
-            journal.close()
-        record = finish(folder, settings, embedder, source, list(shards))
-    for image in record["unreadable"][:10]:
-        journal.warn(f"{image['name']} could not be read and was left out: {image['reason']}")
-    journal.say(f"{record['rows']} embeddings of {' × '.join(map(str, embedder.shape))} numbers in {folder}")
-    return record
+        for done, (name, ids) in enumerate(shards.items()):
+            if progress is not None:
+                progress(done, len(shards))
+            if not (folder / name).exists():
+                write_shard(folder / name, embedder, source, ids)
+        if progress is not None:
+            progress(len(shards), len(shards))
+        return finish(folder, settings, embedder, source, list(shards))
 
 
-def embedding_shape(model: Backbone, config: EmbedConfig, device: torch.device) -> tuple[int, ...]:
+def embedding_shape(model: VisionTransformer, config: EmbedConfig, device: torch.device) -> tuple[int, ...]:
     """What one image gives."""
     with torch.inference_mode():
         blank = torch.zeros(1, model.config.in_chans, *model.config.image_size, device=device)
         return tuple(_take(config, model, blank).shape[1:])
 
 
-def _take(config: EmbedConfig, model: Backbone, images: Tensor) -> Tensor:
+def _take(config: EmbedConfig, model: VisionTransformer, images: Tensor) -> Tensor:
     tokens, cls = tokens_after(model, as_trained(model, images), config.block), model.config.cls_tokens
     if config.features == "tokens":
         return tokens

@@ -1,7 +1,7 @@
 """k nearest neighbours: how good the features are without any training on them."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -9,10 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quarterview.errors import UserError
-from quarterview.evaluation.features import ProbeConfig, ProbeData, probe_data, record_probe
-from quarterview.evaluation.report import show_rows, standard_error
-from quarterview.training.distributed import choose_device
-from quarterview.training.logging import Journal
+from quarterview.evaluation.features import Features
+from quarterview.evaluation.statistics import figures
 
 Vote = Literal["majority", "weighted"]
 TEMPERATURE = 0.07
@@ -34,92 +32,67 @@ class KnnAccuracy:
     standard_error: float
 
 
-def knn(
-    config: ProbeConfig, k: int | Sequence[int], journal: Journal, argv: Sequence[str] = ()
-) -> list[KnnAccuracy]:
-    """Classify the test images by their nearest training images, show a table and record the result.
+@dataclass(frozen=True)
+class Knn:
+    """Classifies by the nearest training features: an `Evaluator`."""
 
-    Args:
-        k: how many neighbours vote; several numbers give a row each.
-        argv: the command line, for the record.
+    k: int = 20
+    """How many neighbours vote; all where there are fewer."""
+    vote: Vote = "weighted"
+    device: torch.device = _CPU
+    """Where similarities are computed."""
 
-    Returns:
-        The accuracy of each encoder, for each k and both ways of voting.
+    def predict(self, train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
+        """The class of each test feature, by a vote of its nearest training features.
 
-    Raises:
-        UserError: if there are not so many training images.
-    """
-    ks = (k,) if isinstance(k, int) else tuple(dict.fromkeys(k))
-    data = probe_data(config)
-    check_neighbours(ks, len(data.train_labels))
-    found = knn_accuracies(data, ks, choose_device(config.device))
-    kind = config.features or "mean"
-    _show(f"nearest neighbours, cosine, {kind} features", found, data, journal)
-    record_probe(
-        "knn",
-        config,
-        argv,
-        {"features": kind, "k": ks, "metric": "cosine", "temperature": TEMPERATURE},
-        {**data.described, "unreadable": data.unreadable},
-        {"classes": data.classes, "accuracies": [asdict(row) for row in found]},
-    )
-    return found
+        Args:
+            train: float [N, D].
+            labels: int64 [N], on the CPU.
+            test: float [M, D].
+
+        Returns:
+            int64 [M], on the CPU.
+        """
+        similarity, index = nearest(train, test, min(self.k, len(train)), self.device)
+        return vote(similarity, labels[index], self.vote)
+
+    def __call__(self, features: Features) -> Iterator[tuple[str, float]]:
+        predicted = self.predict(features.train, features.train_labels, features.test)
+        return figures(predicted == features.test_labels)
 
 
 def check_neighbours(ks: Sequence[int], images: int) -> None:
-    """Raises UserError unless each k is one that so many training images can give."""
-    if not ks:
-        raise UserError("no number of neighbours; accepted: one or more whole numbers")
-    for k in ks:
-        if not 1 <= k <= images:
-            raise UserError(f"{k} neighbours of {images} images; accepted: 1 to that many")
+    """Raises UserError if there are fewer training images than neighbours that shall vote."""
+    if max(ks) > images:
+        raise UserError(
+            f"--k {max(ks)} is more than the {images} labelled training images. Give at most {images}."
+        )
 
 
-def knn_accuracies(data: ProbeData, ks: Sequence[int], device: torch.device = _CPU) -> list[KnnAccuracy]:
-    """The accuracy of each encoder, for each k and both ways of voting."""
-    found = []
-    for name, train in data.train.items():
-        similarity, index = nearest(train, data.test[name], max(ks), device)
-        labels = data.train_labels[index]  # [M, k]
-        for k in ks:
-            for kind in get_args(Vote):
-                right = vote(similarity[:, :k], labels[:, :k], kind) == data.test_labels
-                accuracy = float(right.double().mean())
-                found.append(KnnAccuracy(name, k, kind, accuracy, standard_error(accuracy, len(right))))
-    return found
-
-
-def _show(title: str, found: Sequence[KnnAccuracy], data: ProbeData, journal: Journal) -> None:
-    cells: dict[tuple[str, int], dict[Vote, KnnAccuracy]] = {}
-    for row in found:
-        cells.setdefault((row.features, row.k), {})[row.vote] = row
-    rows = [
-        (name, str(k), *(f"{votes[kind].accuracy:.1%}" for kind in get_args(Vote)), f"± {most:.1%}")
-        for (name, k), votes in cells.items()
-        for most in (max(row.standard_error for row in votes.values()),)
-    ]
-    show_rows(title, ["features", "k", *get_args(Vote), "standard error"], rows, data, journal)
-
-
-def knn_predict(train: Tensor, labels: Tensor, test: Tensor, k: int, kind: Vote = "weighted") -> Tensor:
-    """The class of each test feature, by a vote of its `k` nearest training features.
+def knn_accuracies(
+    features: Mapping[str, Features], ks: Sequence[int], device: torch.device = _CPU
+) -> list[KnnAccuracy]:
+    """The accuracy of each encoder, for each k and both ways of voting; neighbours are searched once.
 
     Args:
-        train: float [N, D].
-        labels: int64 [N].
-        test: float [M, D].
-
-    Returns:
-        int64 [M], on the device of `labels`.
+        features: by the encoder's name.
+        ks: how many neighbours vote, each at most the number of training features.
     """
-    similarity, index = nearest(train, test, k, train.device)
-    return vote(similarity, labels.cpu()[index], kind).to(labels.device)
+    found = []
+    for name, (train, train_labels, test, test_labels) in features.items():
+        similarity, index = nearest(train, test, max(ks), device)
+        labels = train_labels[index]  # [M, k]
+        for k in ks:
+            for kind in get_args(Vote):
+                correct = vote(similarity[:, :k], labels[:, :k], kind) == test_labels
+                found.append(KnnAccuracy(name, k, kind, **dict(figures(correct))))
+    return found
 
 
 def vote(similarity: Tensor, labels: Tensor, kind: Vote) -> Tensor:
     """What the neighbours of each test image say it is; of classes with equally many votes, the lowest.
 
-    Each neighbour counts alike, or as exp(cosine similarity / 0.07) (Wu et al. 2018).
+    Each neighbour counts equally, or as exp(cosine similarity / 0.07) (Wu et al. 2018).
 
     Args:
         similarity: float [M, k].

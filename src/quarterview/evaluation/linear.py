@@ -1,17 +1,17 @@
 """A linear classifier on frozen features, fast: features once, then a logistic regression."""
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from quarterview.errors import UserError
-from quarterview.evaluation.features import ProbeConfig, ProbeData, probe_data, record_probe
-from quarterview.evaluation.report import show_accuracies, standard_error
-from quarterview.training.logging import Journal
+from quarterview.evaluation.features import Features
+from quarterview.evaluation.labelled import check_classes
+from quarterview.evaluation.statistics import figures
 
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
@@ -22,66 +22,59 @@ HELD_OUT = 0.2
 _ITERATIONS = 300
 
 
-@dataclass(frozen=True)
-class LinearAccuracy:
-    """What a linear classifier reached on the features of one encoder."""
+class FittedRegression(NamedTuple):
+    """A logistic regression on standardised features, fitted."""
 
-    accuracy: float
-    standard_error: float
+    pipeline: "Pipeline"
     strength: float
     """The inverse regularisation that was chosen."""
 
+    def predict(self, test: Tensor) -> Tensor:
+        """The class of each test feature: float [M, D] -> int64 [M]."""
+        return torch.from_numpy(self.pipeline.predict(test.numpy()))
 
-def linear(config: ProbeConfig, journal: Journal, argv: Sequence[str] = ()) -> dict[str, float]:
-    """Fit a linear classifier to each encoder's training features, show a table and record the result.
 
-    Features are standardised; the regularisation is chosen on a fifth of the training images and
-    the classifier fitted again to all of them. The test images are used once, at the end.
+@dataclass(frozen=True)
+class LogisticRegression:
+    """A linear classifier of standardised features: an `Evaluator`.
 
-    Args:
-        argv: the command line, for the record.
-
-    Returns:
-        The accuracy of each encoder, by its name.
-
-    Raises:
-        UserError: if there are fewer than two classes.
+    The regularisation is chosen on a fifth of the training images, and the classifier fitted again to all of
+    them. The test images are used once, at the end.
     """
-    data = probe_data(config)
-    check_classes(data.train_labels)
-    found = {name: linear_fit(data, name, config.seed) for name in data.train}
-    accuracies = {name: fitted.accuracy for name, fitted in found.items()}
-    kind = config.features or "mean"
-    show_accuracies(f"linear classifier, {kind} features", accuracies, data, journal)
-    record_probe(
-        "linear",
-        config,
-        argv,
-        {"features": kind, "strengths": STRENGTHS, "held_out": HELD_OUT},
-        {**data.described, "unreadable": data.unreadable},
-        {"classes": data.classes, "accuracies": {name: asdict(fitted) for name, fitted in found.items()}},
-    )
-    return accuracies
 
+    seed: int = 0
+    """Seed of the choice of the fifth."""
 
-def check_classes(labels: Tensor) -> None:
-    """Raises UserError if there is nothing to tell apart."""
-    if len(labels.unique()) < 2:
-        raise UserError("the labelled images are all of one class; accepted: two classes or more")
+    def fit(self, train: Tensor, labels: Tensor) -> FittedRegression:
+        """Choose the regularisation and fit, to float [N, D] and int64 [N].
 
+        Raises:
+            UserError: if there are fewer than two classes.
+        """
+        check_classes(labels)
+        strength = choose_strength(train.numpy(), labels.numpy(), self.seed)
+        return FittedRegression(fit(train.numpy(), labels.numpy(), strength), strength)
 
-def linear_accuracy(data: ProbeData, name: str, seed: int) -> float:
-    """The test accuracy of a linear classifier on the features of one encoder."""
-    return linear_fit(data, name, seed).accuracy
+    def predict(self, train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
+        """The class of each test feature.
 
+        Args:
+            train: float [N, D].
+            labels: int64 [N].
+            test: float [M, D].
 
-def linear_fit(data: ProbeData, name: str, seed: int) -> LinearAccuracy:
-    """Choose the regularisation, fit, and judge on the test images, for the features of one encoder."""
-    train, labels = data.train[name].numpy(), data.train_labels.numpy()
-    strength = choose_strength(train, labels, seed)
-    classifier = fit(train, labels, strength)
-    accuracy = float(classifier.score(data.test[name].numpy(), data.test_labels.numpy()))
-    return LinearAccuracy(accuracy, standard_error(accuracy, len(data.test_labels)), strength)
+        Returns:
+            int64 [M].
+
+        Raises:
+            UserError: if there are fewer than two classes.
+        """
+        return self.fit(train, labels).predict(test)
+
+    def __call__(self, features: Features) -> Iterator[tuple[str, float]]:
+        fitted = self.fit(features.train, features.train_labels)
+        yield from figures(fitted.predict(features.test) == features.test_labels)
+        yield "strength", fitted.strength
 
 
 def choose_strength(features: np.ndarray, labels: np.ndarray, seed: int) -> float:
@@ -103,7 +96,7 @@ def choose_strength(features: np.ndarray, labels: np.ndarray, seed: int) -> floa
     return STRENGTHS[int(np.argmax(scores))]
 
 
-def fit(features: np.ndarray | Tensor, labels: np.ndarray, strength: float) -> "Pipeline":
+def fit(features: np.ndarray, labels: np.ndarray, strength: float) -> "Pipeline":
     """Standardised features and a multinomial logistic regression."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression

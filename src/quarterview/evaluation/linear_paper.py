@@ -5,9 +5,9 @@ final norm, goes through a BatchNorm without scale and shift into a linear layer
 for 90 epochs. The last epoch is what is reported.
 """
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,105 +21,21 @@ from quarterview.data.sampler import SampleStream
 from quarterview.data.sources.base import Source
 from quarterview.data.sources.subset import subset
 from quarterview.data.transforms.crop import crop_resize, crop_resize_batch, random_crops, to_float
-from quarterview.errors import RunError, UserError, check_types
-from quarterview.evaluation.features import (
-    Encoder,
-    Probe,
-    ProbeConfig,
-    ProbeData,
-    decoding_threads,
-    extract,
-    open_probe,
-    record_probe,
-)
+from quarterview.errors import RunError, UserError
+from quarterview.evaluation.config import LinearClassifierConfig
+from quarterview.evaluation.features import Encoder, decoding_threads
 from quarterview.evaluation.lars import Lars
-from quarterview.evaluation.linear import check_classes
-from quarterview.evaluation.report import show_accuracies, standard_error
-from quarterview.training.logging import Journal, Meter
+from quarterview.evaluation.probe import Probe
 from quarterview.training.optim import Schedule, warmup_steps
 from quarterview.training.trainer import precision_context, usable_precision
+
+_LOG = logging.getLogger("quarterview")
 
 CROP_SCALE = (0.08, 1.0)
 HEAD_STD = 0.01
 BATCH_NORM_EPS = 1e-6
 _AT_ONCE = 256
 """Images that the encoder sees at a time."""
-
-
-@dataclass(frozen=True)
-class PaperConfig:
-    """How the head is trained. The defaults are the paper's."""
-
-    epochs: int = 90
-    """Passes over the labelled images."""
-    warmup_epochs: float = 10.0
-    """Epochs of linear warm-up from 0."""
-    batch_size: int = 16384
-    """Images per update; the whole set where it has fewer."""
-    blr: float = 0.1
-    """Base learning rate: the rate is blr × batch size / 256."""
-
-    def __post_init__(self) -> None:
-        check_types(self, PaperConfig)
-        if self.epochs < 1:
-            raise UserError(f"{self.epochs} epochs; accepted: 1 or more")
-        if self.warmup_epochs < 0:
-            raise UserError(f"warm-up of {self.warmup_epochs} epochs; accepted: 0 or more")
-        if self.batch_size < 2:
-            raise UserError(f"a batch of {self.batch_size} cannot be normalised; accepted: 2 or more")
-        if self.blr <= 0:
-            raise UserError(f"blr {self.blr}; accepted: a number above 0")
-
-
-def linear_paper(
-    config: ProbeConfig, paper: PaperConfig, journal: Journal, argv: Sequence[str] = ()
-) -> dict[str, float]:
-    """Train a linear classifier on each frozen encoder by the paper's protocol.
-
-    Shows a table and records the result.
-
-    Args:
-        argv: the command line, for the record.
-
-    Returns:
-        The test accuracy of each encoder after the last epoch, by its name.
-
-    Raises:
-        UserError: if there are fewer than two classes.
-    """
-    probe = open_probe(config, default="cls")
-    check_classes(probe.train_labels[probe.chosen])
-    pictures = Pictures(probe.train, probe.chosen.tolist(), probe.device)
-    labels = probe.train_labels[pictures.ids]
-    check_classes(labels)
-    heads = train_heads(probe, pictures, labels, paper, journal)
-    everything = range(len(probe.test))
-    test, kept = extract(
-        probe.encoders, probe.test, everything, probe.backbone, probe.device, crop_pct=config.crop_pct
-    )
-    unreadable = len(probe.chosen) - len(labels) + len(probe.test) - len(kept)
-    data = ProbeData({}, labels, test, probe.test_labels[kept], probe.classes, unreadable)
-
-    accuracies = {name: judge(head, test[name], data.test_labels) for name, head in heads.items()}
-    show_accuracies(
-        f"linear classifier, the paper's protocol, {paper.epochs} epochs, {probe.kind} features",
-        accuracies,
-        data,
-        journal,
-    )
-    shown = {
-        name: {"accuracy": accuracy, "standard_error": standard_error(accuracy, len(data.test_labels))}
-        for name, accuracy in accuracies.items()
-    }
-    record_probe(
-        "linear-paper",
-        config,
-        argv,
-        {**asdict(paper), "features": probe.kind, "batch_size_used": min(paper.batch_size, len(labels))},
-        {**probe.described, "unreadable": unreadable},
-        {"classes": probe.classes, "accuracies": shown},
-    )
-    return accuracies
 
 
 # ---------------------------------------------------------------------- the images
@@ -237,65 +153,65 @@ def make_head(width: int, classes: int, seed: int) -> nn.Sequential:
 
 
 def train_heads(
-    probe: Probe, pictures: Pictures, labels: Tensor, paper: PaperConfig, journal: Journal
+    probe: Probe,
+    pictures: Pictures,
+    labels: Tensor,
+    schedule: Schedule,
+    batch_size: int,
+    log: Callable[[Mapping[str, float]], None] | None = None,
 ) -> dict[str, nn.Sequential]:
     """A head for each encoder, all trained on the same crops.
+
+    Args:
+        pictures: the N labelled images.
+        labels: int64 [N], theirs.
+        schedule, batch_size: as `plan` gives them.
+        log: given the step, the loss of the last encoder's head and the learning rate after each update.
 
     Returns:
         The heads after the last epoch, in evaluation mode.
     """
-    seed, size = probe.config.seed, probe.backbone.image_size
-    stream = SampleStream(len(pictures), 0, seed)
-    schedule, batch = plan(paper, len(pictures), journal)
+    stream = SampleStream(len(pictures), 0, probe.seed)
     classes, labels = int(labels.max()) + 1, labels.to(probe.device)
     heads: dict[str, nn.Sequential] = {}
     optimizers: dict[str, Lars] = {}
-    meter = Meter()
-    journal.start_progress(schedule.total_steps, 0)
-    try:
-        for step in range(schedule.total_steps):
-            epochs, rows = stream.at(torch.arange(step * batch, (step + 1) * batch))
-            seen = crop_features(probe.encoders, pictures, epochs, rows, size, seed)
-            losses = []
-            for name, features in seen.items():
-                if name not in heads:
-                    heads[name] = make_head(features.shape[1], classes, seed).to(probe.device)
-                    optimizers[name] = Lars(heads[name].parameters())
-                loss = F.cross_entropy(heads[name](features), labels[rows.to(probe.device)])
-                loss.backward()
-                optimizers[name].step(schedule.lr(step))
-                losses.append(float(loss.detach()))
-            _show_step(journal, meter, step + 1, batch, losses[-1], schedule.lr(step))
-    finally:
-        journal.close()
+    for step in range(schedule.total_steps):
+        epochs, rows = stream.at(torch.arange(step * batch_size, (step + 1) * batch_size))
+        seen = crop_features(probe.encoders, pictures, epochs, rows, probe.backbone.image_size, probe.seed)
+        loss, lr = math.nan, schedule.lr(step)
+        for name, features in seen.items():
+            if name not in heads:
+                heads[name] = make_head(features.shape[1], classes, probe.seed).to(probe.device)
+                optimizers[name] = Lars(heads[name].parameters())
+            error = F.cross_entropy(heads[name](features), labels[rows.to(probe.device)])
+            error.backward()
+            optimizers[name].step(lr)
+            loss = float(error.detach())
+        if log is not None:
+            log({"step": step + 1, "loss": loss, "lr": lr})
     return {name: head.eval() for name, head in heads.items()}
 
 
-def _show_step(journal: Journal, meter: Meter, step: int, batch: int, loss: float, lr: float) -> None:
-    meter.images += batch
-    rate, waited = meter.read()
-    journal.advance(step)
-    journal.row({"step": step, "loss": loss, "lr": lr, "images_per_s": rate, "data_wait": waited})
-
-
-def plan(paper: PaperConfig, images: int, journal: Journal) -> tuple[Schedule, int]:
-    """The learning rate of every update, and the images in each."""
-    batch = min(paper.batch_size, images)
-    if batch < paper.batch_size:
-        journal.warn(
-            f"a batch of {paper.batch_size} images does not fit {images} labelled ones; it shrinks to all of "
-            f"them, and the learning rate with it to {paper.blr * batch / 256:g}"
+def plan(config: LinearClassifierConfig, images: int) -> tuple[Schedule, int]:
+    """The learning rate of every update, and the number of images in each."""
+    batch_size = min(config.batch_size, images)
+    if batch_size < config.batch_size:
+        _LOG.warning(
+            "--batch-size %d is more than the %d labelled images: it shrinks to all of them, and the "
+            "learning rate with it to %g.",
+            config.batch_size,
+            images,
+            config.blr * batch_size / 256,
         )
-    steps = math.ceil(paper.epochs * images / batch)
-    warmup, note = warmup_steps(paper.warmup_epochs, images / batch, steps)
+    steps = math.ceil(config.epochs * images / batch_size)
+    warmup, note = warmup_steps(config.warmup_epochs, images / batch_size, steps)
     if note is not None:
-        journal.warn(note)
-    return Schedule(paper.blr * batch / 256, warmup, steps), batch
+        _LOG.warning("%s", note)
+    return Schedule(config.blr * batch_size / 256, warmup, steps), batch_size
 
 
 @torch.no_grad()
-def judge(head: nn.Sequential, features: Tensor, labels: Tensor) -> float:
-    """The share of the features float [M, D] that a head gives the right label int64 [M]."""
+def head_predict(head: nn.Sequential, features: Tensor) -> Tensor:
+    """The class that a head gives to each feature: float [M, D] -> int64 [M], on the CPU."""
     device = next(head.parameters()).device
-    predicted = [head(some.to(device)).argmax(dim=1).cpu() for some in features.split(4096)]
-    return float((torch.cat(predicted) == labels).double().mean())
+    return torch.cat([head(some.to(device)).argmax(dim=1).cpu() for some in features.split(4096)])

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quarterview.data.transforms.crop import normalise
-from quarterview.errors import UserError
+from quarterview.evaluation.config import LookConfig
 from quarterview.evaluation.panel import (
     channels_caption,
     completed_caption,
@@ -31,8 +31,6 @@ from quarterview.models.mae import MaskedAutoencoder
 from quarterview.models.vit import Attention
 from quarterview.weights.loading import open_model, read
 
-HEADS_MOST = 6
-"""So many heads are drawn unless asked otherwise."""
 _COMPONENTS = 3
 _TRIMMED = 0.01
 _GREY, _HEAT = 0.35, 0.75
@@ -161,7 +159,7 @@ def draw_look(
     path: Path,
     title: str = "",
     seed: int = 0,
-    heads: int = HEADS_MOST,
+    heads: int = 6,
     completes: bool = True,
 ) -> None:
     """Write a PNG with a column for each image.
@@ -238,24 +236,20 @@ def _magnified(size: Sequence[int]) -> tuple[int, int]:
     return size[0] * times, size[1] * times
 
 
-def look(run: str, images: Sequence[str], out: str, seed: int = 0, heads: int = HEADS_MOST) -> None:
-    """Draw what a model sees in pictures from files.
+def look(config: LookConfig) -> Path:
+    """Draw what a model sees in images from files.
 
-    Args:
-        run: a run, a checkpoint folder or a weights file.
-        images: picture files, or anything that ``--data`` of pretrain takes; the first eight are drawn.
-        out: the PNG to write.
-        seed: of the masks.
-        heads: how many heads of the last block are drawn one by one.
+    Returns:
+        The PNG.
 
     Raises:
-        UserError: if the model or a picture cannot be read.
+        UserError: if the model or an image cannot be read.
     """
-    if heads < 0:
-        raise UserError(f"{heads} heads; accepted: 0 or more")
-    weights = read(run)
+    weights = read(config.run)
     model = open_model(weights)
-    config = model.config
-    batch = read_pictures(images, config.in_chans, config.image_size)
-    mean, std = config.mean or (0.0,) * config.in_chans, config.std or (1.0,) * config.in_chans
-    draw_look(model, normalise(batch, mean, std), Path(out), Path(run).name, seed, heads, weights.has_decoder)
+    shape = model.config
+    batch = read_pictures(config.images, shape.in_chans, shape.image_size)
+    mean, std = shape.mean or (0.0,) * shape.in_chans, shape.std or (1.0,) * shape.in_chans
+    images, out, title = normalise(batch, mean, std), Path(config.out), Path(config.run).name
+    draw_look(model, images, out, title, config.seed, config.heads, weights.has_decoder)
+    return out

@@ -13,6 +13,7 @@ from quarterview.data.sources.base import BadSampleError, Picture
 from quarterview.data.sources.open import open_source
 from quarterview.data.transforms.crop import denormalise, normalise, to_float
 from quarterview.errors import UserError
+from quarterview.evaluation.config import ReconstructConfig
 from quarterview.models.mae import MaskedAutoencoder
 from quarterview.weights.loading import load_autoencoder
 
@@ -152,24 +153,22 @@ def draw_curve(rows: list[dict], path: Path, title: str = "") -> None:
     figure.savefig(path)
 
 
-def reconstruct_files(run: str, images: Sequence[str], out: str, seed: int) -> None:
-    """Draw a panel of pictures from files.
+def reconstruct(config: ReconstructConfig) -> Path:
+    """Draw a panel of images from files.
 
-    Args:
-        run: a run, a checkpoint folder or a weights file.
-        images: picture files, or anything that ``--data`` of pretrain takes.
-        out: the PNG to write.
-        seed: of the masks.
+    Returns:
+        The PNG.
 
     Raises:
-        UserError: if the model or a picture cannot be read.
+        UserError: if the model or an image cannot be read.
     """
-    model = load_autoencoder(run)
-    config = model.config
-    batch = read_pictures(images, config.in_chans, config.image_size)
-    mean, std = config.mean or (0.0,) * config.in_chans, config.std or (1.0,) * config.in_chans
-    noise = keyed_noise(model, len(batch), seed)
-    draw_panel(model, normalise(batch, mean, std), noise, Path(out), Path(run).name)
+    model = load_autoencoder(config.run)
+    shape = model.config
+    batch = read_pictures(config.images, shape.in_chans, shape.image_size)
+    mean, std = shape.mean or (0.0,) * shape.in_chans, shape.std or (1.0,) * shape.in_chans
+    noise = keyed_noise(model, len(batch), config.seed)
+    draw_panel(model, normalise(batch, mean, std), noise, Path(config.out), Path(config.run).name)
+    return Path(config.out)
 
 
 def keyed_noise(model: MaskedAutoencoder, count: int, seed: int) -> Tensor:

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quarterview.training.logging import replace_text
+from quarterview.files import replace_text
 from quarterview.training.record import provenance
+from quarterview.weights.loading import read
 
 
 def results_folder(path: str | Path) -> Path | None:
@@ -52,3 +53,27 @@ def write_result(
     }
     replace_text(file, json.dumps(content, indent=1) + "\n")
     return file
+
+
+def record(
+    run: str,
+    ema: bool,
+    name: str,
+    argv: Sequence[str],
+    settings: Mapping[str, Any],
+    data: Mapping[str, Any],
+    results: Mapping[str, Any],
+) -> Path | None:
+    """Write a result of a run's weights into the run's results folder; nothing for weights outside a run.
+
+    Args:
+        run, ema: the weights, as the user named them.
+        name, argv, settings, data, results: as in `write_result`; the weights' file and digest are added to
+            the settings.
+    """
+    folder, weights = results_folder(run), read(run, ema)
+    if folder is None or weights.file is None:
+        return None
+    file = weights.file.resolve().relative_to(folder.parent)
+    described = {"weights": str(file), "weights_digest": weights.digest}
+    return write_result(folder, name, argv, {**described, **settings}, data, results)

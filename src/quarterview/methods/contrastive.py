@@ -9,9 +9,8 @@ loss. For the same reason a batch cannot be accumulated in parts.
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,46 +18,13 @@ from torch import Tensor, nn
 
 from quarterview import rng
 from quarterview.data.loader import Batch
-from quarterview.errors import UserError, check_types
-from quarterview.methods.base import Loss
-from quarterview.models.encoder import Encoder
-
-ContrastiveKind = Literal["simclr", "byol", "mocov3"]
-TEMPERATURE = {"simclr": 0.5, "mocov3": 0.2}
-"""Chen et al. 2020 for CIFAR-10; Chen et al. 2021."""
-MOMENTUM = {"byol": 0.996, "mocov3": 0.99}
-"""At the first update; it rises to 1 along a cosine."""
+from quarterview.errors import UserError
+from quarterview.methods import config as configs
+from quarterview.methods.base import Gather, Loss, Setting
+from quarterview.models.create import fresh_encoder
+from quarterview.models.vit import VisionTransformer
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
-Gather = Callable[[Tensor], Tensor]
-"""Rows of all ranks, through which gradients flow, from this rank's."""
-
-
-@dataclass(frozen=True)
-class ContrastiveConfig:
-    """What objectives that compare two views are told. Each leaves alone what is not its own."""
-
-    temperature: float | None = None
-    """Of --objective simclr and mocov3, by which similarities are divided; by default 0.5 and 0.2."""
-    momentum: float | None = None
-    """Of --objective byol and mocov3: the part that the teacher keeps of itself at the first update; it rises
-    to 1. By default 0.996 and 0.99."""
-    head_width: int = 4096
-    """Of the hidden layers of the heads."""
-    head_out: int = 256
-    """Numbers that are compared."""
-    view_colours: bool = True
-    """Distort the colours of both views as the method's paper does; otherwise crop and flip alone."""
-
-    def __post_init__(self) -> None:
-        check_types(self, ContrastiveConfig)
-        if self.temperature is not None and not 0 < self.temperature <= 100:
-            raise UserError(f"a temperature of {self.temperature}; accepted: above 0, up to 100")
-        if self.momentum is not None and not 0 <= self.momentum <= 1:
-            raise UserError(f"a momentum of {self.momentum}; accepted: 0 to 1")
-        for name in ("head_width", "head_out"):
-            if not 1 <= getattr(self, name) <= 1 << 16:
-                raise UserError(f"{name} {getattr(self, name)}; accepted: 1 to {1 << 16}")
 
 
 class Contrastive(nn.Module):
@@ -69,7 +35,7 @@ class Contrastive(nn.Module):
         ValueError: if a batch has no second view.
     """
 
-    def __init__(self, model: Encoder, gather: Gather = lambda rows: rows) -> None:
+    def __init__(self, model: VisionTransformer, gather: Gather = lambda rows: rows) -> None:
         super().__init__()
         self.model, self.gather = model, gather
 
@@ -79,7 +45,7 @@ class Contrastive(nn.Module):
             raise ValueError("a batch of one view; accepted: batches of a loader that makes two")
         return batch.images, batch.second
 
-    def features(self, encoder: Encoder, images: Tensor) -> Tensor:
+    def features(self, encoder: VisionTransformer, images: Tensor) -> Tensor:
         """The cls tokens of all ranks' images, of several the mean: float32 [B, D]."""
         return self.gather(encoder(images)[:, : encoder.config.cls_tokens].float().mean(dim=1))
 
@@ -87,14 +53,16 @@ class Contrastive(nn.Module):
 class SimCLR(Contrastive):
     """Chen et al. 2020: a view's partner among all other views of the batch, by NT-Xent."""
 
-    def __init__(self, model: Encoder, config: ContrastiveConfig, gather: Gather = lambda rows: rows) -> None:
+    def __init__(
+        self, model: VisionTransformer, config: configs.SimCLR, gather: Gather = lambda rows: rows
+    ) -> None:
         super().__init__(model, gather)
         losses, heads = _lightly()
         width = model.config.shape.width
         self.projector = plain_batch_norm(
             heads.SimCLRProjectionHead(width, config.head_width, config.head_out)
         )
-        self.compare = losses.NTXentLoss(temperature=config.temperature or TEMPERATURE["simclr"])
+        self.compare = losses.NTXentLoss(temperature=config.temperature)
 
     def forward(self, batch: Batch) -> Loss:
         views = [self.features(self.model, view) for view in self.views(batch)]
@@ -113,7 +81,7 @@ class Taught(Contrastive):
     updated: Tensor
 
     def __init__(
-        self, model: Encoder, projector: nn.Module, momentum: float, updates: int, gather: Gather
+        self, model: VisionTransformer, projector: nn.Module, momentum: float, updates: int, gather: Gather
     ) -> None:
         super().__init__(model, gather)
         self.projector = projector
@@ -149,16 +117,15 @@ class BYOL(Taught):
 
     def __init__(
         self,
-        model: Encoder,
-        config: ContrastiveConfig,
+        model: VisionTransformer,
+        config: configs.BYOL,
         updates: int,
         gather: Gather = lambda rows: rows,
     ) -> None:
         losses, heads = _lightly()
         width, hidden, out = model.config.shape.width, config.head_width, config.head_out
-        momentum = MOMENTUM["byol"] if config.momentum is None else config.momentum
         projector = plain_batch_norm(heads.BYOLProjectionHead(width, hidden, out))
-        super().__init__(model, projector, momentum, updates, gather)
+        super().__init__(model, projector, config.momentum, updates, gather)
         self.predictor = plain_batch_norm(heads.BYOLPredictionHead(out, hidden, out))
         self.compare = losses.NegativeCosineSimilarity()
 
@@ -179,19 +146,18 @@ class MoCoV3(Taught):
 
     def __init__(
         self,
-        model: Encoder,
-        config: ContrastiveConfig,
+        model: VisionTransformer,
+        config: configs.MoCoV3,
         updates: int,
         gather: Gather = lambda rows: rows,
     ) -> None:
         _, heads = _lightly()
         width, hidden, out = model.config.shape.width, config.head_width, config.head_out
-        momentum = MOMENTUM["mocov3"] if config.momentum is None else config.momentum
         model.patch_embed.requires_grad_(False)
         projector = plain_batch_norm(_moco_head(heads.ProjectionHead, width, hidden, out, depth=3))
-        super().__init__(model, projector, momentum, updates, gather)
+        super().__init__(model, projector, config.momentum, updates, gather)
         self.predictor = plain_batch_norm(_moco_head(heads.ProjectionHead, out, hidden, out, depth=2))
-        self.temperature = config.temperature or TEMPERATURE["mocov3"]
+        self.temperature = config.temperature
 
     def forward(self, batch: Batch) -> Loss:
         views, (first, second) = self.both(batch)
@@ -271,15 +237,12 @@ def _lightly() -> tuple[ModuleType, ModuleType]:
     return loss, heads
 
 
-def make_contrastive(
-    kind: ContrastiveKind, model: Encoder, config: ContrastiveConfig, seed: int, updates: int, gather: Gather
-) -> Contrastive:
-    """The objective of a name, with the initial heads that belong to a seed.
-
-    Args:
-        updates: of the whole run, over which the momentum rises.
-    """
-    with rng.seeded(seed, "heads"):
-        if kind == "simclr":
-            return SimCLR(model, config, gather)
-        return (BYOL if kind == "byol" else MoCoV3)(model, config, updates, gather)
+def build(config: configs.SimCLR | configs.BYOL | configs.MoCoV3, setting: Setting) -> Contrastive:
+    """The method of a configuration, with the initial encoder and heads that belong to the seed."""
+    encoder = fresh_encoder(setting.encoder, setting.seed)
+    with rng.seeded(setting.seed, "heads"):
+        if isinstance(config, configs.SimCLR):
+            return SimCLR(encoder, config, setting.gather)
+        if isinstance(config, configs.BYOL):
+            return BYOL(encoder, config, setting.steps, setting.gather)
+        return MoCoV3(encoder, config, setting.steps, setting.gather)

@@ -5,30 +5,16 @@ beside it.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from quarterview import rng
 from quarterview.data.loader import Batch
-from quarterview.errors import UserError, check_types
-from quarterview.methods.base import Loss
+from quarterview.methods import config as configs
+from quarterview.methods.base import Loss, Setting
+from quarterview.models.create import fresh_model
 from quarterview.models.mae import MaskedAutoencoder
-
-
-@dataclass(frozen=True)
-class NoiseConfig:
-    """How noisy the pictures are."""
-
-    noise: float = 1.0
-    """Of --objective denoising: the noise's deviation, in deviations of the pixels. At 1 half of what the
-    encoder sees is noise."""
-
-    def __post_init__(self) -> None:
-        check_types(self, NoiseConfig)
-        if not 0 < self.noise <= 100:
-            raise UserError(f"noise of deviation {self.noise}; accepted: above 0, up to 100")
 
 
 class Denoising(nn.Module):
@@ -55,3 +41,9 @@ def normal(seed: int, purpose: str, epochs: Tensor, ids: Tensor, count: int) -> 
     u = rng.uniform(seed, purpose, epochs, ids, 2 * half)
     radius, angle = (-2 * (1 - u[:, :half]).log()).sqrt(), 2 * math.pi * u[:, half:]
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
+
+
+def build(config: configs.Denoising, setting: Setting) -> Denoising:
+    """Denoising with a masked autoencoder that hides nothing."""
+    model = fresh_model(configs.autoencoder_config(config, setting.encoder), setting.seed)
+    return Denoising(model, setting.seed, config.noise)

@@ -1,7 +1,6 @@
 """Masked autoencoding: He et al. 2021."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -9,28 +8,10 @@ from torch import Tensor, nn
 
 from quarterview import rng
 from quarterview.data.loader import Batch
-from quarterview.errors import UserError, check_types
-from quarterview.methods.base import Loss
+from quarterview.methods.base import Loss, Setting
+from quarterview.methods.config import MAE, BEiT, autoencoder_config
+from quarterview.models.create import fresh_model
 from quarterview.models.mae import MaskedAutoencoder
-
-
-@dataclass(frozen=True)
-class MaskingConfig:
-    """How often an image is hidden."""
-
-    masks_per_image: int = 1
-    """Ways in which each image is hidden in the same update, so that it is read and augmented once for all.
-    The model's work and memory grow as many times; the batch size, in images, and the learning rate stay."""
-    uniformity: float = 0.0
-    """How much it costs that features of different images point the same way: times the mean squared cosine
-    between those of a batch (U-MAE, Zhang et al. 2022, who take 0.01). 0 is off."""
-
-    def __post_init__(self) -> None:
-        check_types(self, MaskingConfig)
-        if self.masks_per_image < 1:
-            raise UserError(f"{self.masks_per_image} masks per image; accepted: 1 or more")
-        if not 0 <= self.uniformity <= 1000:
-            raise UserError(f"a uniformity of {self.uniformity}; accepted: 0 to 1000")
 
 
 class MaskedAutoencoding(nn.Module):
@@ -85,3 +66,9 @@ def likeness(features: Tensor) -> Tensor:
     squares = (unit @ unit.T).square()
     others = len(unit) * (len(unit) - 1)
     return (squares.sum() - squares.diagonal().sum()) / others
+
+
+def build(config: MAE | BEiT, setting: Setting) -> MaskedAutoencoding:
+    """Masked autoencoding, or BEiT, which is its case of visual tokens and no decoder."""
+    model = fresh_model(autoencoder_config(config, setting.encoder, setting.vocabulary), setting.seed)
+    return MaskedAutoencoding(model, setting.seed, config.masks_per_image, config.uniformity, setting.gather)

@@ -1,39 +1,18 @@
 """Supervised classification, with the regularisation of the paper's fine-tuning (table 9)."""
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quarterview import rng
 from quarterview.data.loader import Batch
 from quarterview.data.transforms.mixing import mix
-from quarterview.errors import UserError, check_types
-from quarterview.methods.base import Loss
-from quarterview.models.classifier import Classifier, drop_path_scales
-
-
-@dataclass(frozen=True)
-class SupervisedConfig:
-    """How a classifier is kept from learning its training images by heart."""
-
-    smoothing: float = 0.1
-    """Label smoothing: this share of the target is spread over all classes."""
-    mixup: float = 0.8
-    """Alpha of mixup; 0 is off."""
-    cutmix: float = 1.0
-    """Alpha of CutMix; 0 is off. Where both are on, each pair of images draws one of them."""
-    drop_path: float = 0.1
-    """Rate of stochastic depth at the last block; it grows linearly from 0 at the first."""
-
-    def __post_init__(self) -> None:
-        check_types(self, SupervisedConfig)
-        for name in ("smoothing", "drop_path"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}; accepted: 0 to below 1")
-        for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} {getattr(self, name)}; accepted: 0 or more")
+from quarterview.methods import config as configs
+from quarterview.methods.base import Loss, Setting
+from quarterview.methods.config import RegularizationConfig
+from quarterview.models.classifier import Classifier
+from quarterview.models.config import ClassifierConfig, ViTConfig
+from quarterview.models.create import fresh_classifier
+from quarterview.models.vit import drop_path_scales
 
 
 class Supervised(nn.Module):
@@ -43,7 +22,7 @@ class Supervised(nn.Module):
         ValueError: if a batch has no labels, or an odd number of images where they are mixed.
     """
 
-    def __init__(self, model: Classifier, config: SupervisedConfig, seed: int) -> None:
+    def __init__(self, model: Classifier, config: RegularizationConfig, seed: int) -> None:
         super().__init__()
         self.model, self.config, self.seed = model, config, seed
 
@@ -74,3 +53,10 @@ class Supervised(nn.Module):
         depth = len(self.model.blocks)
         uniforms = rng.uniform(self.seed, "drop path", batch.epochs, batch.ids, 2 * depth)
         return drop_path_scales(uniforms.view(-1, depth, 2), self.config.drop_path)
+
+
+def build(config: configs.Supervised, setting: Setting) -> Supervised:
+    """Classification of the classes that the images have."""
+    encoder = {name: getattr(setting.encoder, name) for name in ViTConfig.__dataclass_fields__}
+    model = ClassifierConfig(**encoder, classes=setting.classes, class_names=setting.class_names)
+    return Supervised(fresh_classifier(model, setting.seed), config, setting.seed)

@@ -1,7 +1,6 @@
 """Learning a tokenizer: a discrete variational autoencoder of the images."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -9,35 +8,15 @@ from torch import Tensor, nn
 
 from quarterview import rng
 from quarterview.data.loader import Batch
-from quarterview.errors import UserError, check_types
-from quarterview.methods.base import Loss
+from quarterview.methods.base import Loss, Setting
+from quarterview.methods.config import Tokenizer
+from quarterview.models.config import TokenizerConfig
+from quarterview.models.create import fresh_tokenizer
 from quarterview.models.tokenizer import DiscreteVAE
 
 COLDEST = 1 / 16
 """Temperature of the relaxed words at the end; it falls from 1 along a cosine (Ramesh et al. 2021)."""
 _SMALLEST = 2.0**-25
-
-
-@dataclass(frozen=True)
-class TokenizingConfig:
-    """How a tokenizer is made."""
-
-    tokenizer_width: int = 128
-    """Of --objective tokenizer: channels of its layers."""
-    tokenizer_depth: int = 2
-    """Of --objective tokenizer: residual blocks between the patches and the words, and back."""
-    kl_weight: float = 0.01
-    """Of --objective tokenizer: what a nat costs by which a patch's words are not equally likely."""
-
-    def __post_init__(self) -> None:
-        check_types(self, TokenizingConfig)
-        if not 1 <= self.tokenizer_width <= 1 << 14 or not 0 <= self.tokenizer_depth < 1000:
-            raise UserError(
-                f"a tokenizer of width {self.tokenizer_width} and depth {self.tokenizer_depth}; accepted: "
-                f"1 to {1 << 14}, and 0 to 999"
-            )
-        if self.kl_weight < 0:
-            raise UserError(f"a kl_weight of {self.kl_weight}; accepted: 0 or more")
 
 
 class Tokenizing(nn.Module):
@@ -85,3 +64,21 @@ class Tokenizing(nn.Module):
 def gumbel_of(uniforms: Tensor) -> Tensor:
     """Gumbel noise from uniform numbers in [0, 1), of which 0 would give infinity."""
     return -(-(-uniforms).log1p()).clamp(min=_SMALLEST).log()
+
+
+def build(config: Tokenizer, setting: Setting) -> Tokenizing:
+    """A tokenizer of the encoder's patches."""
+    encoder = setting.encoder
+    assert encoder.mean is not None
+    assert encoder.std is not None
+    model = TokenizerConfig(
+        encoder.shape.patch_size,
+        encoder.in_chans,
+        config.vocabulary,
+        config.tokenizer_width,
+        config.tokenizer_depth,
+        encoder.mean,
+        encoder.std,
+    )
+    passes = setting.steps * setting.accum_iter
+    return Tokenizing(fresh_tokenizer(model, setting.seed), setting.seed, config.kl_weight, passes)

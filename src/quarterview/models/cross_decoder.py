@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from quarterview.models.vit import LAYER_NORM_EPS, Mlp, Recomputable, ViTShape, attention, recomputed
+from quarterview.models.config import ViTShape
+from quarterview.models.vit import LAYER_NORM_EPS, Mlp, Recomputable, attention, recomputed
 
 
 class CrossAttention(nn.Module):

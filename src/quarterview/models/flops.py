@@ -8,13 +8,12 @@ doing more than is needed, such as recomputing activations.
 
 from typing import NamedTuple
 
-from quarterview.models import masking
-from quarterview.models.config import MAEConfig
+from quarterview.models.config import MAEConfig, keep_count
 from quarterview.models.vit import MLP_RATIO
 
 
 class Flops(NamedTuple):
-    """Of one image in one forward pass."""
+    """Operations for one image in one forward pass."""
 
     patch_embedding: int
     encoder: int
@@ -23,13 +22,13 @@ class Flops(NamedTuple):
 
     @property
     def forward(self) -> int:
-        """Of a forward pass."""
+        """Operations of a forward pass."""
         return sum(self)
 
     @property
     def step(self) -> int:
-        """Of a forward and a backward pass: each product again for its input's gradient and for its
-        weight's, but nothing needs the gradient of the pixels."""
+        """Operations of a forward and a backward pass: each product again for its input's gradient and for
+        its weight's, but nothing needs the gradient of the pixels."""
         return 3 * self.forward - self.patch_embedding
 
 
@@ -37,7 +36,7 @@ def flops(config: MAEConfig) -> Flops:
     """The operations that a model takes for one image."""
     shape, patches = config.shape, config.patches
     numbers = shape.patch_size**2 * config.in_chans  # in a patch
-    kept = masking.keep_count(patches, config.mask_ratio)
+    kept = keep_count(patches, config.mask_ratio)
     predicted = patches if config.predict_all else patches - kept
     encoded = config.cls_tokens + (patches if config.encoder_mask_tokens else kept)
     width, depth = config.decoder_width, config.decoder_depth
@@ -61,7 +60,7 @@ def flops(config: MAEConfig) -> Flops:
 
 
 def block_flops(tokens: int, width: int, wanted: int | None = None) -> int:
-    """Of one transformer block: all of `tokens` are attended to, and `wanted` of them computed."""
+    """Operations of one transformer block: all of `tokens` are attended to, and `wanted` of them computed."""
     wanted = tokens if wanted is None else wanted
     attention = 2 * 2 * wanted * tokens * width  # scores, and the mixture of values
     keys_and_values = _linear(tokens, width, 2 * width)
@@ -69,7 +68,7 @@ def block_flops(tokens: int, width: int, wanted: int | None = None) -> int:
 
 
 def cross_block_flops(queries: int, tokens: int, width: int, source_width: int) -> int:
-    """Of one block in which queries look at tokens of another width, and not at one another."""
+    """Operations of one block in which queries look at tokens of another width, and not at one another."""
     attention = 2 * 2 * queries * tokens * width
     keys_and_values = _linear(tokens, source_width, 2 * width)
     return keys_and_values + attention + _linear(queries, width, (2 + 2 * MLP_RATIO) * width)

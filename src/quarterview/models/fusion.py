@@ -5,12 +5,12 @@ Liu et al. 2023, "Improving Pixel-based MIM by Reducing Wasted Modeling Capabili
 the earlier ones bring it. The fusion serves pre-training alone: features are those of the last block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from quarterview.models.vit import init_weights
+from quarterview.models.vit import init_module
 
 
 class Fusion(nn.Module):
@@ -27,15 +27,18 @@ class Fusion(nn.Module):
         super().__init__()
         self.projections = nn.ModuleDict({str(block): nn.Linear(width, width) for block in blocks})
         self.logits = nn.Parameter(torch.zeros(len(blocks) + 1))  # the last block's is the last
-        self.apply(init_weights)
+        self.apply(init_module)
 
     @property
     def weights(self) -> Tensor:
-        """Of the projections, then of the last block: float [blocks + 1], their sum is 1."""
+        """The weights of the projections, then of the last block: float [blocks + 1], their sum is 1."""
         return self.logits.softmax(dim=0)
 
-    def forward(self, layers: Sequence[Tensor], last: Tensor) -> Tensor:
-        """What goes into each block, and what comes out of the last, float [N, T, D] -> float [N, T, D]."""
+    def forward(self, layers: Mapping[int, Tensor], last: Tensor) -> Tensor:
+        """Fuse the tokens after each of the projected blocks, by its number, and after the last block.
+
+        All are float [N, T, D], and so is what is returned.
+        """
         *weights, own = self.weights.unbind()
         fused = own * last
         for weight, (block, projection) in zip(weights, self.projections.items(), strict=True):

@@ -9,31 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ORIENTATIONS = 9
-"""Bins of a histogram, over half a turn: a gradient and its opposite are alike."""
-CELL = 8
-"""Side of a cell in pixels, where patches allow it."""
+from quarterview.models.config import HOG_ORIENTATIONS
+
 EPS = 1e-5
 """What is added to the length of a histogram, in squares and deviations of the pixels: far below the faintest
 edge of an 8-bit picture in cells of 8 pixels, far above what rounding leaves of a flat one."""
 
 
-def cell_side(patch_size: int) -> int:
-    """The side of a cell: of the divisors of the patch's side the one nearest to 8 by ratio.
-
-    That is 8 for patches of 8, 16 and 32 pixels, 7 for those of 14, and the whole of a smaller patch.
-    A cell of one pixel, which tells no more than that pixel, is for patches of one pixel alone.
-    """
-    sides = [side for side in range(2, min(patch_size, CELL**2) + 1) if patch_size % side == 0]
-    return min(sides or [patch_size], key=lambda side: abs(math.log(side / CELL)))
-
-
-def numbers_of_patch(patch_size: int, channels: int) -> int:
-    """How many numbers the histograms of one patch have."""
-    return (patch_size // cell_side(patch_size)) ** 2 * channels * ORIENTATIONS
-
-
-def oriented_gradients(images: Tensor, cell: int, orientations: int = ORIENTATIONS) -> Tensor:
+def oriented_gradients(images: Tensor, cell: int, orientations: int = HOG_ORIENTATIONS) -> Tensor:
     """The histogram of each cell and channel, of length 1, or of zeros where the cell is flat.
 
     A gradient is the difference of the two neighbours, without smoothing, and 0 across the rim of the

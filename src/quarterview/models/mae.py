@@ -4,11 +4,13 @@ Cut the image into patches, hide three quarters of them, encode what is left, de
 with mask tokens, and compare the hidden patches with the truth. One polarity everywhere: `mask` is
 bool [B, L], True where hidden. One order of tokens: cls, visible, hidden; attention does not care
 about order once positions are added, so nothing is ever shuffled back but pictures for people.
-A cheaper decoder, which is not the paper's, is in `cross.py`; nor is what `fusion.py` adds.
 
-Letters in shapes: B images, N masks (B, or a multiple of it where each image has several, which follow
-one another), C channels, H×W pixels, p the patch size, L patches, V visible ones, Q predicted ones,
-P = p*p*C numbers in a patch, K cls tokens (the paper's is one), D the encoder's width and E the decoder's.
+The encoder is the one of `vit.py`. Two things that are not the paper's are elsewhere: a cheaper decoder in
+`cross_decoder.py`, and in `fusion.py` what adds earlier blocks of the encoder.
+
+Letters in shapes are those of `vit.py`: B images, N masks, C channels, H×W pixels, p the patch size, L
+patches, V visible ones, K cls tokens, D the encoder's width. Also Q predicted patches, P = p*p*C numbers in
+a patch, E the decoder's width.
 """
 
 from typing import NamedTuple
@@ -18,12 +20,13 @@ from torch import Tensor, nn
 
 from quarterview.errors import UserError
 from quarterview.models import masking
-from quarterview.models.config import MAEConfig
+from quarterview.models.config import MAEConfig, keep_count
 from quarterview.models.cross_decoder import CrossDecoder
 from quarterview.models.fusion import Fusion
+from quarterview.models.masking import take
 from quarterview.models.positions import sincos_2d
-from quarterview.models.targets import Target, nearness, patch_statistics, take, target_of
-from quarterview.models.vit import LAYER_NORM_EPS, Block, PatchEmbed, init_weights, patchify
+from quarterview.models.targets import Target, nearness, patch_statistics, target_of
+from quarterview.models.vit import LAYER_NORM_EPS, Block, VisionTransformer
 
 
 class MAEOutput(NamedTuple):
@@ -43,24 +46,20 @@ class MAEOutput(NamedTuple):
     then mask tokens if any."""
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(VisionTransformer[MAEConfig]):
     """A vision transformer that sees a quarter of the picture, and a small one that completes it."""
 
-    def __init__(self, config: MAEConfig) -> None:
-        super().__init__()
-        self.config = config
-        shape = config.shape
-        self.patch_size, self.grid = shape.patch_size, config.grid
-        self.kept = masking.keep_count(config.patches, config.mask_ratio)
+    notes: tuple[str, ...] = ()
+    """What foreign weights were and lacked, and what was assumed of them; set by `quarterview.load`."""
 
-        self.patch_embed = PatchEmbed(shape.patch_size, config.in_chans, shape.width)
-        self.cls_token = nn.Parameter(torch.zeros(1, config.cls_tokens, shape.width))
-        self.pos_embed = nn.Parameter(sincos_2d(shape.width, self.grid), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(shape.width, shape.heads) for _ in range(shape.depth))
-        self.norm = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
+    def __init__(self, config: MAEConfig) -> None:
+        super().__init__(config, init=False)
+        shape, fused = config.shape, config.fused_blocks
+        headless, cross = config.decoder_depth == 0, config.decoder == "cross"
+        self.kept = keep_count(config.patches, config.mask_ratio)
+        self.layers_read = tuple(range(shape.depth)) if cross else fused  # the decoder's, of the encoder
 
         # A decoder without blocks is a linear head on the encoder's own tokens.
-        headless, cross = config.decoder_depth == 0, config.decoder == "cross"
         width = shape.width if headless else config.decoder_width
         mask_width = shape.width if config.encoder_mask_tokens else width
         self.mask_token = nn.Parameter(torch.zeros(1, 1, mask_width))
@@ -75,23 +74,10 @@ class MaskedAutoencoder(nn.Module):
         self.target: Target = target_of(config)
         self.decoder_pred = nn.Linear(width, self.target.width)
 
-        self.apply(init_weights)
-        nn.init.normal_(self.cls_token, std=0.02)
+        self.init_weights()
         nn.init.normal_(self.mask_token, std=0.02)
-        fused = config.fused_blocks  # drawn last, so that all else begins as it does without
+        # Drawn last, so that all else begins as it does without.
         self.decoder_fusion = Fusion(shape.width, fused) if fused else None
-
-    # ------------------------------------------------------------------ patches
-
-    def patchify(self, images: Tensor) -> Tensor:
-        """float [B, C, H, W] -> float [B, L, p*p*C]: patches by row, numbers by row, column, channel."""
-        return patchify(images, self.patch_size)
-
-    def unpatchify(self, patches: Tensor) -> Tensor:
-        """float [B, L, p*p*C] -> float [B, C, H, W]; the exact inverse of `patchify`."""
-        p = self.patch_size
-        x = patches.unflatten(2, (p, p, -1)).unflatten(1, self.grid)  # [B, rows, columns, p, p, C]
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
     # ------------------------------------------------------------------ masking
 
@@ -129,74 +115,51 @@ class MaskedAutoencoder(nn.Module):
             noise = torch.rand(len(hidden), self.config.patches, device=hidden.device)
         return masking.lowest(hidden, noise, self.config.predict_share)
 
-    # ------------------------------------------------------------------ encode
+    # ------------------------------------------------------------------ encoder
 
-    def encode(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The encoder's features; nothing is hidden unless a mask says so.
+    def _encode(self, patches: Tensor, visible: Tensor, hidden: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """The encoder's tokens, float [N, K + V, D], and those after each number of blocks in `layers_read`.
 
-        Args:
-            images: float [B, C, H, W], normalised.
-            mask: bool [B, L], True where hidden, with equal counts in every row.
-
-        Returns:
-            float [B, K + V, D] after the final norm: cls, then the visible patches in ascending
-            patch index. Deterministic.
-
-        Raises:
-            ValueError: if the images or the mask have another shape than the model's.
+        Hidden patches are left out, or mask tokens stand in for them: [N, K + L, D].
         """
-        patches = self.patchify(self._check_images(images))
-        if mask is None:
-            return self._encode(patches, visible=None)
-        kept = masking.count_visible(mask, (len(images), self.config.patches))
-        return self._encode(patches, masking.split(mask, kept)[0])
-
-    def _encode(
-        self,
-        patches: Tensor,
-        visible: Tensor | None,
-        hidden: Tensor | None = None,
-        layers: list[Tensor] | None = None,
-    ) -> Tensor:
-        """Only visible patches are embedded. With `hidden`, mask tokens stand in for those. What goes
-        into each block, float [N, K + V, D], is appended to `layers`, and fused if the model does that."""
-        positions = self.pos_embed[:, 1:]
-        if visible is not None:
-            patches, positions = take(patches, visible), take(positions, visible)
-        x = self.patch_embed(patches) + positions  # [N, V, D]
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1).to(x.dtype)
-        tokens = [cls, x]
-        if hidden is not None:
-            tokens.append((self.mask_token + take(self.pos_embed[:, 1:], hidden)).to(x.dtype))
-        x = torch.cat(tokens, dim=1)  # [N, K + V, D], or [N, K + L, D] with mask tokens
-        for block in self.blocks:
-            if layers is not None:
-                layers.append(x)
-            x = block(x)
-        if self.decoder_fusion is not None and layers is not None:
+        x = self.embed(patches, visible)
+        if self.config.encoder_mask_tokens:
+            x = torch.cat([x, self.mask_token + take(self.pos_embed[:, 1:], hidden)], dim=1)
+        x, layers = self.forward_blocks(x, keep=self.layers_read)
+        if self.decoder_fusion is not None:
             x = self.decoder_fusion(layers, x)
-        return self.norm(x)
+        return self.norm(x), layers
 
-    # ------------------------------------------------------------------ decode
+    # ------------------------------------------------------------------ decoder
 
     def predict(
         self, patches: Tensor, visible: Tensor, hidden: Tensor, wanted: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """float [N, Q, P] for the patches `wanted`, and the encoder's tokens; `hidden` may be none."""
-        layers: list[Tensor] = []
-        if self.config.decoder == "cross":
-            tokens = self._encode(patches, visible, layers=layers)
-            layers.append(tokens)
-            x = self.decoder_blocks(self.mask_token + take(self.decoder_pos_embed, 1 + wanted), layers)
-        else:
-            masked = hidden if self.config.encoder_mask_tokens else None
-            tokens = self._encode(patches, visible, masked, layers if self.config.fused_blocks else None)
-            x = self._decode(tokens, visible, hidden, everything=wanted.shape[1] > hidden.shape[1])
-        return self.decoder_pred(self.decoder_norm(x)), tokens
+        """Encode and decode, for a choice of patches.
 
-    def _decode(self, tokens: Tensor, visible: Tensor, hidden: Tensor, everything: bool) -> Tensor:
-        """The encoder's tokens -> the decoder's of hidden patches, float [N, L - V, E], or of everything."""
-        x = self.decoder_embed(tokens)
+        Args:
+            patches: float [B, L, P]; only the visible ones are looked at.
+            visible, hidden: int64 [N, V] and [N, L - V], ascending patch indices; `hidden` may be none.
+            wanted: int64 [N, Q], which patches to predict.
+
+        Returns:
+            The predictions, float [N, Q, target.width], and the encoder's tokens, see `MAEOutput.latent`.
+        """
+        latent, layers = self._encode(patches, visible, hidden)
+        if self.config.decoder == "cross":
+            queries = self.mask_token + take(self.decoder_pos_embed, 1 + wanted)  # [N, Q, E]
+            x = self.decoder_blocks(queries, [*layers.values(), latent])
+        else:
+            x = self._decode(latent, visible, hidden, everything=wanted.shape[1] > hidden.shape[1])
+        return self.decoder_pred(self.decoder_norm(x)), latent
+
+    def _decode(self, latent: Tensor, visible: Tensor, hidden: Tensor, everything: bool) -> Tensor:
+        """The encoder's tokens -> the decoder's.
+
+        Returns:
+            float [N, L - V, E], of the hidden patches; or of all of them, [N, L, E], with `everything`.
+        """
+        x = self.decoder_embed(latent)
         if not self.config.encoder_mask_tokens:
             x = torch.cat([x.float(), self.mask_token.expand(len(x), hidden.shape[1], -1)], dim=1)
         if len(self.decoder_blocks) or not self.config.encoder_mask_tokens:
@@ -230,7 +193,7 @@ class MaskedAutoencoder(nn.Module):
         Raises:
             ValueError: if the images, the noise or the mask have another shape than the model's.
         """
-        patches = self.patchify(self._check_images(images))
+        patches = self.patchify(images)
         mask, kept, noise = self._choose_mask(images, noise, mask)
         visible, hidden = masking.split(mask, kept)
         predicted = self._choose_predicted(hidden, noise)
@@ -245,15 +208,13 @@ class MaskedAutoencoder(nn.Module):
             loss = self.target.loss(pred, truth).mean()  # every row predicts equally many
         return MAEOutput(loss, mask, pred, predicted, latent)
 
-    def _check_images(self, images: Tensor) -> Tensor:
-        expected = (self.config.in_chans, *self.config.image_size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(
-                f"images of shape {tuple(images.shape)}; accepted: (B, {', '.join(map(str, expected))})"
-            )
-        return images
-
     # ------------------------------------------------------------------ pictures for people
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """float [B, L, p*p*C] -> float [B, C, H, W]; the exact inverse of `patchify`."""
+        p = self.patch_size
+        x = patches.unflatten(2, (p, p, -1)).unflatten(1, self.grid)  # [B, rows, columns, p, p, C]
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -270,7 +231,7 @@ class MaskedAutoencoder(nn.Module):
         Returns:
             float32 [B, C, H, W], normalised as the images are.
         """
-        patches = self.patchify(self._check_images(images))
+        patches = self.patchify(images)
         mask, kept, _ = self._choose_mask(images, None, mask)
         visible, hidden = masking.split(mask, kept)
         pred, _ = self.predict(patches, visible, hidden, wanted=hidden)  # all of them, in training mode too

@@ -9,12 +9,11 @@ The uniform numbers come from the caller, who knows what they should depend on.
 """
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-MaskKind = Literal["random", "block", "grid"]
+from quarterview.models.config import MaskKind, keep_count
 
 BLOCK_MIN_PATCHES = 4
 BLOCK_MIN_ASPECT = 0.3
@@ -22,23 +21,6 @@ _BLOCK_PROPOSALS = (
     60  # these hide 99% of what is wanted at ratios up to 0.75, and 88% at 0.9 of 24×24 patches
 )
 _DRAWS_PER_PROPOSAL = 4
-
-
-def keep_count(patches: int, mask_ratio: float) -> int:
-    """How many patches stay visible: the official expression ``int(L * (1 - ratio))``.
-
-    Floating point is part of it: 64 patches at ratio 0.8 keep 12, and 10 at 0.9 would keep 0.
-
-    Raises:
-        ValueError: if none or all of the patches would be kept.
-    """
-    kept = int(patches * (1 - mask_ratio))
-    if not 0 < kept < patches:
-        raise ValueError(
-            f"a mask ratio of {mask_ratio} keeps {kept} of {patches} patches; accepted: ratios that keep "
-            f"at least one and hide at least one (int({patches} * (1 - ratio)) from 1 to {patches - 1})"
-        )
-    return kept
 
 
 def uniforms_needed(kind: MaskKind, patches: int) -> int:
@@ -137,6 +119,20 @@ def split(mask: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """
     order = mask.to(torch.uint8).argsort(dim=1, stable=True)
     return order[:, :kept], order[:, kept:]
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` [N, K] of x [B, L, D]: [N, K, D]; or, of x [B, L], numbers [N, K].
+
+    N is a multiple of B: each image in x serves N / B lists of rows, which follow one another. So an
+    image with several masks is held once.
+    """
+    if len(x) == 1:
+        return x[0][index]
+    if x.ndim == 2:
+        return x.gather(1, index.reshape(len(x), -1)).view(index.shape)
+    rows = index.reshape(len(x), -1, 1).expand(-1, -1, x.shape[2])  # [B, N / B * K, D]
+    return x.gather(1, rows).view(*index.shape, x.shape[2])
 
 
 def lowest(hidden: Tensor, noise: Tensor, share: float) -> Tensor:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quarterview.errors import UserError
-from quarterview.models.config import MAEConfig
-from quarterview.models.hog import cell_side, numbers_of_patch, oriented_gradients
+from quarterview.models.config import MAEConfig, cell_side, hog_numbers
+from quarterview.models.hog import oriented_gradients
+from quarterview.models.masking import take
 from quarterview.models.vit import patchify
 
 NORM_EPS = 1e-6
@@ -152,7 +153,7 @@ class HOGTarget(nn.Module):
     def __init__(self, patch_size: int, channels: int) -> None:
         super().__init__()
         self.cell, self.cells = cell_side(patch_size), patch_size // cell_side(patch_size)
-        self.width = numbers_of_patch(patch_size, channels)
+        self.width = hog_numbers(patch_size, channels)
 
     @torch.no_grad()
     def forward(self, images: Tensor, patches: Tensor, wanted: Tensor | None) -> Tensor:
@@ -235,20 +236,6 @@ def target_of(config: MAEConfig) -> PixelTarget | PCATarget | HOGTarget | TokenT
     if config.target == "tokens":
         return TokenTarget(config.predicted_numbers)
     return PixelTarget(config.predicted_numbers, normalised=config.norm_pix_loss)
-
-
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` [N, K] of x [B, L, D]: [N, K, D]; or, of x [B, L], numbers [N, K].
-
-    N is a multiple of B: each image in x serves N / B lists of rows, which follow one another. So an
-    image with several masks is held once.
-    """
-    if len(x) == 1:
-        return x[0][index]
-    if x.ndim == 2:
-        return x.gather(1, index.reshape(len(x), -1)).view(index.shape)
-    rows = index.reshape(len(x), -1, 1).expand(-1, -1, x.shape[2])  # [B, N / B * K, D]
-    return x.gather(1, rows).view(*index.shape, x.shape[2])
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,48 +6,13 @@ divides by the patch will do.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quarterview import rng
-from quarterview.errors import UserError, check_types
+from quarterview.models.config import TokenizerConfig
 from quarterview.models.targets import Tokenizer
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """What a tokenizer is."""
-
-    patch_size: int
-    """Side in pixels of what one word stands for."""
-    in_chans: int
-    """Channels of the images."""
-    vocabulary: int
-    """How many words there are."""
-    width: int
-    """Channels of its layers."""
-    depth: int
-    """Residual blocks on either side."""
-    mean: tuple[float, ...]
-    """Channel means, of pixels in [0, 1], that its images are normalised by."""
-    std: tuple[float, ...]
-    """Channel standard deviations, likewise."""
-
-    def __post_init__(self) -> None:
-        for name in ("mean", "std"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        check_types(self, TokenizerConfig)
-        least = {"patch_size": 1, "in_chans": 1, "vocabulary": 2, "width": 1, "depth": 0}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise UserError(f"a tokenizer with {name} {getattr(self, name)}; accepted: {low} or more")
-        if not len(self.mean) == len(self.std) == self.in_chans or not all(s > 0 for s in self.std):
-            raise UserError(
-                f"a tokenizer with mean {self.mean} and std {self.std}; accepted: {self.in_chans} numbers"
-            )
 
 
 class DiscreteVAE(nn.Module):
@@ -139,12 +104,6 @@ def _down(into: int, width: int, factor: int) -> nn.Module:
 
 def _up(width: int, factor: int) -> nn.Module:
     return nn.Sequential(Residual(width), nn.ConvTranspose2d(width, width, factor, stride=factor))
-
-
-def fresh_tokenizer(config: TokenizerConfig, seed: int) -> DiscreteVAE:
-    """A tokenizer with the initial weights that belong to a seed."""
-    with rng.seeded(seed, "init"):
-        return DiscreteVAE(config)
 
 
 class Renormalised:

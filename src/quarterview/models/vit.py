@@ -1,70 +1,33 @@
-"""A plain vision transformer (Dosovitskiy et al. 2020), pre-norm, with timm's parameter names.
+"""The one vision transformer (Dosovitskiy et al. 2020): pre-norm, with timm's parameter names.
 
 Nothing is renamed on the way to or from timm: `patch_embed.proj`, `blocks.0.attn.qkv`, `norm`, …
+`VisionTransformer` is the encoder as it stands; the masked autoencoder (`mae.py`) and the classifier
+(`classifier.py`) extend it.
+
+Letters in shapes: B images, N sequences of tokens (B, or a multiple of it where each image has several
+masks, which follow one another), C channels, H×W pixels, p the patch size, L patches, V visible ones,
+K cls tokens (the paper's is one), T tokens of any kind, D the width.
 """
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from itertools import islice
+from typing import Any, Generic, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from quarterview.errors import UserError, unknown
+from quarterview.models import masking
+from quarterview.models.config import ViTConfig
+from quarterview.models.positions import sincos_2d
 
 LAYER_NORM_EPS = 1e-6
 MLP_RATIO = 4
 EXPLICIT_ATTENTION_TOKENS = 512
 """Up to how many tokens a CPU holds the matrix of attention weights."""
 
-SIZES: dict[str, tuple[int, int, int]] = {
-    "tiny": (192, 12, 3),
-    "small": (384, 12, 6),
-    "base": (768, 12, 12),
-    "large": (1024, 24, 16),
-    "huge": (1280, 32, 16),
-}
-"""Width, depth and heads of the encoders that have a name."""
-
-
-@dataclass(frozen=True)
-class ViTShape:
-    """The numbers behind a model name."""
-
-    width: int
-    depth: int
-    heads: int
-    patch_size: int
-
-
-def parse_model_name(name: str) -> ViTShape:
-    """Read ``mae_vit_{size}_patch{N}``.
-
-    `size` is a name of `SIZES`, or the numbers themselves: ``mae_vit_128x4x4_patch4`` is 128 wide
-    with 4 blocks of 4 heads. There may be 999 blocks.
-
-    Raises:
-        UserError: if the name is none of these.
-    """
-    match = re.fullmatch(r"mae_vit_(\w+?)_patch([1-9]\d{0,8})", name)
-    custom = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,2})x([1-9]\d{0,5})", match[1]) if match else None
-    if match is None or (custom is None and match[1] not in SIZES):
-        patch = match[2] if match else "16"
-        raise unknown(
-            "model", name, [f"mae_vit_{size}_patch{patch}" for size in (*SIZES, "WIDTHxDEPTHxHEADS")]
-        )
-    width, depth, heads = (int(n) for n in custom.groups()) if custom else SIZES[match[1]]
-    check_width(f"model {name!r}", width, heads)
-    return ViTShape(width, depth, heads, patch_size=int(match[2]))
-
-
-def check_width(what: str, width: int, heads: int) -> None:
-    """Raises UserError unless `heads` divide `width`, and 4 does, as the positions need."""
-    if heads < 1 or width < 4 or width % heads or width % 4:
-        raise UserError(
-            f"{what}: {width} wide with {heads} heads; accepted: widths that divide by 4 and by the heads"
-        )
+Config = TypeVar("Config", bound=ViTConfig)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -104,6 +67,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -126,6 +91,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, MLP_RATIO * width)
@@ -169,6 +136,167 @@ class Block(Recomputable):
         return x + (branch if scale is None else scale[:, 1:, None] * branch)
 
 
+class VisionTransformer(nn.Module, Generic[Config]):
+    """The encoder: images or patches in, tokens out.
+
+    Args:
+        config: what it is, and what images it takes.
+        init: subclasses that add modules pass False and call `init_weights` when they have added them,
+            because initial weights are drawn in the order of the modules, after all of them are made.
+    """
+
+    def __init__(self, config: Config, init: bool = True) -> None:
+        super().__init__()
+        self.config, shape = config, config.shape
+        self.patch_size, self.grid = shape.patch_size, config.grid
+        self.patch_embed = PatchEmbed(shape.patch_size, config.in_chans, shape.width)
+        self.cls_token = nn.Parameter(torch.zeros(1, config.cls_tokens, shape.width))
+        self.pos_embed = nn.Parameter(sincos_2d(shape.width, self.grid), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(shape.width, shape.heads) for _ in range(shape.depth))
+        self.norm: nn.Module = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
+        if init:
+            self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw the official initial weights of all modules, and of the cls tokens, from torch's generator."""
+        self.apply(init_module)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    # ------------------------------------------------------------------ from images to tokens
+
+    def encode(self, images: Tensor, mask: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
+        """The tokens after the final norm; nothing is hidden unless a mask says so. Deterministic.
+
+        Args:
+            images: float [B, C, H, W], normalised.
+            mask: bool [B, L], True where hidden, with equal counts in every row. Hidden patches are never
+                embedded.
+            scales: float [B, depth, 2], see `forward_blocks`.
+
+        Returns:
+            float [B, K + V, D]: cls, then the visible patches in ascending patch index, which is by row.
+
+        Raises:
+            ValueError: if the images or the mask have another shape than the model's.
+        """
+        patches, visible = self.patchify(images), None
+        if mask is not None:
+            kept = masking.count_visible(mask, (len(images), self.config.patches))
+            visible, _ = masking.split(mask, kept)
+        x, _ = self.forward_blocks(self.embed(patches, visible), scales=scales)
+        return self.norm(x)
+
+    def forward(self, images: Tensor) -> Any:
+        """`encode`; subclasses return what they are trained for."""
+        return self.encode(images)
+
+    def forward_intermediates(
+        self, images: Tensor, indices: Sequence[int], norm: bool = False, scales: Tensor | None = None
+    ) -> list[Tensor]:
+        """Feature maps after some of the blocks, for dense heads; no block after those is run.
+
+        As timm's method of the same name gives them with ``intermediates_only=True``.
+
+        Args:
+            images: float [B, C, H, W], normalised.
+            indices: which blocks, from 0; negative ones count from the end.
+            norm: whether the final norm is applied to each map.
+            scales: float [B, depth, 2], see `forward_blocks`.
+
+        Returns:
+            For each index float [B, D, H / p, W / p], without cls tokens.
+
+        Raises:
+            ValueError: if there is no such block, or the images have another shape than the model's.
+        """
+        depth, cls = len(self.blocks), self.config.cls_tokens
+        if not indices or not all(-depth <= index < depth for index in indices):
+            raise ValueError(
+                f"block indices {list(indices)} for {depth} blocks. "
+                f"Give one or more from {-depth} to {depth - 1}."
+            )
+        after = [index % depth + 1 for index in indices]
+        _, kept = self.forward_blocks(self.embed(self.patchify(images)), after, scales, stop=max(after))
+        tokens = [self.norm(kept[n]) if norm else kept[n] for n in after]
+        return [x[:, cls:].transpose(1, 2).unflatten(2, self.grid) for x in tokens]
+
+    # ------------------------------------------------------------------ its steps
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """float [B, C, H, W] -> float [B, L, p*p*C]: patches by row, numbers by row, column, channel.
+
+        Raises:
+            ValueError: if the images have another shape than the model's.
+        """
+        expected = (self.config.in_chans, *self.config.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}; accepted: (B, {', '.join(map(str, expected))})"
+            )
+        return patchify(images, self.patch_size)
+
+    def embed(self, patches: Tensor, visible: Tensor | None = None) -> Tensor:
+        """The tokens that go into the first block, positions added.
+
+        Args:
+            patches: float [B, L, p*p*C].
+            visible: int64 [N, V], the patches to embed; None means all.
+
+        Returns:
+            float [N, K + V, D], cls first.
+        """
+        positions = self.pos_embed[:, 1:]
+        if visible is not None:
+            patches, positions = masking.take(patches, visible), masking.take(positions, visible)
+        x = self.patch_embed(patches) + positions
+        # All cls tokens share row 0 of the positions. len(x) would fix the batch size of an exported graph.
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        return torch.cat([cls, x], dim=1)
+
+    def forward_blocks(
+        self,
+        x: Tensor,
+        keep: Collection[int] = (),
+        scales: Tensor | None = None,
+        stop: int | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Apply the blocks: the one place where that is done, whatever is trained.
+
+        Args:
+            x: float [N, T, D].
+            keep: after how many blocks the tokens are wanted, too: 0 (as they came) to depth.
+            scales: float [N, depth, 2], what the two branches of each block are multiplied by in each
+                sequence: drop path.
+            stop: how many blocks to apply; None means all.
+
+        Returns:
+            float [N, T, D] after the last block, before the final norm; and those of `keep`, by number.
+        """
+        kept = {0: x} if 0 in keep else {}
+        for n, block in enumerate(islice(self.blocks, stop), 1):
+            x = block(x, None if scales is None else scales[:, n - 1])
+            if n in keep:
+                kept[n] = x
+        return x, kept
+
+
+def drop_path_scales(uniforms: Tensor, rate: float) -> Tensor:
+    """What each sample's branches are multiplied by under stochastic depth (Huang et al. 2016).
+
+    The rate of a block grows linearly from 0 at the first to `rate` at the last; a branch is left
+    out or multiplied by 1 / (1 - its rate).
+
+    Args:
+        uniforms: float [B, depth, 2] in [0, 1).
+        rate: the last block's.
+
+    Returns:
+        float [B, depth, 2], for `VisionTransformer.forward_blocks`.
+    """
+    kept = 1 - torch.linspace(0, rate, uniforms.shape[1], device=uniforms.device)[None, :, None]
+    return (uniforms < kept) / kept
+
+
 def recompute_blocks(model: nn.Module) -> None:
     """Train with less memory and about a third more work: each block keeps its input alone."""
     for module in model.modules():
@@ -177,11 +305,14 @@ def recompute_blocks(model: nn.Module) -> None:
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
-    """What `function` makes of its inputs, of which nothing else is kept; nothing in it may be random."""
+    """``function(*inputs)``, of which only the inputs are kept for the backward pass.
+
+    Nothing in `function` may be random.
+    """
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def init_weights(module: nn.Module) -> None:
+def init_module(module: nn.Module) -> None:
     """The official initialisation of one module; for `nn.Module.apply`.
 
     Linear layers are xavier-uniform without bias (qkv as the one matrix it is), so is the patch

@@ -1,12 +1,14 @@
 """One arm under one seed: train it, and judge it."""
 
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from quarterview.commands.pretrain import PretrainConfig, pretrain
-from quarterview.studies.measure import Images, StoppedError, judge, open_images, read_judged
-from quarterview.studies.plan import Planned, StudyConfig
+from quarterview.commands.config import PretrainConfig
+from quarterview.commands.pretrain import pretrain
+from quarterview.evaluation.labelled import LabelledSplit, open_split
+from quarterview.studies.config import StudyConfig
+from quarterview.studies.measure import StoppedError, judge, read_judged
+from quarterview.studies.plan import Planned
 
 
 def place(out: Path, key: str, seed: int) -> Path:
@@ -19,12 +21,12 @@ def is_done(one: Planned, seed: int, out: Path) -> bool:
     return set(one.measures) <= read_judged(place(out, one.key, seed)).keys()
 
 
-def images_of(config: StudyConfig, channels: int) -> Images:
+def images_of(config: StudyConfig, channels: int) -> LabelledSplit:
     """The labelled images of a study, opened once in a process."""
     return _opened(config.train, config.test, channels)
 
 
-_opened = lru_cache(maxsize=1)(open_images)
+_opened = lru_cache(maxsize=1)(open_split)
 
 
 def forget_images() -> None:
@@ -42,14 +44,14 @@ def conduct_one(one: Planned, seed: int, config: StudyConfig, out: Path) -> None
     run = None
     if one.arm.start == "pretrain":
         run = str(folder / "pretrain")
-        train(replace(one.config, steps=one.steps, seed=seed, out=run))
-    images = images_of(config, one.config.in_chans)
+        train(one.config.with_flags(steps=one.steps, seed=seed, out=run))
+    images = images_of(config, one.config.model.in_chans)
     judge(run, one.arm.start, one.config, one.measures, images, config, seed, folder)
 
 
 def train(config: PretrainConfig) -> None:
     """Pre-train, or go on. Raises StoppedError if a signal came."""
     # One checkpoint at the end, unless a signal or the clock asks for more; few looks on the way.
-    status = pretrain(replace(config, keep_checkpoints=1, eval_every=config.steps)).status
+    status = pretrain(config.with_flags(keep_checkpoints=1, eval_every=config.loop.steps)).status
     if status != "complete":
         raise StoppedError(status)

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from quarterview.files import replace_text
+from quarterview.studies.compare_results import PIXELS, Point, Results
+from quarterview.studies.config import CompareConfig
 from quarterview.studies.page import (
     COLOURS,
     PLAIN,
@@ -17,86 +19,49 @@ from quarterview.studies.page import (
     svg_of,
     table,
 )
-from quarterview.studies.verdict import Comparison, Contrast, Estimate, Verdict, signed
-from quarterview.training.logging import replace_text
+from quarterview.studies.verdict import Estimate, Verdict, signed
 
 _DODGE = 0.03  # arms at the same count stand beside each other, by this share of the count's size
 
 
-@dataclass(frozen=True)
-class Point:
-    """The accuracy of an arm, by a protocol, on a number of labelled images."""
+def write_page(path: Path, results: Results, record: Path) -> Path:
+    """Write the page whole or not at all, and return its path.
 
-    protocol: str
-    labels: int
-    arm: str
-    accuracy: Estimate
-
-
-@dataclass(frozen=True)
-class Between:
-    """A further arm held against the first."""
-
-    protocol: str
-    labels: int
-    arm: str
-    contrast: Contrast
-
-
-@dataclass(frozen=True)
-class Page:
-    """All that the page shows."""
-
-    verdicts: tuple[Verdict, ...]
-    """One for each pre-trained arm."""
-    protocols: Mapping[str, str]
-    """Those that were measured, and what they are called."""
-    points: tuple[Point, ...]
-    comparisons: Mapping[str, Sequence[Comparison]]
-    """By arm."""
-    between: Sequence[Between]
-    """Where there are several pre-trained arms, how they differ."""
-    arms: Mapping[str, Mapping[str, Any]]
-    """What each arm is."""
-    record: Path
-    """The JSON result that the page shows."""
-    worthwhile: float
-    """The smallest gain worth having, as a share."""
-
-
-def write_page(path: Path, page: Page) -> Path:
-    """Write the page whole or not at all, and return its path."""
-    replace_text(path, render(page))
+    Args:
+        record: the results as JSON, with where they come from.
+    """
+    replace_text(path, render(results, json.loads(record.read_text("utf-8"))))
     return path
 
 
-def render(page: Page) -> str:
-    """The page as HTML. Nothing in it is loaded from elsewhere, and every text of a user is escaped."""
-    record = json.loads(page.record.read_text("utf-8"))
-    colours = colours_of(page)
+def render(results: Results, record: Mapping[str, Any]) -> str:
+    """The page as HTML. Nothing in it is loaded from elsewhere, and every text of a user is escaped.
+
+    Args:
+        record: what ``results/compare.json`` holds.
+    """
+    colours = colours_of(results)
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(page.verdicts[0].answer.capitalize())}: did pre-training help?</title>",
+        f"<title>{escape(results.verdicts[0].answer.capitalize())}: did pre-training help?</title>",
         f"<style>{STYLE}</style></head><body><main>",
         "<h1>Did pre-training help?</h1>",
-        *(_verdict(verdict) for verdict in page.verdicts),
+        *(_verdict(verdict) for verdict in results.verdicts),
         _legend(colours),
-        *(_section(page, protocol, colours) for protocol in page.protocols),
-        _READING.replace("WORTHWHILE", f"{100 * page.worthwhile:g}"),
-        _compared(page, record),
+        *(_section(results, protocol, colours) for protocol in results.protocols),
+        _READING.replace("WORTHWHILE", f"{100 * results.worthwhile:g}"),
+        _compared(results, record),
         "</main></body></html>\n",
     ]
     return "\n".join(parts)
 
 
-def colours_of(page: Page) -> dict[str, str]:
+def colours_of(results: Results) -> dict[str, str]:
     """A colour for each arm: greys would do for the baselines, but they are what everything hangs on."""
-    names = [*page.arms, *dict.fromkeys(p.arm for p in page.points if p.arm not in page.arms)]
-    return {
-        name: PLAIN if name == "raw pixels" else COLOURS[i % len(COLOURS)] for i, name in enumerate(names)
-    }
+    names = [*results.arms, *dict.fromkeys(p.arm for p in results.points if p.arm not in results.arms)]
+    return {name: PLAIN if name == PIXELS else COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
 
 # ---------------------------------------------------------------------- parts of the page
@@ -125,26 +90,26 @@ def _legend(colours: Mapping[str, str]) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def _section(page: Page, protocol: str, colours: Mapping[str, str]) -> str:
+def _section(results: Results, protocol: str, colours: Mapping[str, str]) -> str:
     """A protocol's plot and its tables."""
-    points = [p for p in page.points if p.protocol == protocol]
+    points = [p for p in results.points if p.protocol == protocol]
     counts = sorted({p.labels for p in points})
     by_arm = {(p.arm, p.labels): p.accuracy for p in points}
-    name = page.protocols[protocol]
+    name = results.protocols[protocol]
     rows = [
         [escape(arm), *(accuracy(by_arm.get((arm, n))) for n in counts)]
         for arm in colours
         if any(p.arm == arm for p in points)
     ]
     differences = []
-    for arm, comparisons in page.comparisons.items():
+    for arm, comparisons in results.comparisons.items():
         mine = {c.labels: c for c in comparisons if c.protocol == protocol}
         baselines = [c.baseline for c in next(iter(mine.values())).contrasts] if mine else []
         for i, baseline in enumerate(baselines):
-            cells = (_difference(mine[n].contrasts[i].difference, page.worthwhile) for n in counts)
+            cells = (_difference(mine[n].contrasts[i].difference, results.worthwhile) for n in counts)
             differences.append([f"{escape(arm)}<br><small>less {escape(baseline)}</small>", *cells])
     rivals: dict[str, list[str]] = {}
-    for row in sorted((b for b in page.between if b.protocol == protocol), key=lambda b: b.labels):
+    for row in sorted((b for b in results.between if b.protocol == protocol), key=lambda b: b.labels):
         title = f"{escape(row.arm)}<br><small>less {escape(row.contrast.baseline)}</small>"
         rivals.setdefault(title, []).append(_difference(row.contrast.difference, None))
     differences += [[title, *cells] for title, cells in rivals.items()]
@@ -183,9 +148,9 @@ beat both the random encoder and raw pixels. It did not help if a gain is ruled 
 cannot be told. The test images chose nothing: fine-tuning is judged after its last step.</p></section>"""
 
 
-def _compared(page: Page, record: Mapping[str, Any]) -> str:
+def _compared(results: Results, record: Mapping[str, Any]) -> str:
     """What was compared, by which command, on what."""
-    data, settings = record["data"], record["settings"]
+    data, settings = record["data"], CompareConfig.flat(record["settings"])
     images = {
         name: f"{data[f'{name}_images']:,}, fingerprint {data[name]}: {' '.join(settings[name])}"
         for name in ("train", "test")
@@ -200,7 +165,7 @@ def _compared(page: Page, record: Mapping[str, Any]) -> str:
         "code": record["git"] or "outside a repository",
         "hardware": ", ".join(f"{name} {value}" for name, value in record["hardware"].items() if value),
     }
-    for name, arm in page.arms.items():
+    for name, arm in results.arms.items():
         facts[name] = (
             f"{arm['network']}, images of {' × '.join(map(str, arm['image_size']))}, weights {arm['weights']}"
         )
@@ -246,7 +211,7 @@ def plot(points: Sequence[Point], colours: Mapping[str, str], salt: str) -> str:
                 markersize=5,
                 linewidth=1.6,
                 capsize=3,
-                linestyle="--" if arm == "raw pixels" else "-",
+                linestyle="--" if arm == PIXELS else "-",
             )
         counts = sorted({p.labels for p in points})
         axes.set_xscale("log")

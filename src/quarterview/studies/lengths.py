@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from quarterview.errors import UserError
+from quarterview.studies.config import StudyConfig, read_budget
 from quarterview.studies.measure import TUNE_STEPS
-from quarterview.studies.plan import Planned, StudyConfig, flops_an_image, read_budget
+from quarterview.studies.plan import Planned, flops_an_image
 from quarterview.studies.timing import Timed
 
 _RESERVE = 0.9  # of the minutes that are planned with: machines are noisy
@@ -73,12 +74,12 @@ def choose_lengths(
     rates = [seconds.get(one.key, 0.0) * one.arm.length for one in arms]
     rate = side_by_side(rates) + (timed.tokenizer.image and max(timed.tokenizer.image, timed.reading))
     images = (left - beside_training(tune_steps)) / rate if rate else 0.0
-    least = [one.config.batch_size / one.arm.length for one in arms if one.key in timed.training]
+    least = [one.config.loop.batch_size / one.arm.length for one in arms if one.key in timed.training]
     if images < min(least, default=0.0):
         raise UserError(
-            f"a budget of {config.budget} for {len(arms)} arms under {config.seeds} seeds, which take "
-            f"{beside_training(tune_steps) / 60:.0f} minutes to be opened and judged alone; accepted: more, "
-            "fewer --seeds, fewer --tune-steps or --measures linear"
+            f"--budget {config.budget} is too little for {len(arms)} arms under {config.seeds} seeds, which "
+            f"take {beside_training(tune_steps) / 60:.0f} minutes to be opened and judged alone. Give more, "
+            "fewer --seeds, fewer --tune-steps or --measures linear."
         )
     return Lengths([_with_images(one, images * one.arm.length) for one in arms], tune_steps)
 
@@ -86,4 +87,4 @@ def choose_lengths(
 def _with_images(planned: Planned, images: float) -> Planned:
     if planned.arm.start != "pretrain":
         return planned
-    return planned._replace(steps=max(1, round(images / planned.config.batch_size)))
+    return planned._replace(steps=max(1, round(images / planned.config.loop.batch_size)))

@@ -2,41 +2,42 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from quarterview import recipes
-from quarterview.commands.finetune import SCRATCH, count_blocks, finetune, told_right
-from quarterview.commands.pretrain import PretrainConfig
-from quarterview.data.sources.base import Source, labels_of
+from quarterview.commands.config import PretrainConfig
+from quarterview.commands.finetune import finetune
 from quarterview.data.sources.open import open_sources
 from quarterview.errors import UserError
-from quarterview.evaluation.corruptions import COMMON, library, one_of, predictions
+from quarterview.evaluation.config import COMMON
+from quarterview.evaluation.corruptions import library, one_of, predictions
+from quarterview.evaluation.evaluators import Evaluator
 from quarterview.evaluation.features import (
     BackboneConfig,
     Encoder,
-    choose_labelled,
     encoder_features,
     extract,
     partly_visible,
 )
-from quarterview.evaluation.knn import nearest, vote
-from quarterview.evaluation.linear import check_classes, choose_strength, fit
-from quarterview.methods.registry import COMPARING
+from quarterview.evaluation.knn import Knn
+from quarterview.evaluation.labelled import LabelledSplit
+from quarterview.evaluation.linear import LogisticRegression
+from quarterview.evaluation.predictions import correct_predictions
 from quarterview.models.classifier import Classifier
 from quarterview.models.config import MAEConfig
 from quarterview.models.create import fresh_model
 from quarterview.models.mae import MaskedAutoencoder
+from quarterview.studies.config import TUNED, StudyConfig, parts_of
 from quarterview.studies.plain_features import PLAIN
-from quarterview.studies.plan import StudyConfig
-from quarterview.studies.study import TUNED, Start, parts_of
+from quarterview.studies.plan import network_flags
+from quarterview.studies.study import Start
 from quarterview.training.distributed import choose_device
+from quarterview.weights.config import SCRATCH, count_blocks
 from quarterview.weights.loading import load, load_classifier
 
 NEIGHBOURS = 20
@@ -44,15 +45,6 @@ TUNE_STEPS = 500
 """Updates of fine-tuning, if nothing is said and there is time."""
 SEVERITY = 3
 """Of the corruptions: the middle one."""
-
-
-class Images(NamedTuple):
-    """The labelled images that all arms are judged on."""
-
-    train: Source
-    train_labels: Tensor
-    test: Source
-    test_labels: Tensor
 
 
 class StoppedError(Exception):
@@ -63,25 +55,11 @@ class StoppedError(Exception):
         self.signal = signal
 
 
-def open_images(train_images: Sequence[str], test_images: Sequence[str], channels: int) -> Images:
-    """Open the labelled images.
-
-    Raises:
-        UserError: if they have no labels, or train and test have other classes.
-    """
-    train, test = open_sources(train_images, channels), open_sources(test_images, channels)
-    if train.classes and test.classes and list(train.classes) != list(test.classes):
-        raise UserError("--train and --test have different classes; accepted: the same")
-    images = Images(train, torch.tensor(labels_of(train)), test, torch.tensor(labels_of(test)))
-    check_classes(images.train_labels)
-    return images
-
-
 def frozen(
     encoders: Mapping[str, Encoder],
     shape: BackboneConfig,
     measures: Sequence[str],
-    images: Images,
+    images: LabelledSplit,
     config: StudyConfig,
     seed: int,
 ) -> dict[str, np.ndarray]:
@@ -93,21 +71,19 @@ def frozen(
         measures: ``linear``, ``knn``, ``linear@P`` and ``knn@P``.
     """
     device = choose_device(config.device)
-    chosen = choose_labelled(images.train_labels, min(config.labels, len(images.train)), seed)
+    chosen = images.choose(min(config.labels, len(images.train)), seed)
     train, kept = extract(encoders, images.train, chosen.tolist(), shape, device)
     test, seen = extract(encoders, images.test, range(len(images.test)), shape, device)
     labels, truth = images.train_labels[kept], images.test_labels[seen]
+    evaluators: dict[str, Evaluator] = {
+        "knn": Knn(NEIGHBOURS, device=device),
+        "linear": LogisticRegression(seed),
+    }
     found: dict[str, np.ndarray] = {}
     for measure in measures:
         kind, _, visible = parts_of(measure)
-        features, others = train[visible], test[visible]
-        if kind == "linear":
-            strength = choose_strength(features.numpy(), labels.numpy(), seed)
-            predicted = fit(features.numpy(), labels.numpy(), strength).predict(others.numpy())
-            found[measure] = np.equal(predicted, truth.numpy())
-        else:
-            similarity, index = nearest(features, others, min(NEIGHBOURS, len(labels)), device)
-            found[measure] = (vote(similarity, labels[index], "weighted") == truth).numpy()
+        predicted = evaluators[kind].predict(train[visible], labels, test[visible])
+        found[measure] = (predicted == truth).numpy()
     return found
 
 
@@ -115,7 +91,7 @@ def tuned(
     run: str,
     pretraining: PretrainConfig,
     measure: str,
-    images: Images,
+    images: LabelledSplit,
     config: StudyConfig,
     seed: int,
     out: Path,
@@ -129,24 +105,28 @@ def tuned(
     Raises:
         StoppedError: if a signal came.
     """
-    recipe = recipes.read_finetune("small")
-    values: dict[str, Any] = {
-        **{"run": run, "train": config.train, "test": config.test, "out": str(out), "seed": seed},
-        **{"labels": min(config.labels, len(images.train)), "steps": config.tune_steps or TUNE_STEPS},
-        **{"blocks": (measure.partition(":")[2] or "all",), "workers": config.workers},
-        **{"device": config.device, "precision": pretraining.precision},
+    flags = {
+        "run": run,
+        "train": config.train,
+        "test": config.test,
+        "labels": min(config.labels, len(images.train)),
+        "out": str(out),
+        "seed": seed,
+        "steps": config.tune_steps or TUNE_STEPS,
+        "blocks": (measure.partition(":")[2] or "all",),
+        "workers": config.workers,
+        "device": config.device,
+        "precision": pretraining.compute.precision,
     }
     if run == SCRATCH:
-        names = ("model", "image_size", "in_chans", "cls_tokens")
-        network = {name: getattr(pretraining, name) for name in names}
-        values |= {**network, "layer_decay": 1.0}
-    result = finetune(replace(recipe, **values))
+        flags |= {**network_flags(pretraining), "layer_decay": 1.0}
+    result = finetune(recipes.read_finetune("small").with_flags(**flags))
     if result.run.status != "complete":
         raise StoppedError(result.run.status)
-    return told_right(out, images.test_labels)
+    return correct_predictions(out, images.test_labels)
 
 
-def corrupted(model: Classifier, images: Images, precision: Literal["bf16", "fp32"]) -> np.ndarray:
+def corrupted(model: Classifier, images: LabelledSplit, precision: Literal["bf16", "fp32"]) -> np.ndarray:
     """bool [M], on test images each of which has one of the 15 corruptions of ImageNet-C.
 
     Which one, and what it draws, depends on the image's number alone: it is the same for all arms and seeds.
@@ -167,7 +147,7 @@ def judge(
     start: Start,
     pretraining: PretrainConfig,
     measures: Sequence[str],
-    images: Images,
+    images: LabelledSplit,
     config: StudyConfig,
     seed: int,
     folder: Path,
@@ -195,7 +175,7 @@ def judge(
         if not (out / "results" / "finetune.json").is_file():  # whose accuracy nobody asked for
             tuned(run or SCRATCH, pretraining, "finetune", images, config, seed, out)
         model = load_classifier(out).to(choose_device(config.device))
-        found["corrupted"] = corrupted(model, images, pretraining.precision)
+        found["corrupted"] = corrupted(model, images, pretraining.compute.precision)
         write_judged(folder, found)
     return found
 
@@ -215,10 +195,10 @@ def _encoders(
     shares = sorted({parts_of(measure)[2] for measure in measures})
     model = _model(run, pretraining, seed)
     if start in PLAIN:
-        source = open_sources(pretraining.data, pretraining.in_chans)
-        return model.config, {"": PLAIN[start](source, pretraining.image_size, seed)}
+        source = open_sources(pretraining.data.data, pretraining.model.in_chans)
+        return model.config, {"": PLAIN[start](source, pretraining.model.image_size, seed)}
     model.to(choose_device(config.device))
-    kind = "cls" if pretraining.objective in COMPARING and run is not None else "mean"
+    kind = "cls" if pretraining.method.compares and run is not None else "mean"
     encoders = {
         share: partly_visible(model, int(share) / 100, seed) if share else encoder_features(model, kind)
         for share in shares
@@ -232,10 +212,10 @@ def _model(run: str | None, pretraining: PretrainConfig, seed: int) -> MaskedAut
         model = load(run)
         assert isinstance(model, MaskedAutoencoder)
         return model
-    half = (0.5,) * pretraining.in_chans  # mean and deviation
-    network = (pretraining.model, pretraining.image_size, pretraining.in_chans, half, half)
-    network = (*network, pretraining.cls_tokens)
-    return fresh_model(MAEConfig(*network, decoder_depth=0, encoder_mask_tokens=True), seed).eval()
+    half = (0.5,) * pretraining.model.in_chans
+    network = network_flags(pretraining)
+    config = MAEConfig(**network, mean=half, std=half, decoder_depth=0, encoder_mask_tokens=True)
+    return fresh_model(config, seed).eval()
 
 
 def read_judged(folder: Path) -> dict[str, np.ndarray]:
@@ -257,14 +237,19 @@ def write_judged(folder: Path, found: Mapping[str, np.ndarray]) -> None:
 
 def check_measures(start: Start, measures: Sequence[str], pretraining: PretrainConfig) -> None:
     """Raises UserError if an arm cannot be judged so: it has no network, or fewer blocks than that."""
-    depth = pretraining.shape.depth
+    depth = pretraining.model.shape.depth
     if "corrupted" in measures:
         library()  # before hours of training
-        if pretraining.in_chans != 3:
-            raise UserError(f"corrupted images of {pretraining.in_chans} channels; accepted: 3")
+        if pretraining.model.in_chans != 3:
+            raise UserError(
+                f"The measure corrupted needs images of 3 channels, not {pretraining.model.in_chans}. Leave "
+                "it out."
+            )
     for measure in measures:
         kind, blocks, visible = parts_of(measure)
         if start in PLAIN and (kind in TUNED or visible):
-            raise UserError(f"{measure} of {start}, which is no network; accepted: linear, knn")
+            raise UserError(f"The measure {measure} needs a network, not {start}. Give linear or knn.")
         if blocks and depth < count_blocks(blocks) < math.inf:
-            raise UserError(f"{measure} of an encoder of {depth} blocks; accepted: at most {depth}")
+            raise UserError(
+                f"The measure {measure} needs more blocks than the encoder's {depth}. Give at most {depth}."
+            )

@@ -7,12 +7,11 @@ is five times as wide.
 
 from collections.abc import Mapping, Sequence
 
-from quarterview.methods.registry import DEFAULTS
 from quarterview.studies.study import Arm, Finding, Study, Table
 
 _FT, _LIN = "finetune", "linear"
-_WORDS = {"target": "tokens", "tokenizer": "study"}
-"""A tokenizer that the study trains first."""
+_TOKENS = {"target": "tokens", "tokenizer": "study"}
+"""Visual tokens of a tokenizer that the study trains first."""
 
 
 def _paper(finetune: float | None = None, linear: float | None = None) -> dict[str, float]:
@@ -106,7 +105,7 @@ TARGETS = Table(
         Arm("pixels", paper=_paper(84.9, 73.5)),
         Arm("pixels, normalised", {"norm_pix_loss": True}, paper=_paper(85.4, 73.9)),
         Arm("principal components", {"target": "pca"}, paper=_paper(84.6, 72.3)),
-        Arm("tokens", _WORDS, paper=_paper(85.3, 71.6)),
+        Arm("tokens", _TOKENS, paper=_paper(85.3, 71.6)),
     ),
     (
         *_ahead("normalising the pixels helps", "pixels, normalised", "pixels", _FT, _LIN),
@@ -132,10 +131,10 @@ AUGMENTATION = Table(
 )
 _NEEDY = tuple(
     arm
-    for name, objective in (("SimCLR", "simclr"), ("BYOL", "byol"))
+    for name, method in (("SimCLR", "simclr"), ("BYOL", "byol"))
     for arm in (
-        Arm(name, {"objective": objective, **DEFAULTS[objective]}),
-        Arm(f"{name}, crop only", {"objective": objective, **DEFAULTS[objective], "view_colours": False}),
+        Arm(name, {"method": method}),
+        Arm(f"{name}, crop only", {"method": method, "view_colours": False}),
     )
 )
 NEEDY = Table(
@@ -209,7 +208,7 @@ PARTIAL = Table(
         ),
         Arm(
             "MoCo v3",
-            {"objective": "mocov3", **DEFAULTS["mocov3"]},
+            {"method": "mocov3"},
             paper={f"finetune:{b}" if b != "all" else _FT: moco for b, (_, moco) in BLOCKS.items() if moco},
         ),
     ),
@@ -236,11 +235,11 @@ BASELINES = Table(
     "Baselines",
     (
         Arm("random weights", start="random", paper=_paper(82.6)),
-        Arm("denoising", {"objective": "denoising"}),
-        Arm("SimCLR", {"objective": "simclr", **DEFAULTS["simclr"]}),
-        Arm("BYOL", {"objective": "byol", **DEFAULTS["byol"]}),
-        Arm("MoCo v3", {"objective": "mocov3", **DEFAULTS["mocov3"]}, paper=_paper(84.1, 77.6)),
-        Arm("BEiT", {"objective": "beit", **DEFAULTS["beit"], **_WORDS}, paper=_paper(85.2, 52.1)),
+        Arm("denoising", {"method": "denoising"}),
+        Arm("SimCLR", {"method": "simclr"}),
+        Arm("BYOL", {"method": "byol"}),
+        Arm("MoCo v3", {"method": "mocov3"}, paper=_paper(84.1, 77.6)),
+        Arm("BEiT", {"method": "beit", "tokenizer": "study"}, paper=_paper(85.2, 52.1)),
         Arm("MAE", {"norm_pix_loss": True}, paper=_paper(85.9, 75.8)),
     ),
     (
@@ -346,7 +345,7 @@ TOKENS = Table(
     (
         Arm("pixels", {"norm_pix_loss": False}, paper=_paper(85.1)),
         Arm("pixels, normalised", {"norm_pix_loss": True}, paper=_paper(85.9)),
-        Arm("tokens", _WORDS, paper=_paper(85.7)),
+        Arm("tokens", _TOKENS, paper=_paper(85.7)),
     ),
     (
         Finding("pixels do as well as tokens", "pixels, normalised", "tokens", _FT, "as good"),
@@ -398,7 +397,7 @@ ROBUSTNESS = Table(
     "Robustness to corruptions",
     (
         Arm("random weights", start="random", paper=_paper(82.6)),
-        Arm("MoCo v3", {"objective": "mocov3", **DEFAULTS["mocov3"]}, paper=_paper(84.1)),
+        Arm("MoCo v3", {"method": "mocov3"}, paper=_paper(84.1)),
         Arm("MAE", {"norm_pix_loss": True}, paper=_paper(85.9)),
     ),
     tuple(_ahead("MAE is ahead of random weights", "MAE", "random weights", _FT, "corrupted")),

@@ -6,17 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from quarterview.commands.finetune import count_blocks
-from quarterview.commands.pretrain import PretrainConfig
+from quarterview.commands.config import PretrainConfig
+from quarterview.config import field_specs
 from quarterview.errors import UserError, unknown
-from quarterview.recipes import from_values
+from quarterview.recipes import as_number, from_values
 from quarterview.safe_yaml import MOST_BYTES, read_yaml
+from quarterview.studies.config import DECIDED, check_measure
 
-MEASURES = ("finetune", "linear", "knn", "corrupted")
-"""How an arm is judged. ``finetune:K`` trains the last K blocks alone; ``linear@P`` and ``knn@P`` see P
-percent of the patches; ``corrupted`` shows what ``finetune`` made corrupted test images."""
-TUNED = ("finetune", "corrupted")
-"""Measures of networks that were fine-tuned."""
 Start = Literal["pretrain", "random", "pixels", "pca", "pca_patches", "kmeans", "kmeans_pixels"]
 STARTS = get_args(Start)
 
@@ -28,7 +24,7 @@ class Arm:
     name: str
     """In tables."""
     values: Mapping[str, Any] = field(default_factory=dict)
-    """In what it differs from the base: fields of a pre-training's configuration."""
+    """In what it differs from the base: flags of pre-training."""
     start: Start = "pretrain"
     """random is the encoder of the base with its initial weights. pixels, principal components of
     pictures (pca) and of patches (pca_patches), and clusters of patches (kmeans) and of pictures
@@ -117,24 +113,6 @@ class Study:
     """In what all arms differ from the recipe."""
 
 
-def check_measure(measure: str) -> None:
-    """Raises UserError if an arm cannot be judged so."""
-    kind, blocks, visible = parts_of(measure)
-    if kind not in MEASURES or (blocks and kind != "finetune") or (visible and kind in TUNED):
-        raise unknown("measure", measure, [*MEASURES, "finetune:K", "linear@P", "knn@P"])
-    if blocks:
-        count_blocks(blocks)
-    if visible and not (visible.isdigit() and 1 <= int(visible) <= 100):
-        raise UserError(f"measure {measure}; accepted: 1 to 100 percent of the patches, such as {kind}@25")
-
-
-def parts_of(measure: str) -> tuple[str, str, str]:
-    """A measure's kind, the blocks that are tuned, and the percentage of the patches that is visible."""
-    rest, _, visible = measure.partition("@")
-    kind, _, blocks = rest.partition(":")
-    return kind, blocks, visible
-
-
 # ---------------------------------------------------------------------- files
 
 
@@ -158,8 +136,11 @@ def read_study(path: str | Path) -> Study:
     if not tables:
         raise UserError(f"{where} has no tables; accepted: a list of them under `tables`")
     base = given.get("base") or {}
-    _leave_to_study(base, f"{where}, base", "data")
     from_values(f"{where}, base", base, PretrainConfig)
+    if "objective" not in base:  # of version 0.1, which was flat
+        base = PretrainConfig.flat(base)
+    _leave_to_study(base, f"{where}, base", "data")
+    base = {name: as_number(value) for name, value in base.items()}
     return Study(path.stem, given.get("purpose", ""), tuple(_table(t, where) for t in tables), base)
 
 
@@ -176,7 +157,7 @@ def _table(content: object, where: str) -> Table:
 
 
 def _arm(name: str, content: object, where: str) -> Arm:
-    """An arm; its values are fields of pre-training, beside `length`, `start`, `x` and `decoder_share`."""
+    """An arm; its values are flags of pre-training, beside `length`, `start`, `x` and `decoder_share`."""
     if content in STARTS:
         return Arm(name, start=content)  # type: ignore[arg-type]
     values = dict(_fields(content or {}, f"arm {name} of {where}", None))
@@ -194,20 +175,27 @@ def _arm(name: str, content: object, where: str) -> Arm:
             f"decoder_share beside decoder_width or decoder_heads in arm {name} of {where}; accepted: either"
         )
     _leave_to_study(values, f"arm {name} of {where}")
-    accepted = set(PretrainConfig.__dataclass_fields__)
+    accepted = _flags_of_pretraining()
     for key in values:
-        if key not in accepted:
+        if key not in accepted and key not in PretrainConfig.RENAMED:
             raise unknown(f"field of arm {name} in {where}:", str(key), sorted(accepted))
-    return Arm(name, values, start, **own)
+    return Arm(name, {key: as_number(value) for key, value in values.items()}, start, **own)
+
+
+def _flags_of_pretraining() -> set[str]:
+    """The flags of pre-training by any method."""
+    kinds = [kind for kinds in PretrainConfig.choices().values() for kind in kinds.values()]
+    return {*PretrainConfig().flags(), *(name for kind in kinds for name in field_specs(kind))}
 
 
 def _leave_to_study(values: Mapping[str, Any], where: str, *more: str) -> None:
     """Raises UserError if fields are set that no arm has to itself."""
-    for key in ("steps", "epochs", "seed", "out", "device", *more):
+    for key in (*DECIDED, *more):
         if key in values:
             raise UserError(
                 f"{key} in {where}; accepted: anything that the study's own flags do not decide "
-                "(--budget, --seeds, --out, --device), and `length`, an arm's share of the study's schedule"
+                "(--data, --budget, --seeds, --out, --device), and `length`, an arm's share of the study's "
+                "schedule"
             )
 
 

@@ -11,14 +11,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 from quarterview.commands.bench import loader_of, reading_time
-from quarterview.commands.pretrain import PretrainConfig
+from quarterview.commands.config import PretrainConfig
 from quarterview.studies.arm import images_of, train
+from quarterview.studies.config import TUNED, StudyConfig, parts_of
 from quarterview.studies.measure import judge
-from quarterview.studies.plan import TOKENIZER, Planned, StudyConfig, base_of, tokenizer_config
+from quarterview.studies.plan import (
+    TOKENIZER,
+    Planned,
+    base_of,
+    network_flags,
+    tokenizer_config,
+    tokenizer_of,
+)
 from quarterview.studies.side_by_side import Here, Piece, Workers
-from quarterview.studies.study import TUNED, Start, Study, parts_of
+from quarterview.studies.study import Start, Study
 from quarterview.training.distributed import choose_device
-from quarterview.training.logging import metrics
+from quarterview.training.metric_writers import read_metrics
 
 _STEPS = 12  # of training that are run, of which the second half is timed
 _READ_SECONDS = 3.0
@@ -82,7 +90,7 @@ def parts_judged(one: Planned) -> list[Judging]:
     still = tuple(m for m in one.measures if kinds[m] not in TUNED)
     whole = tuple(m for m in one.measures if m in ("finetune", "corrupted"))  # of which one run is judged
     partly = [(m,) for m in one.measures if kinds[m] in TUNED and m not in whole]
-    network = (one.config.model, one.config.image_size, one.config.in_chans, one.config.cls_tokens)
+    network = tuple(network_flags(one.config).values())
     tuned = [Judging("random", network, each) for each in ([whole] if whole else []) + partly]
     return [*([Judging(start, network, still)] if still else []), *tuned]
 
@@ -95,13 +103,13 @@ def time_all(
     shutil.rmtree(folder, ignore_errors=True)  # of a start that was stopped
     trained = [one for one in arms if one.arm.start == "pretrain"]
     judged = list(dict.fromkeys(part for one in arms for part in parts_judged(one)))
-    reader = next((one for one in trained if one.config.tokenizer == str(out / TOKENIZER)), None)
+    reader = next((one for one in trained if tokenizer_of(one.config) == str(out / TOKENIZER)), None)
     sample = {part: next(one.config for one in arms if part in parts_judged(one)) for part in judged}
     numbers = count()
-    words = folder / TOKENIZER
+    tokenizer = folder / TOKENIZER
     made = Training(0.0, 0.0)
     if reader is not None:
-        made = time_training(tokenizer_config(reader.config, "", config), words)  # as it will be: here
+        made = time_training(tokenizer_config(reader.config, "", config), tokenizer)  # as it will be: here
     pieces = [Piece("reading", time_reading, (base_of(study, config),))]
     pieces += [
         Piece(f"{part.start}, {', '.join(part.measures)}", function, (part, sample[part], config, its))
@@ -110,8 +118,9 @@ def time_all(
         for function in [time_tuning if parts_of(part.measures[0])[0] in TUNED else time_judging]
     ]
     for one in trained:
-        its_words = one.config.tokenizer == str(out / TOKENIZER)
-        its = replace(one.config, tokenizer=str(words)) if its_words else one.config
+        its = one.config
+        if tokenizer_of(its) == str(out / TOKENIZER):
+            its = its.with_flags(tokenizer=str(tokenizer))
         pieces.append(Piece(one.arm.name, time_training, (its, folder / one.key)))
     found = {id(done.piece): done.result for done in workers.each(pieces)}
     results = [found[id(piece)] for piece in pieces]
@@ -128,7 +137,7 @@ def time_all(
 
 def time_judging(part: Judging, pretraining: PretrainConfig, config: StudyConfig, folder: Path) -> float:
     """Seconds that judging frozen features takes, of random weights where it takes a network."""
-    images = images_of(config, pretraining.in_chans)
+    images = images_of(config, pretraining.model.in_chans)
     began = time.perf_counter()
     judge(None, part.start, pretraining, part.measures, images, config, config.seed, folder)
     return time.perf_counter() - began
@@ -136,14 +145,14 @@ def time_judging(part: Judging, pretraining: PretrainConfig, config: StudyConfig
 
 def time_tuning(part: Judging, pretraining: PretrainConfig, config: StudyConfig, folder: Path) -> Tuning:
     """Seconds of fine-tuning, by a short one."""
-    images = images_of(config, pretraining.in_chans)
+    images = images_of(config, pretraining.model.in_chans)
     few = replace(config, tune_steps=min(config.tune_steps or _TUNED, _TUNED))
     began = time.perf_counter()
     with _silence():
         judge(None, "random", pretraining, part.measures, images, few, config.seed, folder)
     seconds = time.perf_counter() - began
     tuned = part.measures[0].replace("corrupted", "finetune").replace(":", "-")
-    update = _TUNED_BATCH / metrics(folder / tuned)[-1]["images_per_s"]
+    update = _TUNED_BATCH / read_metrics(folder / tuned)[-1]["images_per_s"]
     assert few.tune_steps is not None
     return Tuning(max(0.0, seconds - few.tune_steps * update), update)
 
@@ -151,13 +160,13 @@ def time_tuning(part: Judging, pretraining: PretrainConfig, config: StudyConfig,
 def time_training(config: PretrainConfig, folder: Path) -> Training:
     """Seconds of training, by a short run."""
     half = _STEPS // 2
-    its = replace(config, out=str(folder), steps=_STEPS, log_every=half, checkpoint_every=None)
+    its = config.with_flags(out=str(folder), steps=_STEPS, log_every=half, checkpoint_every=None)
     began = time.perf_counter()
     with _silence():
         train(its)
     seconds = time.perf_counter() - began
-    image = 1 / metrics(folder)[-1]["images_per_s"]
-    return Training(max(0.0, seconds - _STEPS * config.batch_size * image), image)
+    image = 1 / read_metrics(folder)[-1]["images_per_s"]
+    return Training(max(0.0, seconds - _STEPS * config.loop.batch_size * image), image)
 
 
 @contextmanager
@@ -169,8 +178,8 @@ def _silence() -> Iterator[None]:
 
 def time_reading(config: PretrainConfig) -> float:
     """Seconds to read an image, over so many that what was read ahead makes no difference; 0 from memory."""
-    loader = loader_of(config, choose_device(config.device))
+    loader = loader_of(config, choose_device(config.compute.device))
     assert loader is not None
     if loader.cached is not None:
         return 0.0
-    return reading_time(loader, config, _READ_SECONDS) / config.batch_size
+    return reading_time(loader, config, _READ_SECONDS) / config.loop.batch_size

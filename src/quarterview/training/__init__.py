@@ -1,1 +1,1 @@
-"""The loop and what it needs: optimiser, schedule, checkpoints, ranks, journal. Never names MAE."""
+"""The loop and what it needs: optimiser, schedule, checkpoints, ranks, logging. Never names MAE."""

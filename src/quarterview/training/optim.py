@@ -8,46 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quarterview.errors import UserError, check_types
 from quarterview.training.sharding import cut_like
 
 WARMUP_SHARE = 40 / 800
 """The paper warms up for 40 of 800 epochs; shorter runs do in proportion."""
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """How weights follow gradients. The defaults are the paper's (table 8)."""
-
-    blr: float = 1.5e-4
-    """Base learning rate: the rate is blr × batch size / 256."""
-    lr: float | None = None
-    """The peak learning rate itself, instead of `blr`."""
-    warmup_epochs: float | None = None
-    """Epochs of linear warm-up from 0; by default 5% of the run, which is the paper's 40 of 800."""
-    weight_decay: float = 0.05
-    """Of weight matrices, the cls and the mask token; biases and norms have none."""
-    clip_grad: float | None = None
-    """Largest norm of the gradient; by default it is not clipped."""
-    ema: float | None = None
-    """Decay of an exponential moving average of the weights, such as 0.9999, kept beside them."""
-
-    def __post_init__(self) -> None:
-        check_types(self, OptimConfig)
-        positive = {"blr": self.blr, "lr": self.lr, "clip_grad": self.clip_grad}
-        for name, value in positive.items():
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{name} {value}; accepted: a number above 0")
-        if self.warmup_epochs is not None and not 0 <= self.warmup_epochs < math.inf:
-            raise UserError(f"warm-up of {self.warmup_epochs} epochs; accepted: 0 or more")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"weight decay {self.weight_decay}; accepted: 0 or more")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise UserError(f"ema {self.ema}; accepted: a number between 0 and 1, such as 0.9999")
-
-    def peak_lr(self, batch_size: int) -> float:
-        """The highest learning rate of the run, for images per update over all ranks."""
-        return self.lr if self.lr is not None else self.blr * batch_size / 256
 
 
 @dataclass(frozen=True)

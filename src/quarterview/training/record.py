@@ -1,16 +1,23 @@
-"""Where a result comes from: versions, commit and hardware, for ``run.json`` and ``results/*.json``."""
+"""Where a result comes from: versions, commit and hardware, for ``run.json``, results and bug reports."""
 
 import datetime
 import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
-_PACKAGES = ("quarterview", "torch", "torchvision", "numpy", "pillow")
+from quarterview.versions import installed_version, own_version
+
+_PACKAGES = ("torch", "torchvision", "numpy", "pillow")
+_MORE_PACKAGES = (
+    *("timm", "transformers", "safetensors", "pyarrow", "scikit-learn", "pydantic", "tyro"),
+    *("tensorboard", "huggingface-hub", "onnx", "onnxruntime", "lightly"),
+)
+"""What a bug report says besides."""
 
 
 def provenance(argv: Sequence[str]) -> dict[str, Any]:
@@ -22,7 +29,7 @@ def provenance(argv: Sequence[str]) -> dict[str, Any]:
     return {
         "argv": list(argv),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {name: version(name) for name in _PACKAGES},
+        "versions": {"quarterview": own_version()} | {name: installed_version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "git": git_state(),
         "hardware": hardware(),
@@ -48,3 +55,39 @@ def hardware() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": gpus,
     }
+
+
+def environment() -> dict[str, str]:
+    """Versions, processor and devices, as a bug report needs them: names and values, in order."""
+    packages = {name: installed_version(name) or "not installed" for name in (*_PACKAGES, *_MORE_PACKAGES)}
+    cuda = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if torch.version.cuda else ""
+    return {
+        "quarterview": own_version(),
+        **packages,
+        "python": f"{platform.python_version()} ({platform.python_implementation()})",
+        "system": platform.platform(),
+        "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+        "torch built with": cuda or "no CUDA",
+        "devices": "; ".join(_devices()),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _devices() -> list[str]:
+    found = ["cpu"]
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        size = about.total_memory / 2**30
+        found.append(f"cuda:{index} {about.name}, {size:.0f} GiB, capability {about.major}.{about.minor}")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found

@@ -1,66 +1,38 @@
-"""Carry out a run: the same for pre-training and fine-tuning.
+"""A run: its folder, its checkpoint, its record, and its end. The same for pre-training and fine-tuning.
 
-The folder is locked, an older checkpoint found and checked, the record written, the loop run and
-its end told. What is trained, and how it is built, the caller says.
+``with open_run(config, inputs) as run`` takes the folder and finds the checkpoint to go on from; then
+`OpenRun.attach` compares images and configuration with those of that checkpoint, and `OpenRun.train` trains.
 """
 
-import copy
-import json
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from quarterview.data.bad_samples import Ledger
 from quarterview.data.cache import CACHE_BYTES, CachedSet, load_all
-from quarterview.data.loader import LoadConfig, shares
+from quarterview.data.config import LoaderConfig
+from quarterview.data.loader import shares
 from quarterview.data.sources.base import Source
-from quarterview.errors import RunError, UserError, check_types
-from quarterview.models.vit import Recomputable, recompute_blocks
+from quarterview.errors import RunError, UserError
 from quarterview.training import checkpoint, distributed, run_folder
 from quarterview.training.allocator import keep_freed_memory
 from quarterview.training.checkpoint import Checkpoint
+from quarterview.training.config import ComputeConfig, LoopConfig, Precision
 from quarterview.training.distributed import World
 from quarterview.training.lock import lock
-from quarterview.training.logging import Journal, metrics
-from quarterview.training.sharding import is_sharded_by_default, shard, units
-from quarterview.training.trainer import LoopConfig, Trainer, usable_precision
-
-Trained = TypeVar("Trained", bound=nn.Module)
-
-MAY_CHANGE = {
-    *("out", "resume", "workers", "max_bad_samples", "device", "deterministic"),
-    *("compile", "grad_checkpointing", "accum_iter", "parallel", "ranks_per_copy"),
-    *("log_every", "eval_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_every"),
-}
-"""What a resumed run may do differently, whatever it trains."""
+from quarterview.training.logging import RunLogger
+from quarterview.training.metric_writers import read_metrics
+from quarterview.training.trainer import Trainer, usable_precision
 
 _PATIENCE = 120.0
 """Seconds that a run waits for the folder of ranks that it may replace, whose machine a file system may take
 90 to give up."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Where a run lives and starts."""
-
-    out: str = ""
-    """Required: the run's folder; made if it is not there."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to train; auto takes a CUDA GPU where there is one. mps is untested."""
-    resume: str = "auto"
-    """auto goes on from the run's newest checkpoint if there is one, never refuses to, and a path
-    names the run or the checkpoint to go on from."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "out", str(self.out))
-        check_types(self, RunConfig)
 
 
 @dataclass(frozen=True)
@@ -76,80 +48,152 @@ class Run:
     """The last row of ``metrics.jsonl``."""
 
 
-class Site(NamedTuple):
-    """What a run is built on."""
+class OpenRun:
+    """A run whose folder is taken. Made by `open_run`.
 
-    folder: Path
-    world: World
-    journal: Journal
-    source: Source
-    """The training images."""
+    Attributes:
+        folder: the run's folder.
+        world: the ranks that train it together.
+        log: what speaks to people and keeps the metrics.
+        resumed: the checkpoint to go on from; None for a new run.
+        known: what was decided at the first start of a run that is resumed, and stays so.
+        fingerprint: of the images that are trained on, once `attach` was called.
+        bad_samples: told of every broken image, once `attach` was called.
+    """
+
     fingerprint: str
-    """Of what is trained on."""
-    ledger: Ledger
-    resumed: Checkpoint | None
-    """The checkpoint to go on from."""
+    bad_samples: Ledger
+
+    def __init__(
+        self, config: Any, folder: Path, world: World, log: RunLogger, resumed: Checkpoint | None
+    ) -> None:
+        self.config, self.folder, self.world, self.log, self.resumed = config, folder, world, log, resumed
+        self.known: dict[str, Any] = resumed.state["resolved"] if resumed else {}
+        self.adopted = resumed is not None and resumed.path.parent != folder / "checkpoints"
+        """Whether the checkpoint to go on from is another run's."""
 
     @property
-    def known(self) -> dict[str, Any]:
-        """What was decided at the first start of a run that is resumed."""
-        return self.resumed.state["resolved"] if self.resumed else {}
+    def is_complete(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.resumed is not None and self.resumed.state["step"] >= self.known["steps"]
+
+    def attach(
+        self,
+        source: Source,
+        max_bad_samples: float,
+        argv: Sequence[str] = (),
+        may_change: Collection[str] = (),
+    ) -> None:
+        """Take the training images, and compare them and the configuration with those of the checkpoint.
+
+        Args:
+            max_bad_samples: share of broken images above which the run stops.
+            argv: the command line, for the record.
+            may_change: flags that a resumed run may have other values of, beside those marked so.
+
+        Raises:
+            UserError: if the ranks see different images, or the run began with another configuration.
+        """
+        self.fingerprint = source.fingerprint()
+        if not self.world.all_same(self.fingerprint):
+            raise UserError(
+                f"rank {self.world.rank} sees other images than another rank does. Give each the same set."
+            )
+        if self.resumed is not None:
+            run_folder.check_same(self.config, self.fingerprint, self.resumed, may_change)
+            step, total = self.resumed.state["step"], self.known["steps"]
+            if self.is_complete and self.adopted:
+                raise UserError(
+                    f"{self.resumed.path} is the end of a run, all {total} steps. Name an earlier checkpoint."
+                )
+            if self.is_complete:
+                self.log.say(f"{self.folder} is complete: {total} steps. Nothing to do.")
+                return
+            self.log.say(f"going on from {self.resumed.path}, step {step} of {total}")
+        if self.world.is_main and (self.resumed is None or self.adopted):
+            run_folder.start_clean(self.folder)
+        record = self.folder / "bad_samples.jsonl" if self.world.is_main else None
+        collect = self.world.collect if self.world.size > 1 else None
+        self.bad_samples = Ledger(record, len(source), max_bad_samples, collect)
+        self._record = (self.fingerprint, len(source), argv)
+
+    def state(self, resolved: dict[str, Any]) -> dict[str, Any]:
+        """What every checkpoint keeps beside tensors and counts.
+
+        Args:
+            resolved: what was decided at the first start and stays so.
+        """
+        return {
+            "config": self.config.to_plain(),
+            "resolved": {"fingerprint": self.fingerprint, **resolved},
+            "origin": run_folder.origin(self.config.resume.resume, self.resumed),
+        }
+
+    def train(self, trainer: Trainer) -> Run:
+        """Train to the end, or until a signal.
+
+        Raises:
+            RunError: if the run cannot go on: it diverged, or too many images are broken.
+        """
+        trainer.exchange = self.bad_samples.exchange
+        if self.resumed is not None:
+            trainer.restore(self.resumed)
+            if self.world.is_main:
+                checkpoint.remove_after(self.folder / "checkpoints", trainer.step)
+            if self.adopted:
+                trainer.save()
+        if self.world.is_main:
+            run_folder.write_record(self.folder, self.config.to_plain(), *self._record)
+        known_bad = self.bad_samples.summary()
+        for line in known_bad:
+            self.log.say(line)
+        self.log.open(trainer.step)
+        try:
+            status = trainer.run()
+        finally:
+            trainer.writer.settle()  # before the folder is anyone else's
+            self.log.close()
+        for line in self.bad_samples.summary() if self.bad_samples.summary() != known_bad else ():
+            self.log.say(line)
+        if status != "complete":
+            way = "with --resume auto it" if self.config.resume.resume == "never" else "the same command"
+            self.log.say(f"stopped by {status} after step {trainer.step}; {way} goes on from there")
+        return Run(self.folder, status, trainer.step, last_row(self.folder))
+
+    def result(self) -> Run:
+        """How a run that is complete ended."""
+        return Run(self.folder, "complete", self.known["steps"], last_row(self.folder))
 
 
-@dataclass(frozen=True)
-class RunningConfig(RunConfig, LoadConfig, LoopConfig):
-    """What every run's configuration has."""
-
-    def __post_init__(self) -> None:
-        for part in (RunConfig, LoadConfig, LoopConfig):
-            part.__post_init__(self)
-
-
-def carry_out(
-    config: RunningConfig,
-    inputs: Sequence[str],
-    open_source: Callable[[], Source],
-    build: Callable[[Site], Trainer],
-    ending: Callable[[Run], str],
-    may_change: Collection[str] = (),
-    argv: Sequence[str] = (),
-) -> Run:
-    """Train, or go on with a run that was interrupted.
+@contextmanager
+def open_run(config: Any, inputs: Sequence[str]) -> Iterator[OpenRun]:
+    """Take a run's folder, join the other ranks, and find where to go on; let all go at the end.
 
     Args:
-        config: with defaults for all of its fields.
+        config: composed, with at least the parts `run` (RunConfig), `loader`, `loop` and `compute`.
         inputs: the sets of images, among which the run's folder must not lie.
-        open_source: the training images.
-        build: the trainer of the run at its beginning.
-        ending: what to say of a complete run; the main rank alone asks.
-        may_change: fields that a resumed run may do differently, besides `MAY_CHANGE`.
-        argv: the command line, for the record.
 
     Raises:
-        UserError: if the request cannot be met: wrong data, another run in the folder, …
-        RunError: if the run cannot go on: it diverged, or too many images are broken.
+        UserError: if the request cannot be met: another run in the folder, no folder, …
+        RunError: if another rank is lost.
     """
-    if not config.out:
-        raise UserError("no folder for the run; accepted: --out RUN")
+    if not config.run.out:
+        raise UserError("The run has no folder. Give --out RUN.")
     keep_freed_memory()
-    folder = Path(config.out)
+    folder = Path(config.run.out)
     run_folder.check_folder(folder, inputs)
-    world = distributed.join(config.device)
-    journal = Journal(folder, quiet=not world.is_main)
+    world = distributed.join(config.compute.device)
+    log = RunLogger(folder, quiet=not world.is_main)
     failed = True
-
-    def begin() -> str:
-        """Take the folder and find where to go on, which the main rank does for all."""
-        held.enter_context(lock(folder, _PATIENCE if distributed.may_replace_others() else 0.0))
-        return str(run_folder.find_checkpoint(config.resume, folder, journal.warn) or "")
-
     try:
         with ExitStack() as held:
-            path = world.from_main(begin)
-            resumed = checkpoint.load(Path(path)) if path else None
-            run = _carry_out(
-                config, folder, world, journal, resumed, open_source, build, ending, may_change, argv
-            )
+
+            def take() -> str:  # the main rank does this for all
+                held.enter_context(lock(folder, _PATIENCE if distributed.may_replace_others() else 0.0))
+                return str(run_folder.find_checkpoint(config.resume.resume, folder, log.warn) or "")
+
+            path = world.from_main(take)
+            yield OpenRun(config, folder, world, log, checkpoint.load(Path(path)) if path else None)
     except RuntimeError as error:
         if world.size > 1 and distributed.is_lost_rank(error):
             raise RunError(
@@ -159,83 +203,14 @@ def carry_out(
         raise
     else:
         failed = False
-        return run
     finally:
         distributed.leave(world, failed)
 
 
-def _carry_out(
-    config: RunningConfig,
-    folder: Path,
-    world: World,
-    journal: Journal,
-    resumed: Checkpoint | None,
-    open_source: Callable[[], Source],
-    build: Callable[[Site], Trainer],
-    ending: Callable[[Run], str],
-    may_change: Collection[str],
-    argv: Sequence[str],
-) -> Run:
-    source = open_source()
-    fingerprint = source.fingerprint()
-    if not world.all_same(fingerprint):
-        raise UserError(
-            f"rank {world.rank} sees other images than another rank does; accepted: the same set on each"
-        )
-    adopted = resumed is not None and resumed.path.parent != folder / "checkpoints"
-    if resumed is not None:
-        accepted = {*MAY_CHANGE, *may_change}
-        run_folder.check_same(to_plain(config), defaults(config), accepted, fingerprint, resumed)
-        step, total = resumed.state["step"], resumed.state["resolved"]["steps"]
-        if step >= total and adopted:
-            raise UserError(
-                f"{resumed.path} is the end of a run, all {total} steps; accepted: an earlier checkpoint"
-            )
-        if step >= total:
-            journal.say(f"{folder} is complete: {total} steps. Nothing to do.")
-            return Run(folder, "complete", total, last_row(folder))
-        journal.say(f"going on from {resumed.path}, step {step} of {total}")
-    if world.is_main and (resumed is None or adopted):
-        run_folder.start_clean(folder)
-    bad = folder / "bad_samples.jsonl" if world.is_main else None
-    ledger = Ledger(bad, len(source), config.max_bad_samples, world.collect if world.size > 1 else None)
-    trainer = build(Site(folder, world, journal, source, fingerprint, ledger, resumed))
-    trainer.together = ledger.exchange
-    if resumed is not None:
-        trainer.restore(resumed)
-        if world.is_main:
-            checkpoint.remove_after(folder / "checkpoints", trainer.step)
-        if adopted:
-            trainer.save()
-    if world.is_main:
-        run_folder.write_record(folder, to_plain(config), fingerprint, len(source), argv)
-    status = _train(trainer, ledger, journal)
-    run = Run(folder, status, trainer.step, last_row(folder))
-    if run.status == "complete":
-        if world.is_main:
-            journal.say(ending(run))
-    else:
-        way = "with --resume auto it" if config.resume == "never" else "the same command"
-        journal.say(f"stopped by {run.status} after step {run.step}; {way} goes on from there")
-    return run
+# ---------------------------------------------------------------------- what every run decides at its start
 
 
-def _train(trainer: Trainer, ledger: Ledger, journal: Journal) -> Literal["complete", "SIGTERM", "SIGINT"]:
-    said = ledger.summary()
-    for line in said:
-        journal.say(line)
-    journal.open(trainer.step)
-    try:
-        status = trainer.run()
-    finally:
-        trainer.writer.settle()  # before the folder is anyone else's
-        journal.close()
-    for line in ledger.summary() if ledger.summary() != said else ():
-        journal.say(line)
-    return status
-
-
-def hold(config: LoadConfig, site: Site) -> tuple[CachedSet | None, str]:
+def hold_on_device(config: LoaderConfig, source: Source, run: OpenRun) -> tuple[CachedSet | None, str]:
     """The training images on the device, or None, and why.
 
     A resumed run keeps the decision of its first start.
@@ -243,10 +218,10 @@ def hold(config: LoadConfig, site: Site) -> tuple[CachedSet | None, str]:
     Raises:
         UserError: if they cannot be held and must be.
     """
-    if site.known.get("cache", config.cache) == "none":
-        return None, site.known.get("cache_reason", "as asked")
+    if run.known.get("cache", config.cache) == "none":
+        return None, run.known.get("cache_reason", "as asked")
     limit = CACHE_BYTES if config.cache == "auto" else sys.maxsize
-    loaded = load_all(site.source, site.world.device, limit, config.threads, site.ledger)
+    loaded = load_all(source, run.world.device, limit, config.threads, run.bad_samples)
     if isinstance(loaded, CachedSet):
         return loaded, f"{loaded.images.nbytes >> 20} MiB of equal-sized 8-bit images"
     if config.cache == "device":
@@ -254,22 +229,20 @@ def hold(config: LoadConfig, site: Site) -> tuple[CachedSet | None, str]:
     return None, loaded
 
 
-def settle(config: LoopConfig, site: Site) -> Literal["bf16", "fp32"]:
-    """Check the batch against the ranks, and say which precision is used.
+def choose_precision(config: ComputeConfig, run: OpenRun) -> Precision:
+    """The precision that a run trains in: the one asked for, or fp32 where the device has no bf16."""
+    asked = run.known.get("precision", config.precision)
+    precision = usable_precision(asked, run.world.device)
+    if precision != asked:
+        run.log.warn(f"{run.world.device} has no {asked} arithmetic; training in {precision}")
+    return precision
 
-    Raises:
-        UserError: if the batch is too small to be shared.
-    """
-    world = site.world
-    check_shares(config, world.size)
+
+def make_deterministic(config: ComputeConfig) -> None:
+    """Use deterministic kernels alone, if that is asked for."""
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    asked = site.known.get("precision", config.precision)
-    precision = usable_precision(asked, world.device)
-    if precision != asked:
-        site.journal.warn(f"{world.device} has no {asked} arithmetic; training in {precision}")
-    return precision
 
 
 def check_shares(config: LoopConfig, ranks: int) -> None:
@@ -281,48 +254,12 @@ def check_shares(config: LoopConfig, ranks: int) -> None:
         )
 
 
-def spread(objective: Trained, config: LoopConfig, precision: Literal["bf16", "fp32"], site: Site) -> Trained:
-    """Let a model recompute its blocks, compile it, cut it among the ranks: what is asked for, in this order.
-
-    Its optimiser is made after that.
-
-    Returns:
-        What to look at the model through: the objective, or the main rank's whole copy of a sharded one.
-    """
-    world, model = site.world, objective.get_submodule("model")
-    if config.grad_checkpointing:
-        recompute_blocks(model)
-    blocks = [module for module in objective.modules() if isinstance(module, Recomputable)]
-    sharded = world.size > 1 and (
-        config.parallel == "fsdp" or (config.parallel == "auto" and is_sharded_by_default(model, world))
-    )
-    watched = copy.deepcopy(objective).eval() if sharded and world.is_main else objective
-    if config.compile:
-        # What gathers the weights of a unit cannot be compiled, so it must not lie within.
-        for module in [part for block in blocks for part in units(block)] if sharded else [model]:
-            module.compile()
-    if sharded:
-        shard(objective, blocks, world, config.ranks_per_copy, precision)
-        site.journal.say(f"weights and optimiser are cut among the ranks (fsdp, {len(blocks)} blocks)")
-    return watched
-
-
 def first_line(error: Exception) -> str:
     """The first line of an error's text, or its kind if it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def to_plain(config: Any) -> dict[str, Any]:
-    """A configuration as JSON and YAML hold it: lists instead of tuples."""
-    return json.loads(json.dumps(asdict(config)))
-
-
-def defaults(config: Any) -> dict[str, Any]:
-    """The defaults of a configuration's fields, likewise."""
-    return json.loads(json.dumps({field.name: field.default for field in fields(config)}))
-
-
 def last_row(folder: Path) -> dict[str, Any]:
     """The newest metrics of a run; empty if there are none."""
-    rows = metrics(folder)
+    rows = read_metrics(folder)
     return rows[-1] if rows else {}

@@ -7,10 +7,11 @@ from typing import Any
 
 import yaml
 
+from quarterview.config import MAY_CHANGE, Composed
 from quarterview.errors import UserError
+from quarterview.files import replace_text
 from quarterview.training import checkpoint
 from quarterview.training.lock import MARKER
-from quarterview.training.logging import replace_text
 from quarterview.training.record import provenance
 
 _WRITTEN = (  # what an unfinished run may leave, and a new run removes
@@ -120,25 +121,25 @@ def origin(resume: str, resumed: checkpoint.Checkpoint | None) -> str | None:
 
 
 def check_same(
-    now: Mapping[str, Any],
-    defaults: Mapping[str, Any],
-    may_change: Collection[str],
-    fingerprint: str,
-    resumed: checkpoint.Checkpoint,
+    config: Composed, fingerprint: str, resumed: checkpoint.Checkpoint, may_change: Collection[str] = ()
 ) -> None:
-    """Raises UserError with the differences if a checkpoint belongs to another request.
+    """Compare what is asked for with what a checkpoint's run was told.
 
     Args:
-        now: the configuration that was asked for.
-        defaults: of every field, for those that are newer than the run.
-        may_change: names of fields that a resumed run may do differently.
-        fingerprint: of the data that was asked for.
+        config: what is asked for; fields marked MAY_CHANGE may differ.
+        fingerprint: of the data that is asked for.
+        may_change: further fields that may differ.
+
+    Raises:
+        UserError: with the differences, if the checkpoint belongs to another request.
     """
-    before = {**defaults, **resumed.state["config"]}
+    kind = type(config)
+    now, default = kind.flat(config.to_plain()), kind.flat(kind.from_flags(**_chosen(config)).to_plain())
+    before = {**default, **kind.flat(resumed.state["config"])}  # some fields may be newer than the run
     changed = [
-        f"  {name}: was {before[name]}, now {now[name]}"
+        f"  {name}: was {before.get(name)}, now {now[name]}"
         for name in now
-        if name not in may_change and before[name] != now[name]
+        if name not in {*config.marked(MAY_CHANGE), *may_change} and before.get(name) != now[name]
     ]
     if resumed.state["resolved"]["fingerprint"] != fingerprint:
         name = "data" if "data" in now else "train"
@@ -149,6 +150,11 @@ def check_same(
             f"{resumed.path} belongs to a run with another configuration:\n" + "\n".join(changed) + "\n"
             f"Give the same flags to go on with it, or start another run with {another}"
         )
+
+
+def _chosen(config: Composed) -> dict[str, Any]:
+    """Which of several parts a configuration has, such as its method."""
+    return {name: config.parts()[name].name for name in config.choices()}
 
 
 def write_record(

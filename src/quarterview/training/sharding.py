@@ -6,16 +6,21 @@ A checkpoint knows nothing of this: tensors are gathered whole when one is writt
 one is read, so a run goes on under any number of ranks, sharded or not.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from quarterview.models.vit import Recomputable, recompute_blocks
+from quarterview.training.config import ComputeConfig, Precision
 from quarterview.training.distributed import World
+
+Distributed = TypeVar("Distributed", bound=nn.Module)
 
 _BYTES_A_PARAMETER = 16
 """float32: a weight, its gradient and AdamW's two moments."""
@@ -63,6 +68,38 @@ def shard(
     fully_shard(module, mesh=mesh, mp_policy=kept, reshard_after_forward=False)
 
 
+def distribute(
+    method: Distributed, config: ComputeConfig, precision: Precision, world: World, say: Callable[[str], None]
+) -> Distributed:
+    """Let a model recompute its blocks, compile it, shard it among the ranks, in this order, if asked for.
+
+    Its optimizer is made after that.
+
+    Args:
+        method: holds the `model`, whose blocks are `Recomputable`.
+        say: told that the model is sharded.
+
+    Returns:
+        What evaluations look at: the method, or the main rank's whole copy of a sharded one.
+    """
+    model = method.get_submodule("model")
+    if config.grad_checkpointing:
+        recompute_blocks(model)
+    blocks = [module for module in method.modules() if isinstance(module, Recomputable)]
+    sharded = world.size > 1 and (
+        config.parallel == "fsdp" or (config.parallel == "auto" and is_sharded_by_default(model, world))
+    )
+    watched = copy.deepcopy(method).eval() if sharded and world.is_main else method
+    if config.compile:
+        # What gathers the weights of a unit cannot be compiled, so it must not lie within.
+        for module in [part for block in blocks for part in units(block)] if sharded else [model]:
+            module.compile()
+    if sharded:
+        shard(method, blocks, world, config.ranks_per_copy, precision)
+        say(f"weights and optimizer are sharded among the ranks (fsdp, {len(blocks)} blocks)")
+    return watched
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether `shard` cut this module."""
     return isinstance(module, FSDPModule)
@@ -81,9 +118,9 @@ def adding_gradients(module: nn.Module, last: bool) -> Iterator[None]:
         yield
 
 
-def copy_whole(module: nn.Module, copy: nn.Module | None) -> None:
+def copy_whole(module: nn.Module, twin: nn.Module | None) -> None:
     """Copy a sharded module's weights into a whole one, on the ranks that have such a copy; all call this."""
-    places = copy.state_dict() if copy is not None else {}
+    places = twin.state_dict() if twin is not None else {}
     for name, part in module.state_dict().items():
         entire = whole(part)
         if name in places:

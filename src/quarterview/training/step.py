@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quarterview.data.loader import Batch
-from quarterview.methods.base import Loss, Objective
+from quarterview.methods.base import Loss, Method
 from quarterview.training.distributed import World
 from quarterview.training.sharding import adding_gradients, is_sharded, whole
 
@@ -20,9 +20,9 @@ class Step:
     """Forward, backward, optimiser.
 
     Args:
-        objective: what is trained; sharded already (see `sharding.shard`), or else wrapped for several ranks
+        method: what is trained; sharded already (see `sharding.shard`), or else wrapped for several ranks
             here.
-        optimizer: fused, over the objective's parameters.
+        optimizer: fused, over the method's parameters.
         autocast: what to run the forward pass in.
         accum_iter: parts that a batch is cut into.
         clip_grad: largest norm of the gradient, or None.
@@ -30,18 +30,18 @@ class Step:
 
     def __init__(
         self,
-        objective: Objective,
+        method: Method,
         optimizer: torch.optim.AdamW,
         world: World,
         autocast: Callable[[], AbstractContextManager],
         accum_iter: int = 1,
         clip_grad: float | None = None,
     ) -> None:
-        assert isinstance(objective, nn.Module)
+        assert isinstance(method, nn.Module)
         self.optimizer, self.world, self.autocast = optimizer, world, autocast
         self.accum_iter, self.clip_grad = accum_iter, clip_grad
-        self.wrapped = objective if is_sharded(objective) else world.wrap(objective)
-        self.parameters = [p for p in objective.parameters() if p.requires_grad]
+        self.wrapped = method if is_sharded(method) else world.wrap(method)
+        self.parameters = [p for p in method.parameters() if p.requires_grad]
 
     def forward(self, part: Batch) -> Loss:
         """The loss of a part of a batch, in the precision that is trained in."""

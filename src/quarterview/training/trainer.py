@@ -1,4 +1,4 @@
-"""The loop. It trains any objective, and knows nothing of what it trains.
+"""The training loop. It trains any method, and knows nothing of what it trains.
 
 Nothing inside a step is decided on the host: a step whose gradient is not finite is dropped by the
 optimiser on the device, and loss, norm and flags are read only where a row of metrics is written.
@@ -10,7 +10,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,136 +18,98 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from quarterview.data.loader import Batch, Loader
-from quarterview.errors import RunError, UserError, check_types
-from quarterview.methods.base import Objective
+from quarterview.errors import RunError
+from quarterview.methods.base import Method
 from quarterview.training import checkpoint
+from quarterview.training.config import LoopConfig, OptimConfig, Precision, RunConfig
 from quarterview.training.distributed import Vote, World
-from quarterview.training.logging import Journal, Meter
+from quarterview.training.logging import Meter, RunLogger
 from quarterview.training.optim import Schedule, load_optimizer_tensors, optimizer_tensors
 from quarterview.training.sharding import copy_whole, cut_like, is_sharded, put_into, whole
 from quarterview.training.step import Step
 from quarterview.training.writer import Writer
 
-MOST_SKIPS = 3
+MAX_SKIPS = 3
 """So many bad steps in a row stop a run."""
 
 
-@dataclass(frozen=True)
-class LoopConfig:
-    """How long and how a run trains."""
-
-    epochs: float = 800
-    """Passes over the training images; the updates are ceil(epochs × images / batch size)."""
-    steps: int | None = None
-    """Updates, instead of epochs."""
-    batch_size: int = 256
-    """Images per update, over all ranks and accumulated parts."""
-    accum_iter: int = 1
-    """Parts that a batch is cut into to save memory; gradients are those of the whole batch."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16 autocast, or float32 throughout."""
-    compile: bool = False
-    """Compile the model: slow to start, faster after; needs a C++ compiler on CPU."""
-    grad_checkpointing: bool = False
-    """Keep the input of each block alone for the backward pass and compute the rest again: less memory for
-    about a third more work. Nothing else changes."""
-    deterministic: bool = False
-    """Use deterministic kernels only; bit-identical reruns on one GPU, too. CPU runs always are."""
-    seed: int = 0
-    """Of every random draw."""
-    log_every: int = 20
-    """Updates between rows of metrics."""
-    eval_every: int | None = None
-    """Updates between validations and panels; by default a twentieth of the run."""
-    checkpoint_every: int | None = None
-    """Updates between checkpoints; by default the clock decides."""
-    checkpoint_minutes: float = 10.0
-    """Minutes between checkpoints where `checkpoint_every` is not given."""
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints are kept."""
-    keep_every: int | None = None
-    """Also write a checkpoint after every so many updates, and keep those for good."""
-    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """What each of several ranks holds: the whole model (ddp), a part of its weights and of the optimiser's
-    state (fsdp), or a part where the whole would take more than a quarter of a GPU (auto)."""
-    ranks_per_copy: int | None = None
-    """With fsdp, ranks that hold one copy of the model between them; by default those of one machine."""
-
-    def __post_init__(self) -> None:
-        check_types(self, LoopConfig)
-        whole = ("batch_size", "accum_iter", "log_every", "keep_checkpoints")
-        for name in (*whole, "steps", "eval_every", "checkpoint_every", "keep_every", "ranks_per_copy"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} {value}; accepted: 1 or more")
-        for name in ("epochs", "checkpoint_minutes"):
-            if not 0 < getattr(self, name) <= 1e9:
-                raise UserError(f"{name} {getattr(self, name)}; accepted: a number above 0, up to a billion")
-
-    def total_steps(self, images: int) -> int:
-        """Updates of the whole run over a training set of so many images."""
-        return self.steps or math.ceil(self.epochs * images / self.batch_size)
-
-    def validation_every(self, total: int) -> int:
-        """Updates between validations in a run of `total`."""
-        return self.eval_every or max(self.log_every, total // 20)
+Evaluator = Callable[[int], dict[str, float]]
+"""Called with the step at every evaluation; returns columns for the metrics, and may draw a panel."""
 
 
-class Hook(Protocol):
-    """Something to do at every validation, such as drawing a panel. Returns columns for the metrics."""
+class TrainedConfig(Protocol):
+    """The parts of a composed configuration that the trainer reads."""
 
-    def __call__(self, step: int) -> dict[str, float]: ...
+    @property
+    def run(self) -> RunConfig: ...
+    @property
+    def loop(self) -> LoopConfig: ...
+    @property
+    def optim(self) -> OptimConfig: ...
+
+
+class Place(Protocol):
+    """Where a trainer writes and with whom it trains: an `OpenRun`."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def world(self) -> World: ...
+    @property
+    def log(self) -> RunLogger: ...
 
 
 class Trainer:
-    """One run of the loop.
+    """The training loop.
 
     Args:
-        objective: what is trained; sharded already, or else wrapped for several ranks here.
-        optimizer: over the objective's parameters, with `names` in its groups.
+        config: how often what is done (``run``), how long (``loop``), clipping and averaging (``optim``).
+        place: the run's folder, ranks and log.
+        method: what is trained; sharded already, or else wrapped for several ranks here.
+        optimizer: over the method's parameters, with `names` in its groups.
         schedule: the learning rate of every update.
         loader: the batches.
-        folder: the run's folder.
-        hooks: called by the main rank at every validation, and at the end.
-        watched: through which the hooks look: the objective, or if it is sharded the main rank's whole copy.
-        together: called by every rank where rows of metrics are written: what else the ranks exchange.
-        ema: decay of the moving average of the weights, or None.
-        clip_grad: largest norm of the gradient, or None.
+        precision: of the forward pass.
+        evaluators: called by the main rank at every evaluation, and at the end.
+        watched: through which evaluators look: the method, or the main rank's whole copy of a sharded one.
         state: what else every checkpoint's ``state.json`` is to hold.
         metadata: for the header of ``model.safetensors``.
+
+    Attributes:
+        exchange: called by every rank where rows of metrics are written: what else the ranks exchange.
     """
 
     def __init__(
         self,
-        objective: Objective,
+        config: TrainedConfig,
+        place: Place,
+        method: Method,
         optimizer: torch.optim.AdamW,
         schedule: Schedule,
         loader: Loader,
-        config: LoopConfig,
-        world: World,
-        journal: Journal,
-        folder: Path,
-        hooks: Sequence[Hook] = (),
-        ema: float | None = None,
-        clip_grad: float | None = None,
+        precision: Precision,
+        evaluators: Sequence[Evaluator] = (),
+        watched: nn.Module | None = None,
         state: dict[str, Any] | None = None,
         metadata: dict[str, str] | None = None,
-        watched: nn.Module | None = None,
-        together: Callable[[], None] = lambda: None,
     ) -> None:
-        assert isinstance(objective, nn.Module)
-        self.objective, self.module = objective, objective.train()
+        assert isinstance(method, nn.Module)
+        self.method, self.module = method, method.train()
         self.optimizer, self.schedule, self.loader = optimizer, schedule, loader
-        self.config, self.world, self.journal, self.folder = config, world, journal, folder
-        self.hooks, self.watched, self.together = hooks, watched, together
+        self.config, self.batch_size = config, config.loop.batch_size
+        self.world, self.log, self.folder = place.world, place.log, place.folder
+        self.evaluators, self.watched = evaluators, watched
+        self.exchange: Callable[[], None] = lambda: None
         self.extra_state = state or {}
-        self.ema_decay = ema
-        self.watched_ema: dict[str, Tensor] = {}  # the whole of it, while hooks run
-        self.ema = {n: p.detach().clone() for n, p in objective.model.named_parameters()} if ema else {}
-        keep = (config.keep_checkpoints, config.keep_every)
-        self.writer = Writer(folder / "checkpoints", *keep, metadata or {})
-        self.autocast = precision_context(config.precision, world.device)
-        self.update = Step(objective, optimizer, world, self.autocast, config.accum_iter, clip_grad)
+        self.watched_ema: dict[str, Tensor] = {}  # the whole of it, while evaluators run
+        averaged = method.model.named_parameters() if config.optim.ema else ()
+        self.ema = {name: parameter.detach().clone() for name, parameter in averaged}
+        keep = (config.run.keep_checkpoints, config.run.keep_every)
+        self.writer = Writer(self.folder / "checkpoints", *keep, metadata or {})
+        self.precision, self.autocast = precision, precision_context(precision, self.world.device)
+        self.update = Step(
+            method, optimizer, self.world, self.autocast, config.loop.accum_iter, config.optim.clip_grad
+        )
 
         self.step = 0  # updates done, skipped ones included
         self.skips, self.skips_in_a_row = 0, 0
@@ -164,18 +125,18 @@ class Trainer:
         Raises:
             RunError: if three steps in a row give gradients that are not finite.
         """
-        total, batch = self.schedule.total_steps, self.config.batch_size
-        eval_every = self.config.validation_every(total)
+        total = self.schedule.total_steps
+        eval_every = self.config.run.evaluation_every(total)
         parts = (self.world.share(self._positions(step)) for step in range(self.step, total))
-        self.journal.start_progress(total, self.step)
+        self.log.start_progress(total, self.step)
         meter, vote = Meter(), Vote(self.world)
         with stop_signals() as asked:
             for data in timed(self.loader.batches(parts), meter):
                 self._update(data)
-                meter.images += batch
-                self.journal.advance(self.step)
+                meter.images += self.batch_size
+                self.log.advance(self.step)
                 last, evaluate = self.step == total, self.step % eval_every == 0
-                if last or evaluate or self.step % self.config.log_every == 0:
+                if last or evaluate or self.step % self.config.run.log_every == 0:
                     self._write_row(meter, evaluate or last)
                 stop, late, failed = vote(bool(asked), self._is_late(), self.writer.has_failed)
                 if self.world.size > 1:  # the answer is to a question of before the last save
@@ -194,16 +155,16 @@ class Trainer:
 
     def _positions(self, step: int) -> range:
         """Of the batch after so many updates, in the stream."""
-        return range(step * self.config.batch_size, (step + 1) * self.config.batch_size)
+        return range(step * self.batch_size, (step + 1) * self.batch_size)
 
     def _update(self, batch: Batch) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr(self.step) * group.get("lr_scale", 1.0)
-        loss, metrics = self.update.gradients(batch, self.config.batch_size)
+        loss, metrics = self.update.gradients(batch, self.batch_size)
         norm, bad = self.update.apply(loss)
-        if self.ema_decay is not None:
-            average = get_ema_multi_avg_fn(self.ema_decay)
-            average(list(self.ema.values()), list(self.objective.model.parameters()), 0)
+        if self.config.optim.ema is not None:
+            average = get_ema_multi_avg_fn(self.config.optim.ema)
+            average(list(self.ema.values()), list(self.method.model.parameters()), 0)
         self.step += 1
         for name, value in {
             "loss": loss,
@@ -228,10 +189,10 @@ class Trainer:
             if bad:
                 positions = self._positions(step - 1)  # of every rank
                 _, ids = self.loader.stream.at(torch.arange(positions.start, positions.stop))
-                self.journal.skipped(step, ids.tolist())
-            if self.skips_in_a_row >= MOST_SKIPS:
+                self.log.skipped(step, ids.tolist())
+            if self.skips_in_a_row >= MAX_SKIPS:
                 raise RunError(
-                    f"steps {step - MOST_SKIPS + 1} to {step} all gave gradients that are not finite, so the "
+                    f"steps {step - MAX_SKIPS + 1} to {step} all gave gradients that are not finite, so the "
                     "run stops; the weights are those before them. Likely causes, in this order: a learning "
                     "rate too high (--blr or --lr), no clipping (--clip-grad 1), pixels far out of range "
                     "(skipped_steps.jsonl names the samples), or bf16 (--precision fp32)."
@@ -239,15 +200,15 @@ class Trainer:
 
     def _write_row(self, meter: Meter, evaluate: bool) -> None:
         self._read_flags()
-        self.together()
+        self.exchange()
         sums = {name: float(value) for name, value in self._sums.items()}
         good = sums.pop("good", 0.0)
         means = {name: value / good if good else math.nan for name, value in sums.items()}
         self._sums = {}
         rate, waiting = meter.read()
         columns = self._evaluate(meter) if evaluate else {}
-        samples = self.step * self.config.batch_size
-        self.journal.row(
+        samples = self.step * self.batch_size
+        self.log.row(
             {
                 "step": self.step,
                 "samples": samples,
@@ -267,7 +228,7 @@ class Trainer:
     def _evaluate(self, meter: Meter) -> dict[str, float]:
         began = meter.clock()
         columns: dict[str, float] = {}
-        self._finish_writing()  # hooks may fork, which a process with threads had better not
+        self._finish_writing()  # evaluators may fork, which a process with threads had better not
         self.module.eval()  # looking at a run must not change it
         if is_sharded(self.module):
             copy_whole(self.module, self.watched if self.world.is_main else None)
@@ -276,8 +237,8 @@ class Trainer:
             if self.world.is_main:
                 self.watched_ema[name] = entire
         with torch.no_grad(), self.autocast():
-            for hook in self.hooks if self.world.is_main else ():
-                columns |= hook(self.step)
+            for evaluator in self.evaluators if self.world.is_main else ():
+                columns |= evaluator(self.step)
         self.watched_ema = {}
         self.world.wait()
         self.module.train()
@@ -285,14 +246,14 @@ class Trainer:
         return columns
 
     def _checkpoint_is_due(self) -> bool:
-        every = (self.config.checkpoint_every, self.config.keep_every)
+        every = (self.config.run.checkpoint_every, self.config.run.keep_every)
         return any(number is not None and self.step % number == 0 for number in every)
 
     def _is_late(self) -> bool:
         """Whether the clock asks for a checkpoint."""
-        if self.config.checkpoint_every is not None:
+        if self.config.run.checkpoint_every is not None:
             return False
-        return time.monotonic() - self._saved_time > 60 * self.config.checkpoint_minutes
+        return time.monotonic() - self._saved_time > 60 * self.config.run.checkpoint_minutes
 
     def save(self, wait: bool = True) -> None:
         """Write a checkpoint of the present step, unless that is done.
@@ -322,8 +283,8 @@ class Trainer:
         """
         others = {k: v for k, v in self.module.state_dict().items() if not k.startswith("model.")}
         tensors = {
-            "model": self.objective.model.state_dict(),
-            "objective": others,
+            "model": self.method.model.state_dict(),
+            "objective": others,  # the name of the file since version 0.1
             "optimizer": optimizer_tensors(self.optimizer),
             "ema": self.ema,
         }
@@ -339,7 +300,7 @@ class Trainer:
         return {
             **self.extra_state,
             "step": self.step,
-            "samples": self.step * self.config.batch_size,
+            "samples": self.step * self.batch_size,
             "skips": self.skips,
             "skips_in_a_row": self.skips_in_a_row,
             "sums": {name: float(value) for name, value in self._sums.items()},
@@ -347,7 +308,7 @@ class Trainer:
 
     def restore(self, loaded: checkpoint.Checkpoint) -> None:
         """Continue where a checkpoint was taken."""
-        put_into(self.objective.model, loaded.tensors["model"])
+        put_into(self.method.model, loaded.tensors["model"])
         put_into(self.module, loaded.tensors.get("objective", {}), strict=False)
         load_optimizer_tensors(self.optimizer, loaded.tensors.get("optimizer", {}))
         for name, tensor in self.ema.items():
@@ -365,7 +326,7 @@ def precision_context(precision: str, device: torch.device) -> Callable[[], Abst
     return lambda: torch.autocast(device.type, torch.bfloat16)
 
 
-def usable_precision(precision: Literal["bf16", "fp32"], device: torch.device) -> Literal["bf16", "fp32"]:
+def usable_precision(precision: Precision, device: torch.device) -> Precision:
     """The precision asked for, or fp32 where the device has no bf16 arithmetic."""
     if (
         precision == "bf16"

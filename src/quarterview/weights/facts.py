@@ -4,20 +4,33 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from quarterview.config import MAY_CHANGE, PATH, field_specs
+from quarterview.data import config as data
 from quarterview.errors import UserError
+from quarterview.methods import config as methods
+from quarterview.models import config as models
 from quarterview.training import checkpoint
-from quarterview.training.logging import metrics
-from quarterview.weights.loading import Weights, read
+from quarterview.training import config as training
+from quarterview.training.metric_writers import read_metrics
+from quarterview.weights.config import InitConfig, StartConfig, TuningConfig
+from quarterview.weights.loading import SCHEMES, Weights, read
 
-_STARTS = ("init_from", "run")  # what a run's configuration calls the weights that it began with
 _SCRATCH = "scratch"
-_PLACES = (  # where things lay and ran, which says nothing of the weights
-    *("out", "data", "train", "test", "probe_train", "probe_test", "resume", "device", "cache", "workers"),
-    *("init_from", "run", "tokenizer", "log_every", "eval_every", "checkpoint_every", "checkpoint_minutes"),
-    *("keep_checkpoints", "probe_every"),
+_PARTS = (
+    *(models.ViTConfig, models.AutoencoderConfig),
+    *(data.DataConfig, data.LoaderConfig, data.ViewConfig, data.AugmentConfig),
+    *(methods.RegularizationConfig, *get_args(methods.MethodConfig)),
+    *(training.RunConfig, training.ResumeConfig, training.LoopConfig, training.ComputeConfig),
+    *(
+        training.OptimConfig,
+        training.LayerDecayConfig,
+    ),
+    *(InitConfig, StartConfig, TuningConfig),
 )
+"""The parts whose fields a card may show, but for places (PATH) and what says nothing of the weights,
+because a resumed run may change it (MAY_CHANGE)."""
 _LOSSES = ("loss", "val_loss")
 _GENERATIONS = 8
 """How far back the weights' forebears are followed."""
@@ -40,7 +53,7 @@ class Facts:
     images: int | None = None
     """How many those were."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """The run's configuration, without the places of files and what was left unset."""
+    """The run's configuration, as far as `shown_settings` shows it."""
     losses: Mapping[str, float] = field(default_factory=dict)
     """The newest losses of the run, by name."""
     accuracies: Mapping[str, float] = field(default_factory=dict)
@@ -89,8 +102,9 @@ def _facts(path: str | Path, weights: Weights, licence: str, generations: int) -
     state = checkpoint.read_state(folder)
     run = folder.parents[1]
     record = _read(run / "run.json")
-    config, resolved = state.get("config", {}), state.get("resolved", {})
-    started = next((config[name] for name in _STARTS if config.get(name) not in (None, "", _SCRATCH)), "")
+    config, resolved = flat_settings(state.get("config", {})), state.get("resolved", {})
+    started = config.get("init_from") or config.get("run") or ""  # of pre-training, or of fine-tuning
+    started = "" if started == _SCRATCH else started
     start = _start(started, generations) if started else None
     recorded = resolved.get("licence") or state.get("licence") or record.get("licence") or ""
     losses, epochs = _losses(run, state.get("step"))
@@ -101,13 +115,49 @@ def _facts(path: str | Path, weights: Weights, licence: str, generations: int) -
         epochs=epochs,
         fingerprint=resolved.get("fingerprint", ""),
         images=record.get("data", {}).get("images"),
-        settings={k: value for k, value in config.items() if k not in _PLACES and value is not None},
+        settings=shown_settings(config),
         losses=losses,
         accuracies=_accuracies(run, str(file.resolve().relative_to(run))),
         licence=licence or recorded or (start.licence if start else ""),
-        started_from=Path(started).name if Path(started).exists() else started,
+        started_from=started if started.startswith(SCHEMES) else Path(started).name,
         start=start,
     )
+
+
+def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a run as its state holds it, by the names of its flags.
+
+    Args:
+        config: nested by parts, or flat as version 0.1 wrote it. Of a part that is one of several, such as
+            the method, ``name`` says which one it is.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if not isinstance(value, Mapping):
+            flat[name] = value
+            continue
+        own = dict(value)
+        if "name" in own:
+            flat[name] = own.pop("name")
+        flat |= own
+    return flat
+
+
+def shown_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that a card may show: those that say how the weights were made.
+
+    What is left out are places of this machine, what concerns its hardware and its logs, and what is unset.
+
+    Args:
+        config: as `flat_settings` returns it.
+    """
+    shown = {
+        name
+        for part in _PARTS
+        for name, spec in field_specs(part).items()
+        if not spec.markers & {PATH, MAY_CHANGE}
+    } | {"method", "objective"}
+    return {name: value for name, value in config.items() if name in shown and value is not None}
 
 
 def _start(path: str, generations: int) -> Facts | None:
@@ -129,7 +179,7 @@ def _name(path: str | Path) -> str:
 
 def _losses(run: Path, step: int | None) -> tuple[dict[str, float], float | None]:
     """The newest metrics of a run at a step, by name, and the epochs by then."""
-    rows = [row for row in metrics(run) if step is None or row["step"] <= step]
+    rows = [row for row in read_metrics(run) if step is None or row["step"] <= step]
     found = {name: row[name] for row in rows for name in _LOSSES if isinstance(row.get(name), int | float)}
     return found, rows[-1].get("epoch") if rows else None
 

@@ -1,4 +1,4 @@
-"""`quarterview push`: an export onto the Hugging Face Hub."""
+"""Upload an export to the Hugging Face Hub."""
 
 import re
 from pathlib import Path

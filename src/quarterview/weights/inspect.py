@@ -2,17 +2,16 @@
 
 from dataclasses import fields
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
 from quarterview.models.classifier import ClassifierConfig
-from quarterview.models.config import MAEConfig, ViTConfig
-from quarterview.models.masking import keep_count
-from quarterview.training.logging import Journal, metrics
+from quarterview.models.config import MAEConfig, ViTConfig, keep_count
+from quarterview.training.metric_writers import read_metrics
 from quarterview.weights.loading import Weights, read
 
 _CLASSES_SHOWN = 12
-_TENSORS_SHOWN = 20
 _PARTS = {
     "embedding": ("patch_embed", "cls_token", "pos_embed"),
     "blocks": ("blocks", "norm", "fc_norm"),
@@ -22,8 +21,8 @@ _PARTS = {
 """Where a parameter belongs, by how its name begins."""
 
 
-def inspect(given: str, journal: Journal) -> None:
-    """Show a table of what is known about weights from anywhere.
+def inspect(given: str) -> list[tuple[str, str]]:
+    """What is known about weights from anywhere: names and values, in order.
 
     Raises:
         UserError: if they are not understood.
@@ -46,9 +45,8 @@ def inspect(given: str, journal: Journal) -> None:
         ("std", _numbers(config.std)),
         ("good for", uses(weights)),
     ]
-    rows += [("note", note) for note in weights.manifest[1:]]
-    rows += _last_metrics(Path(given))
-    journal.facts(given, rows)
+    rows += [("note", note) for note in weights.warnings]
+    return rows + _last_metrics(Path(given))
 
 
 def parameters(tensors: dict[str, Tensor]) -> dict[str, int]:
@@ -104,7 +102,7 @@ def _numbers(values: tuple[float, ...] | None) -> str:
 
 
 def _last_metrics(path: Path) -> list[tuple[str, str]]:
-    rows = metrics(path) if path.is_dir() else []
+    rows = read_metrics(path) if path.is_dir() else []
     if not rows:
         return []
     last = rows[-1]
@@ -118,28 +116,34 @@ def _last_metrics(path: Path) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------------- two of them
 
 
-def compare_weights(one: str, other: str, journal: Journal) -> bool:
-    """Show in what two weights differ: their configurations, and their tensors part by part.
+class Difference(NamedTuple):
+    """In what two weights differ."""
 
-    Returns:
-        Whether they hold the same tensors.
+    configs: list[tuple[str, str, str]]
+    """What differs of their kinds and configurations, see `configured`."""
+    parts: list[tuple[str, str, str, str, str]]
+    """The parts and how their tensors differ, see `parts`."""
+    tensors: list[tuple[str, str, str]]
+    """The names of tensors that only one has or that have other shapes, see `odd_tensors`."""
+    same: bool
+    """Whether they hold the same tensors."""
+
+
+def compare_weights(one: str, other: str) -> Difference:
+    """Compare two weights: their configurations, and their tensors part by part.
 
     Raises:
         UserError: if one of them is not understood.
     """
     first, second = read(one), read(other)
-    rows = configured(first, second)
-    if rows:
-        journal.table("what they are", ["", "first", "second"], rows)
-    columns = ["part", "equal", "different", "largest difference", "in one alone"]
-    journal.table("tensors", columns, parts(first.tensors, second.tensors))
-    odd = odd_tensors(first.tensors, second.tensors)
-    for name, mine, theirs in odd[:_TENSORS_SHOWN]:
-        journal.say(f"{name}: {mine} in the first, {theirs} in the second")
-    if len(odd) > _TENSORS_SHOWN:
-        journal.say(f"and {len(odd) - _TENSORS_SHOWN} more")
-    return first.tensors.keys() == second.tensors.keys() and all(
+    same = first.tensors.keys() == second.tensors.keys() and all(
         tensor.equal(second.tensors[name]) for name, tensor in first.tensors.items()
+    )
+    return Difference(
+        configured(first, second),
+        parts(first.tensors, second.tensors),
+        odd_tensors(first.tensors, second.tensors),
+        same,
     )
 
 

@@ -1,11 +1,13 @@
 """Open weights: our own runs, checkpoints and files, and those of others.
 
-`read` is the one door. What it finds is a configuration of ours, tensors by our names, and a
-manifest that says what they were, what is missing and what was assumed.
+`read` is the one door. What it finds is a configuration of ours, tensors by our names, and notes
+that say what they were, what is missing and what was assumed. A model that is opened from them carries the
+notes, and the logger ``quarterview`` is told; nothing is printed.
 """
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
@@ -24,11 +26,11 @@ from quarterview.models.create import fresh_model
 from quarterview.models.mae import MaskedAutoencoder
 from quarterview.models.tokenizer import DiscreteVAE, TokenizerConfig
 from quarterview.training import checkpoint
-from quarterview.training.logging import Journal
 from quarterview.weights.convert.architecture import DECODER, recognise
 from quarterview.weights.convert.foreign import ACCEPTED, fetch, header_entry, read_foreign
 from quarterview.weights.resize import adapt
 
+LOGGER = logging.getLogger("quarterview")
 METADATA_KEY = "quarterview"
 _KINDS = {
     "mae": MAEConfig,
@@ -36,7 +38,8 @@ _KINDS = {
     "tokenizer": TokenizerConfig,
     "encoder": ViTConfig,  # last, for the first two are such, too
 }
-_SCHEMES = ("timm:", "hf:")
+SCHEMES = ("timm:", "hf:")
+"""How the names of weights begin that are not on this machine."""
 
 
 class Weights(NamedTuple):
@@ -71,15 +74,23 @@ class Weights(NamedTuple):
         return "decoder_pred.weight" in self.tensors
 
     @property
-    def manifest(self) -> list[str]:
-        """What was found, what is missing and what was assumed, in a few lines."""
-        lines = [f"{self.given}: {self.kind}, {self.config.model}, {len(self.tensors)} tensors taken"]
-        if self.dropped:
-            lines.append(f"left out: {_some(self.dropped)}")
+    def description(self) -> str:
+        """What was found, in a line."""
+        return f"{self.given}: {self.kind}, {self.config.model}, {len(self.tensors)} tensors taken"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was left out, what is missing, and what was assumed, a line each."""
+        lines = [f"left out: {_some(self.dropped)}"] if self.dropped else []
         missing = [name for name in self.missing if not any(fnmatchcase(name, p) for p in DECODER)]
         if missing:
             lines.append(f"missing, so freshly initialised: {_some(missing)}")
         return [*lines, *self.notes]
+
+    @property
+    def manifest(self) -> list[str]:
+        """What was found, what is missing and what was assumed, in a few lines."""
+        return [self.description, *self.warnings]
 
     @property
     def digest(self) -> str:
@@ -209,7 +220,7 @@ def read_header(file: Path) -> MAEConfig | ClassifierConfig:
 
 
 def read_any_header(file: Path) -> ViTConfig | TokenizerConfig:
-    """Likewise, of whatever was trained.
+    """What the header of a weights file of ours says that it holds, whatever was trained.
 
     Raises:
         UserError: if it is no such file.
@@ -240,7 +251,7 @@ def read_config(given: str | Path, ema: bool = False) -> MAEConfig | ClassifierC
         UserError: as `read`.
     """
     path = Path(given)
-    if not str(given).startswith(_SCHEMES) and _is_ours(path):
+    if not str(given).startswith(SCHEMES) and _is_ours(path):
         return read_header(find_weights(path, ema))
     return read(given, ema).config
 
@@ -251,7 +262,9 @@ def load(
     """The model of a run, a checkpoint, a file, a folder of transformers or timm, or the Hub.
 
     A `Classifier` if the weights have a head, else a `MaskedAutoencoder`, in evaluation mode. What
-    foreign weights lack, such as a decoder, is freshly initialised, and said.
+    foreign weights lack, such as a decoder, is freshly initialised. What they were, what they lack and
+    what was assumed of them is in the model's `notes`, and is logged: to ``quarterview``, at WARNING what
+    one should know and at INFO the rest.
 
     Args:
         given, ema, allow_partial: as `read`.
@@ -263,20 +276,9 @@ def load(
 
 
 def open_model(weights: Weights) -> MaskedAutoencoder | Classifier:
-    """The model that holds weights; what foreign ones were and lack is said.
-
-    Raises:
-        UserError: as `build`.
-    """
-    if not weights.ours:
-        journal = Journal()
-        for line in weights.manifest:
-            journal.say(line)
-    return build(weights)
-
-
-def build(weights: Weights) -> MaskedAutoencoder | Classifier:
     """The model that holds weights; what they lack has the initial values that belong to seed 0.
+
+    Of foreign weights, `notes` of the model says what they were and lack, and so does the log.
 
     Raises:
         UserError: if they are not those of such a model, before anything is allocated for it.
@@ -295,11 +297,16 @@ def build(weights: Weights) -> MaskedAutoencoder | Classifier:
             raise UserError(f"{weights.given} has {name} of {list(tensor.shape)}, {wanted}; {ACCEPTED}")
     model = fresh_model(config, seed=0) if isinstance(config, MAEConfig) else Classifier(config)
     model.load_state_dict(weights.tensors, strict=False)
+    if not weights.ours:
+        model.notes = tuple(weights.manifest)
+        LOGGER.info(weights.description)
+        for line in weights.warnings:
+            LOGGER.warning(line)
     return model.eval()
 
 
 def load_autoencoder(given: str | Path, ema: bool = False) -> MaskedAutoencoder:
-    """Likewise, of a masked autoencoder with its decoder.
+    """The masked autoencoder, with its decoder, of weights from anywhere; see `load`.
 
     Raises:
         UserError: if there is no such model.
@@ -336,7 +343,7 @@ def load_tokenizer(given: str | Path) -> DiscreteVAE:
 
 
 def load_classifier(given: str | Path, ema: bool = False) -> Classifier:
-    """Likewise, of a classifier.
+    """The classifier of weights from anywhere; see `load`.
 
     Raises:
         UserError: if there is no such model.

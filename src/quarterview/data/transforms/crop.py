@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quarterview import rng
+from quarterview.data.config import CROP_SCALE
 
-CROP_SCALE = (0.2, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
 _CUBIC = -0.5  # Keys' parameter, that of Pillow and of torch's antialiased bicubic

@@ -6,7 +6,6 @@ Everything is keyed by (seed, epoch, sample): the same picture comes out whereve
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,43 +14,13 @@ from PIL.Image import Resampling
 from torch import Tensor
 
 from quarterview import rng
-from quarterview.data.transforms.crop import CROP_SCALE
-from quarterview.errors import UserError, check_types
+from quarterview.data.config import RANDAUGMENT
+from quarterview.errors import UserError
 
-RANDAUGMENT = "rand-m9-mstd0.5-inc1"
-"""The paper's RandAugment (9, 0.5) in timm's words, which are not torchvision's."""
 _TRANSLATION_SHARE = 0.45  # how far RandAugment may move a picture, of its shorter side
 _ERASED_AREA = (0.02, 1 / 3)
 _ERASED_ASPECT = (0.3, 1 / 0.3)
 _ATTEMPTS = 10
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """What is done to a training image. The defaults are the official fine-tuning's."""
-
-    crop_min: float = 0.08
-    """The smallest share of the image's area that a random crop keeps."""
-    flip: bool = True
-    """Mirror half of the images."""
-    randaugment: str | None = RANDAUGMENT
-    """A policy of timm's RandAugment, or none. Needs 8-bit RGB images and the extra quarterview[timm]."""
-    erase: float = 0.25
-    """Share of the images in which a rectangle is replaced by noise."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "randaugment", None if self.randaugment == "none" else self.randaugment)
-        check_types(self, AugmentConfig)
-        if not 0 < self.crop_min <= 1:
-            raise UserError(f"crop_min {self.crop_min}; accepted: a number above 0, at most 1")
-        if not 0 <= self.erase <= 1:
-            raise UserError(f"erase {self.erase}; accepted: 0 to 1")
-        if self.randaugment is not None:
-            _policy(self.randaugment, 32, (0.5,))  # so that a wrong name is told before the data is read
-
-
-PRETRAINING = AugmentConfig(crop_min=CROP_SCALE[0], randaugment=None, erase=0.0)
-"""The paper's pre-training: random crop and flip."""
 
 
 def randaugment(
@@ -76,6 +45,11 @@ def randaugment(
     with rng.seeded(seed, "randaugment", epoch, sample):
         changed = transform(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
         return torch.from_numpy(np.array(changed)).permute(2, 0, 1).contiguous()
+
+
+def check_policy(policy: str) -> None:
+    """Raises UserError if a policy is not in timm's form, or timm is not installed."""
+    _policy(policy, 32, (0.5,))
 
 
 @functools.cache

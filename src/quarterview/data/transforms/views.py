@@ -5,84 +5,20 @@ image live by it (He et al. 2021, table 1e). Everything is keyed by (seed, epoch
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from quarterview import rng
-from quarterview.data.transforms.crop import CROP_SCALE, eval_box, random_crops
-from quarterview.errors import UserError, check_types
+from quarterview.data.config import ColorDistortion, View
+from quarterview.data.transforms.crop import eval_box, random_crops
 
-CropKind = Literal["random", "fixed", "none"]
 FIXED_CROP = 224 / 256
 """Side of a crop of fixed size, as a share of the largest box."""
 BLUR_SIGMA = (0.1, 2.0)
 """Least and greatest deviation of a blur, in pixels."""
 _GREY = (0.2989, 0.587, 0.114)  # ITU-R 601, with torchvision's digits
 _NUMBERS = 9  # drawn for the colours of a view
-
-
-@dataclass(frozen=True)
-class Colours:
-    """How the colours of a view are distorted. Shares are of the images to which each is done."""
-
-    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """How far brightness, contrast and saturation may go from 1, and the hue from where it is, in turns."""
-    jitter_share: float = 0.8
-    grey: float = 0.0
-    blur: float = 0.0
-    solarise: float = 0.0
-
-
-SIMCLR = Colours((0.8, 0.8, 0.8, 0.2), grey=0.2)
-"""Chen et al. 2020, appendix A, at full strength; small pictures are not blurred there, nor here."""
-BYOL = (
-    Colours((0.4, 0.4, 0.2, 0.1), grey=0.2, blur=1.0),
-    Colours((0.4, 0.4, 0.2, 0.1), grey=0.2, blur=0.1, solarise=0.2),
-)
-"""Grill et al. 2020, table 6: of the first view and of the second. MoCo v3 has the same."""
-
-
-@dataclass(frozen=True)
-class View:
-    """How one view of an image is made."""
-
-    crop: CropKind = "random"
-    """A box of random size, shape and place; one of fixed size, seven eighths of the largest; or the central
-    one, without a flip."""
-    crop_min: float = CROP_SCALE[0]
-    flip: bool = True
-    colours: Colours | None = None
-
-
-@dataclass(frozen=True)
-class ViewConfig:
-    """What is done to images in pre-training. The defaults are the paper's."""
-
-    crop: CropKind = "random"
-    """Train on boxes of random size and place, on boxes of one size at random places (fixed, seven eighths of
-    the largest), or on the central box without flips (none)."""
-    crop_min: float = CROP_SCALE[0]
-    """The smallest share of the image's area that a random crop keeps."""
-    color_jitter: float = 0.0
-    """Change brightness, contrast and saturation of each image by up to this share, and its hue by a quarter
-    of it (table 1e: harms). Of images with one channel or many, brightness and contrast alone."""
-
-    def __post_init__(self) -> None:
-        check_types(self, ViewConfig)
-        if not 0 < self.crop_min <= 1:
-            raise UserError(f"crop_min {self.crop_min}; accepted: a number above 0, at most 1")
-        if not 0 <= self.color_jitter <= 2:
-            raise UserError(f"a color jitter of {self.color_jitter}; accepted: 0 to 2")
-
-    @property
-    def view(self) -> View:
-        """How the one view is made."""
-        j = self.color_jitter
-        colours = Colours((j, j, j, j / 4), jitter_share=1.0) if j else None
-        return View(self.crop, self.crop_min, colours=colours)
 
 
 # ---------------------------------------------------------------------- where
@@ -125,7 +61,9 @@ def boxes_of(
 # ---------------------------------------------------------------------- colours
 
 
-def distort(images: Tensor, colours: Colours, number: int, seed: int, epochs: Tensor, ids: Tensor) -> Tensor:
+def distort(
+    images: Tensor, colors: ColorDistortion, number: int, seed: int, epochs: Tensor, ids: Tensor
+) -> Tensor:
     """Other colours for each image of a batch, on its device.
 
     In this order, each where the draw says so: brightness, contrast, saturation and hue; grey; blur;
@@ -137,7 +75,7 @@ def distort(images: Tensor, colours: Colours, number: int, seed: int, epochs: Te
         epochs, ids: int64 [B], on the images' device.
     """
     u = rng.uniform(seed, f"colours {number + 1}", epochs, ids, _NUMBERS)[:, :, None, None, None]
-    brightness, contrast, saturation, hue = colours.jitter
+    brightness, contrast, saturation, hue = colors.jitter
     shifts = 2 * u[:, :4] - 1
     jittered = scale_brightness(images, (1 + brightness * shifts[:, 0]).clamp(min=0))
     jittered = scale_contrast(jittered, (1 + contrast * shifts[:, 1]).clamp(min=0))
@@ -145,14 +83,14 @@ def distort(images: Tensor, colours: Colours, number: int, seed: int, epochs: Te
         jittered = scale_saturation(jittered, (1 + saturation * shifts[:, 2]).clamp(min=0))
         if hue:
             jittered = turn_hue(jittered, hue * shifts[:, 3])
-    images = torch.where(u[:, 4] < colours.jitter_share, jittered, images)
-    if colours.grey:
-        images = torch.where(u[:, 5] < colours.grey, grey_of(images), images)
-    if colours.blur:
+    images = torch.where(u[:, 4] < colors.jitter_prob, jittered, images)
+    if colors.gray_prob:
+        images = torch.where(u[:, 5] < colors.gray_prob, grey_of(images), images)
+    if colors.blur_prob:
         sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * u[:, 6].flatten()
-        images = torch.where(u[:, 7] < colours.blur, blurred(images, sigma), images)
-    if colours.solarise:
-        images = torch.where((u[:, 8] < colours.solarise) & (images >= 0.5), 1 - images, images)
+        images = torch.where(u[:, 7] < colors.blur_prob, blurred(images, sigma), images)
+    if colors.solarize_prob:
+        images = torch.where((u[:, 8] < colors.solarize_prob) & (images >= 0.5), 1 - images, images)
     return images
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from quarterview.errors import UserError
 from quarterview.models.classifier import Classifier, ClassifierConfig
-from quarterview.models.config import MAEConfig
+from quarterview.models.config import SIZES, MAEConfig
 from quarterview.models.mae import MaskedAutoencoder
 from quarterview.models.positions import sincos_2d
-from quarterview.models.vit import LAYER_NORM_EPS, MLP_RATIO, SIZES
+from quarterview.models.vit import LAYER_NORM_EPS, MLP_RATIO
 from quarterview.weights.convert.foreign import ACCEPTED, Foreign, common_prefix
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

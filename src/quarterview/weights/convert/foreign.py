@@ -39,9 +39,9 @@ class Foreign(NamedTuple):
     config: dict[str, Any]
     """The folder's ``config.json``; empty if there is none."""
     processor: dict[str, Any]
-    """The folder's ``preprocessor_config.json``, likewise."""
+    """The folder's ``preprocessor_config.json``; empty if there is none."""
     args: dict[str, Any]
-    """The command line that an official checkpoint carries, likewise."""
+    """The command line that an official checkpoint carries; empty if there is none."""
     licence: str = ""
     """Of the weights, where it is stated beside them."""
 
@@ -255,7 +255,7 @@ def fetch(given: str) -> Path:
         raise UserError(f"hf:{name} needs huggingface_hub: pip install 'quarterview[hub]'") from None
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
-    except Exception as error:  # likewise
+    except Exception as error:  # whatever the network, the hub and their caches come up with
         raise UserError(
             f"hf:{name} cannot be had ({_short(error)}); accepted: a model of the Hub, in its cache or by a "
             "network"

@@ -5,11 +5,11 @@ import datetime
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 from quarterview.errors import RunError, UserError
-from quarterview.training.logging import replace_text
+from quarterview.files import replace_text
+from quarterview.versions import own_version
 from quarterview.weights.export.model_card import Target, card
 from quarterview.weights.export.verify import Exported, Model, versions
 from quarterview.weights.facts import Facts
@@ -48,7 +48,7 @@ def write_folder(
         files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
         record = {
             "target": target.name,
-            "quarterview": version("quarterview"),
+            "quarterview": own_version(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": used,
             "differences": differences,

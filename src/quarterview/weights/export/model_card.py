@@ -3,12 +3,12 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import yaml
 
 from quarterview.models.classifier import Classifier
+from quarterview.versions import own_version
 from quarterview.weights.export.verify import Model
 from quarterview.weights.facts import Facts
 from quarterview.weights.preprocessing import preprocessing_of
@@ -160,7 +160,7 @@ def _checked(target: Target, differences: Mapping[str, float], versions: Mapping
     return (
         f"Opened again after writing and compared with Quarterview's own forward on random images, in "
         f"float32 on a CPU. Largest difference, as a share of the output's largest number: {seen} "
-        f"(Quarterview {version('quarterview')}, {with_versions}).\n\n"
+        f"(Quarterview {own_version()}, {with_versions}).\n\n"
         f"Written by `quarterview export RUN --to {target.name}`."
     )
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from quarterview.errors import UserError
 from quarterview.models.classifier import Classifier
+from quarterview.versions import own_version
 from quarterview.weights.export.folder import staged
 from quarterview.weights.export.model_card import Target
 from quarterview.weights.export.torch_export import names, program, silence
@@ -81,7 +81,7 @@ def write(model: Model, file: Path, facts: Facts) -> Mapping[str, float]:
 def _metadata(model: Model, facts: Facts) -> dict[str, str]:
     wanted = preprocessing_of(model.config, facts.crop_pct)
     about: dict[str, Any] = {
-        "quarterview": version("quarterview"),
+        "quarterview": own_version(),
         "model": model.config.model,
         "size": list(wanted.size),
         "mean": list(wanted.mean),

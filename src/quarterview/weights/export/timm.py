@@ -11,7 +11,8 @@ from torch import Tensor
 
 from quarterview.errors import UserError
 from quarterview.models.classifier import Classifier
-from quarterview.models.vit import MLP_RATIO, SIZES
+from quarterview.models.config import SIZES
+from quarterview.models.vit import MLP_RATIO
 from quarterview.training.checkpoint import save_weights
 from quarterview.weights.convert.architecture import CLS_TOKENS
 from quarterview.weights.export.folder import write_folder

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from quarterview.models.config import MAEConfig
 from quarterview.models.mae import MaskedAutoencoder
 from quarterview.models.vit import LAYER_NORM_EPS, MLP_RATIO
 from quarterview.training.checkpoint import save_weights
+from quarterview.weights.config import TransformersPart
 from quarterview.weights.export.folder import write_folder
 from quarterview.weights.export.model_card import Target
 from quarterview.weights.export.timm import timm_holds
@@ -38,9 +39,6 @@ from quarterview.weights.export.verify import (
 )
 from quarterview.weights.facts import Facts
 from quarterview.weights.preprocessing import for_transformers, preprocessing_of
-
-Part = Literal["mae", "vit", "classifier"]
-"""A folder of the export: the masked autoencoder, the bare encoder, or the encoder with its head."""
 
 _NAMES = {
     "cls_token": "vit.embeddings.cls_token",
@@ -66,7 +64,10 @@ _CLASSES = {"mae": "ViTMAEForPreTraining", "vit": "ViTModel", "classifier": "ViT
 
 
 def export_transformers(
-    model: Model, folder: str | Path, facts: Facts | None = None, parts: Sequence[Part] | None = None
+    model: Model,
+    folder: str | Path,
+    facts: Facts | None = None,
+    parts: Sequence[TransformersPart] | None = None,
 ) -> Exported:
     """Write a folder with a sub-folder for each class of transformers that can hold the model.
 
@@ -95,7 +96,7 @@ def export_transformers(
     return write_folder(model, folder, facts, target(model, parts), partial(_write, model, facts, parts))
 
 
-def default_parts(model: Model) -> tuple[Part, ...]:
+def default_parts(model: Model) -> tuple[TransformersPart, ...]:
     """The parts of an export where none are named."""
     return ("classifier", "vit") if isinstance(model, Classifier) else ("mae", "vit")
 
@@ -106,8 +107,8 @@ def default_parts(model: Model) -> tuple[Part, ...]:
 def check_expressible(model: Model, parts: Sequence[str]) -> None:
     """Raises UserError unless transformers can hold these parts of a model."""
     for part in parts:
-        if part not in get_args(Part):
-            raise unknown("part", part, get_args(Part))
+        if part not in get_args(TransformersPart):
+            raise unknown("part", part, get_args(TransformersPart))
     if not parts:
         raise UserError(f"no part to export; accepted: {' '.join(default_parts(model))}")
     for part in parts:
@@ -156,7 +157,7 @@ def _limits_of_pretraining(config: MAEConfig) -> Iterator[str]:
 
 
 def _way_out(model: Model, part: str) -> str:
-    holds = [name for name in get_args(Part) if name != part and not any(_limits(model, name))]
+    holds = [name for name in get_args(TransformersPart) if name != part and not any(_limits(model, name))]
     others = "onnx, torch-export or safetensors"
     if timm_holds(model):
         others = f"timm, {others}"
@@ -166,7 +167,9 @@ def _way_out(model: Model, part: str) -> str:
 # ---------------------------------------------------------------------- writing
 
 
-def _write(model: Model, facts: Facts, parts: Sequence[Part], folder: Path) -> Mapping[str, float]:
+def _write(
+    model: Model, facts: Facts, parts: Sequence[TransformersPart], folder: Path
+) -> Mapping[str, float]:
     differences = dict[str, float]()
     wanted = for_transformers(preprocessing_of(model.config, facts.crop_pct))
     for part in parts:
@@ -184,7 +187,7 @@ def _write(model: Model, facts: Facts, parts: Sequence[Part], folder: Path) -> M
     return differences
 
 
-def _config(model: Model, part: Part) -> Any:
+def _config(model: Model, part: TransformersPart) -> Any:
     from transformers import ViTConfig, ViTMAEConfig
 
     config, shape = model.config, model.config.shape
@@ -216,7 +219,7 @@ def _config(model: Model, part: Part) -> Any:
     )
 
 
-def renamed(model: Model, part: Part) -> dict[str, Tensor]:
+def renamed(model: Model, part: TransformersPart) -> dict[str, Tensor]:
     """The weights of one part under the names of transformers' checkpoints."""
     left = () if part == "mae" else ("decoder", "mask_token", "target.")
     ours = {name: value for name, value in model.state_dict().items() if not name.startswith(left)}

@@ -1,0 +1,28 @@
+"""``quarterview recipes``: the named configurations and studies."""
+
+from collections.abc import Sequence
+from importlib import import_module
+
+from quarterview.commands.config import RecipesConfig
+from quarterview.training.console import Console
+
+
+def main(_config: RecipesConfig, _argv: Sequence[str]) -> int:
+    """Print each recipe's purpose, command, result and flags; returns the exit code."""
+    console = Console()
+    recipes = import_module("quarterview.recipes")  # by name: recipes and studies stand above the commands
+    for command, table in (("pretrain", recipes.RECIPES), ("finetune", recipes.FINETUNE_RECIPES)):
+        console.say(f"{command} --recipe:")
+        for name, recipe in table.items():
+            purpose = (recipe.__doc__ or "").replace("``", "").strip()
+            console.say(f"{name}: {purpose}")
+            flags = recipes.differences(recipe())
+            console.say("    " + ", ".join(f"{key} {_shown(value)}" for key, value in flags.items()))
+    console.say("study:")
+    for name, study in import_module("quarterview.studies.named").STUDIES.items():
+        console.say(f"{name}: {study.purpose}\n    " + "; ".join(table.title for table in study.tables))
+    return 0
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
