@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quarterview.commands import slurm
 from quarterview.commands.config import FinetuneConfig, FinetuneOptions
+from quarterview.data.cache import CachedSet
 from quarterview.data.loader import Loader
 from quarterview.data.sampler import SampleStream
 from quarterview.data.sources.base import Source
@@ -118,75 +119,41 @@ def finetune(config: FinetuneConfig | None = None, argv: Sequence[str] = (), **f
         precision = choose_precision(config.compute, run)
 
         stream = SampleStream(len(images.train), 0, config.loop.seed)
-        cached, reason = (
-            hold_on_device(config.loader, images.train, run)
-            if config.augment.randaugment is None
-            else (None, "for RandAugment")
-        )
+        cached, reason = (None, "for RandAugment")
+        if config.augment.randaugment is None:
+            cached, reason = hold_on_device(config.loader, images.train, run)
         mean, std = statistics_of(config, start, images.train, stream, run)
-        model_config = replace(
-            start, mean=mean, std=std, classes=images.classes, class_names=images.class_names
-        )
-        model = fresh_classifier(model_config, config.loop.seed).to(run.world.device)
-        if config.start.run != SCRATCH and run.resumed is None:
-            for line in load_encoder(model, config.start.run, config.tuning.from_ema):
-                run.log.say(line)
-        freeze_all_but(model, count_blocks(config.tuning.blocks[0]))
-
+        classes = {"classes": images.classes, "class_names": images.class_names}
+        model = build_classifier(config, replace(start, mean=mean, std=std, **classes), run)
         steps = config.loop.total_steps(len(images.train))
-        warmup, warning = warmup_steps(
-            config.optim.warmup_epochs, len(images.train) / config.loop.batch_size, steps
-        )
+        steps_per_epoch = len(images.train) / config.loop.batch_size
+        warmup, warning = warmup_steps(config.optim.warmup_epochs, steps_per_epoch, steps)
         if warning:
             run.log.warn(warning)
         run.log.say(summary(model, images, f"{'held on the device' if cached else 'streamed'} ({reason})"))
 
         method = Supervised(model, config.regularization, config.loop.seed)
         watched = distribute(method, config.compute, precision, run.world, run.log.say)
-        groups = layer_decay_groups(
-            method, config.optim.weight_decay, config.decay.layer_decay, len(model.blocks), "model."
-        )
+        decay = (config.optim.weight_decay, config.decay.layer_decay)
+        groups = layer_decay_groups(method, *decay, len(model.blocks), "model.")
+        optimizer = fused_adamw(groups, (0.9, config.decay.beta2))
+        peak = config.optim.peak_lr(config.loop.batch_size)
+        schedule = Schedule(peak, warmup, steps, config.decay.min_lr)
+        loader = make_loader(config, images, model.config, stream, cached, run)
+
+        resolved = {"steps": steps, "precision": precision, "mean": list(mean), "std": list(std)}
+        resolved |= {"cache": "device" if cached else "none", "cache_reason": reason}
+        resolved |= {"test": images.described["test"], **start_facts(config, run)}
         trainer = Trainer(
             config.with_flags(eval_every=config.run.eval_every or steps),
-            run,
-            method,
-            fused_adamw(groups, (0.9, config.decay.beta2)),
-            Schedule(config.optim.peak_lr(config.loop.batch_size), warmup, steps, config.decay.min_lr),
-            Loader(
-                images.train,
-                stream,
-                model_config.image_size,
-                mean,
-                std,
-                run.world.device,
-                config.loader.threads,
-                cached,
-                run.bad_samples,
-                config.augment,
-                images.labels,
-            ),
-            precision,
+            *(run, method, optimizer, schedule, loader, precision),
             watched=watched,
-            state=run.state(
-                {
-                    "steps": steps,
-                    "test": images.described["test"],
-                    "start": run.known.get("start") if run.known else digest_of_start(config),
-                    "licence": run.known.get("licence") if run.known else _licence_of(config),
-                    "cache": "device" if cached else "none",
-                    "cache_reason": reason,
-                    "mean": list(mean),
-                    "std": list(std),
-                    "precision": precision,
-                }
-            ),
-            metadata=metadata(model_config),
+            state=run.state(resolved),
+            metadata=metadata(model.config),
         )
         if run.world.is_main:
-            crop_pct = config.tuning.crop_pct
-            trainer.evaluators = [
-                TestAccuracy(trainer, watched.model, images.test, images.test_labels, crop_pct)
-            ]
+            judged = (images.test, images.test_labels, config.tuning.crop_pct)
+            trainer.evaluators = [TestAccuracy(trainer, watched.model, *judged)]
         result = run.train(trainer)
         if result.status == "complete" and run.world.is_main:
             record(config, images, result, run, argv)
@@ -301,6 +268,42 @@ def statistics_of(
     return channel_statistics(source, stream, config.loader.threads, run.bad_samples)
 
 
+def build_classifier(config: FinetuneConfig, model_config: ClassifierConfig, run: OpenRun) -> Classifier:
+    """The classifier at its start, on the run's device, with its frozen part frozen."""
+    model = fresh_classifier(model_config, config.loop.seed).to(run.world.device)
+    if config.start.run != SCRATCH and run.resumed is None:
+        for line in load_encoder(model, config.start.run, config.tuning.from_ema):
+            run.log.say(line)
+    freeze_all_but(model, count_blocks(config.tuning.blocks[0]))
+    return model
+
+
+def make_loader(
+    config: FinetuneConfig,
+    images: "LabelledImages",
+    model: ClassifierConfig,
+    stream: SampleStream,
+    cached: CachedSet | None,
+    run: OpenRun,
+) -> Loader:
+    """Batches of the labelled images, augmented."""
+    assert model.mean is not None
+    assert model.std is not None
+    return Loader(
+        images.train,
+        stream,
+        model.image_size,
+        model.mean,
+        model.std,
+        run.world.device,
+        config.loader.threads,
+        cached,
+        run.bad_samples,
+        config.augment,
+        images.labels,
+    )
+
+
 def summary(model: Classifier, images: LabelledImages, held: str) -> str:
     """What will be trained on what, in a line."""
     sizes = {p: p.numel() for p in model.parameters()}
@@ -333,6 +336,13 @@ def _has_moved(config: FinetuneConfig) -> bool:
     state = checkpoint.read_state(newest)
     before = FinetuneConfig.flat(state["config"])["run"]
     return before != config.start.run and state["resolved"]["start"] == digest_of_start(config)
+
+
+def start_facts(config: FinetuneConfig, run: OpenRun) -> dict[str, Any]:
+    """The weights that a run started from, as its first start found them: their digest and licence."""
+    if run.known:
+        return {name: run.known.get(name) for name in ("start", "licence")}
+    return {"start": digest_of_start(config), "licence": _licence_of(config)}
 
 
 def digest_of_start(config: FinetuneConfig) -> str | None:

@@ -27,6 +27,7 @@ from quarterview.methods.pca_fitting import fit_components
 from quarterview.models.mae import MaskedAutoencoder
 from quarterview.models.targets import PCATarget, TokenTarget
 from quarterview.models.vit import VisionTransformer
+from quarterview.training.config import ComputeConfig
 from quarterview.training.optim import Schedule, adamw, warmup_steps
 from quarterview.training.run import (
     OpenRun,
@@ -72,9 +73,7 @@ def pretrain(config: PretrainConfig | None = None, argv: Sequence[str] = (), **f
     config = (config or PretrainConfig()).with_flags(**flags)
     config.check_complete()
     with open_run(config, config.data.data) as run:
-        if (
-            config.init.init_from is not None and run.resumed is None
-        ):  # a wrong one is told before data is read
+        if config.init.init_from is not None and run.resumed is None:  # told before any data is read
             check_start(config.autoencoder(), config.init.init_from, config.init.allow_partial)
         source = open_sources(config.data.data, config.model.in_chans, shard_cache(config.data), run.log.say)
         run.attach(source, config.loader.max_bad_samples, argv)
@@ -86,78 +85,27 @@ def pretrain(config: PretrainConfig | None = None, argv: Sequence[str] = (), **f
         precision = choose_precision(config.compute, run)
 
         images = prepare_images(config, source, run)
-        encoder = replace(config.model, mean=images.mean, std=images.std)
         steps = config.loop.total_steps(images.stream.trained)
-        warmup, warning = warmup_steps(
-            config.optim.warmup_epochs, images.stream.trained / config.loop.batch_size, steps
-        )
+        steps_per_epoch = images.stream.trained / config.loop.batch_size
+        warmup, warning = warmup_steps(config.optim.warmup_epochs, steps_per_epoch, steps)
         if warning:
             run.log.warn(warning)
 
         tokenizer = find_tokenizer(config, run)
-        world = run.world
+        method = build_method(config, images, tokenizer, steps, run)
+        watched = distribute(method, compute_of(config), precision, run.world, run.log.say)
+        optimizer = adamw(method, config.optim.weight_decay)
+        schedule = Schedule(config.optim.peak_lr(config.loop.batch_size), warmup, steps)
+        loader = make_loader(config, images, run)
+        evaluators = evaluators_of(config, watched, loader, steps, run) if run.world.is_main else ()
 
-        def gather(rows: Tensor) -> Tensor:  # a function, for the method may be copied, and a world may not
-            return world.gather(rows)
-
-        method: Any = build(
-            config.method,
-            Setting(
-                encoder,
-                config.loop.seed,
-                steps,
-                config.loop.accum_iter,
-                gather,
-                tokenizer.vocabulary if tokenizer else None,
-                images.classes,
-                images.class_names,
-            ),
-        ).to(world.device)
-        if isinstance(method.model, MaskedAutoencoder):
-            initialize(method.model, config, images, tokenizer, run)
-
-        compute = replace(config.compute, parallel="ddp") if config.method.compares else config.compute
-        watched = distribute(method, compute, precision, world, run.log.say)
-        loader = Loader(
-            source,
-            images.stream,
-            config.model.image_size,
-            images.mean,
-            images.std,
-            world.device,
-            config.loader.threads,
-            images.cached,
-            run.bad_samples,
-            labels=images.labels,
-            views=views_of(config),
-        )
+        resolved = {
+            **{"steps": steps, "warmup_steps": warmup, "precision": precision, **images.resolved},
+            **({"tokenizer_digest": tokenizer.digest} if tokenizer else {}),
+        }
+        state, header = run.state(resolved), metadata(method.model.config)
         trainer = Trainer(
-            config,
-            run,
-            method,
-            adamw(method, config.optim.weight_decay),
-            Schedule(config.optim.peak_lr(config.loop.batch_size), warmup, steps),
-            loader,
-            precision,
-            evaluators=evaluators_of(config, watched, loader, steps, run) if world.is_main else (),
-            watched=watched,
-            state=run.state(
-                {
-                    "steps": steps,
-                    "warmup_steps": warmup,
-                    "licence": images.licence,
-                    "images": len(source),
-                    "holdout": images.stream.holdout,
-                    "shuffle": images.shuffle,
-                    "cache": "device" if images.cached else "none",
-                    "cache_reason": images.cache_reason,
-                    "mean": list(images.mean),
-                    "std": list(images.std),
-                    "precision": precision,
-                    **({"tokenizer_digest": tokenizer.digest} if tokenizer else {}),
-                }
-            ),
-            metadata=metadata(method.model.config),
+            config, run, method, optimizer, schedule, loader, precision, evaluators, watched, state, header
         )
         result = run.train(trainer)
         if result.status == "complete":
@@ -187,6 +135,20 @@ class Images:
     labels: Tensor | None
     """int64 [N], if they are learned."""
     class_names: tuple[str, ...] | None
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """What was decided about them at the start of a run, and stays so."""
+        return {
+            "images": len(self.source),
+            "holdout": self.stream.holdout,
+            "shuffle": self.shuffle,
+            "cache": "device" if self.cached else "none",
+            "cache_reason": self.cache_reason,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "licence": self.licence,
+        }
 
     @property
     def classes(self) -> int:
@@ -231,6 +193,23 @@ def prepare_images(config: PretrainConfig, source: Source, run: OpenRun) -> Imag
     return Images(source, stream, cached, reason, tuple(mean), tuple(std), shuffle, licence, labels, names)
 
 
+def make_loader(config: PretrainConfig, images: Images, run: OpenRun) -> Loader:
+    """Batches of the training images, normalised, with the views that the method wants."""
+    return Loader(
+        images.source,
+        images.stream,
+        config.model.image_size,
+        images.mean,
+        images.std,
+        run.world.device,
+        config.loader.threads,
+        images.cached,
+        run.bad_samples,
+        labels=images.labels,
+        views=views_of(config),
+    )
+
+
 def views_of(config: PretrainConfig) -> tuple[View, ...]:
     """How the one or two views of an image are made."""
     view, method = config.view.view, config.method
@@ -248,6 +227,36 @@ def find_tokenizer(config: PretrainConfig, run: OpenRun) -> OpenTokenizer | None
     """The tokenizer whose tokens are predicted, if any are."""
     given = getattr(config.method, "tokenizer", None)
     return open_tokenizer(given, run.known, run.world.device) if given is not None else None
+
+
+def build_method(
+    config: PretrainConfig, images: Images, tokenizer: OpenTokenizer | None, steps: int, run: OpenRun
+) -> Any:
+    """The method (see `quarterview.methods.base.Method`) at its beginning, on the run's device."""
+    world = run.world
+
+    def gather(rows: Tensor) -> Tensor:  # a function, for the method may be copied, and a world may not
+        return world.gather(rows)
+
+    setting = Setting(
+        encoder=replace(config.model, mean=images.mean, std=images.std),
+        seed=config.loop.seed,
+        steps=steps,
+        accum_iter=config.loop.accum_iter,
+        gather=gather,
+        vocabulary=tokenizer.vocabulary if tokenizer else None,
+        classes=images.classes,
+        class_names=images.class_names,
+    )
+    method: Any = build(config.method, setting).to(world.device)
+    if isinstance(method.model, MaskedAutoencoder):
+        initialize(method.model, config, images, tokenizer, run)
+    return method
+
+
+def compute_of(config: PretrainConfig) -> ComputeConfig:
+    """The hardware that is asked for; methods that compare images have all of the model on each rank."""
+    return replace(config.compute, parallel="ddp") if config.method.compares else config.compute
 
 
 def initialize(

@@ -2,7 +2,7 @@
 
 Each completes the picture from the visible patches. The model's own target is then made of the completed
 picture and compared with that of the true one, so the losses stand in the same units as the model's,
-whatever it predicts. Letters in shapes are those of `model/mae.py`, K = L - V hidden patches.
+whatever it predicts. Letters in shapes are those of `models/mae.py`, K = L - V hidden patches.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """Random resized crop, flip and normalisation, keyed, one image or a batch at a time.
 
-The crop is torchvision's `RandomResizedCrop`, with its numbers drawn by `draws`. A crop, a resize
+The crop is torchvision's `RandomResizedCrop`, with its numbers drawn by `quarterview.rng`. A crop, a resize
 and a flip are together one linear map per axis, so a batch of equal-sized images is augmented on
 its device by two matrix products; single images of any size go through torch's kernels. Both
 are bicubic with antialiasing.
