@@ -1,7 +1,7 @@
-"""How much code is there, and how is it cut? Counted from the syntax trees of a folder's Python files.
+"""Count lines, functions and configuration classes of the Python files in a folder.
 
 uv run python benchmarks/code_size.py
-uv run python benchmarks/code_size.py src/quarterview/model
+uv run python benchmarks/code_size.py src/quarterview/models
 """
 
 import ast
@@ -13,24 +13,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-LONG = 50
-"""Lines above which a function is counted as long."""
+MAX_FUNCTION_LINES = 50
+"""Functions with more lines than this are counted as long."""
 
 
-class Lines(NamedTuple):
-    """How many lines of a file are what."""
+class LineCounts(NamedTuple):
+    """Numbers of lines of a file by their content."""
 
     all: int
     statements: int
-    """Lines that hold code: not blank, not a comment alone, not of a docstring."""
+    """Lines with code, without blank lines, docstrings and lines with only a comment."""
     docstrings: int
     comments: int
-    """Lines that are a comment alone."""
+    """Lines with only a comment."""
 
 
-def lines_of(text: str) -> Lines:
-    """Count the lines of a file."""
-    documented = {
+def count_lines(text: str) -> LineCounts:
+    """Count the lines of a Python source text."""
+    docstring_lines = {
         line
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Expr)
@@ -38,46 +38,49 @@ def lines_of(text: str) -> Lines:
         and isinstance(node.value.value, str)
         for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
     }
-    code: set[int] = set()
-    commented: set[int] = set()
-    empty = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    code_lines: set[int] = set()
+    comment_lines: set[int] = set()
+    layout = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
-            commented.add(token.start[0])
-        elif token.type not in empty:
-            code.update(range(token.start[0], token.end[0] + 1))
-    return Lines(
-        len(text.splitlines()), len(code - documented), len(documented), len(commented - code - documented)
+            comment_lines.add(token.start[0])
+        elif token.type not in layout:
+            code_lines.update(range(token.start[0], token.end[0] + 1))
+    return LineCounts(
+        len(text.splitlines()),
+        len(code_lines - docstring_lines),
+        len(docstring_lines),
+        len(comment_lines - code_lines - docstring_lines),
     )
 
 
-class Function(NamedTuple):
-    """A function, with those inside it."""
+class FunctionSize(NamedTuple):
+    """A function and its number of lines, including nested functions."""
 
     name: str
-    length: int
+    num_lines: int
 
 
-def functions_of(path: Path, tree: ast.AST) -> Iterator[Function]:
-    """All functions and methods of a file."""
+def find_functions(path: Path, tree: ast.AST) -> Iterator[FunctionSize]:
+    """Yield all functions and methods of a file."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield Function(
+            yield FunctionSize(
                 f"{path}:{node.lineno} {node.name}", (node.end_lineno or node.lineno) - node.lineno + 1
             )
 
 
-class Dataclass(NamedTuple):
-    """A dataclass as its source shows it."""
+class ClassFields(NamedTuple):
+    """Bases and fields of a dataclass, as written in its source."""
 
     bases: tuple[str, ...]
     fields: tuple[str, ...]
 
 
-def dataclasses_of(tree: ast.AST) -> Iterator[tuple[str, Dataclass]]:
-    """The dataclasses of a file, by their names."""
+def find_dataclasses(tree: ast.AST) -> Iterator[tuple[str, ClassFields]]:
+    """Yield the dataclasses of a file by name: classes decorated with ``dataclass`` or `@part`."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
+        if isinstance(node, ast.ClassDef) and any(map(_is_dataclass_decorator, node.decorator_list)):
             fields = [
                 entry.target.id
                 for entry in node.body
@@ -86,50 +89,62 @@ def dataclasses_of(tree: ast.AST) -> Iterator[tuple[str, Dataclass]]:
                 and "ClassVar" not in ast.unparse(entry.annotation)
             ]
             bases = [ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases]
-            yield node.name, Dataclass(tuple(bases), tuple(fields))
+            yield node.name, ClassFields(tuple(bases), tuple(fields))
 
 
-def ancestry(name: str, classes: Mapping[str, Dataclass]) -> list[str]:
-    """The longest chain of dataclasses that a class stands on, with itself first."""
-    chains = [ancestry(base, classes) for base in classes[name].bases if base in classes and base != name]
+def _is_dataclass_decorator(decorator: ast.expr) -> bool:
+    """Return True for ``dataclass`` and ``part``, also with arguments or under another module name."""
+    name = ast.unparse(decorator).split("(")[0].split(".")[-1]
+    return name == "part" or "dataclass" in name
+
+
+def find_longest_ancestry(name: str, classes: Mapping[str, ClassFields]) -> list[str]:
+    """Return the longest chain of dataclasses that a class inherits from, starting with the class."""
+    chains = [
+        find_longest_ancestry(base, classes)
+        for base in classes[name].bases
+        if base in classes and base != name
+    ]
     return [name, *max(chains, key=len, default=[])]
 
 
-def all_fields(name: str, classes: Mapping[str, Dataclass]) -> set[str]:
-    """The fields of a dataclass with those that it inherits."""
+def collect_fields(name: str, classes: Mapping[str, ClassFields]) -> set[str]:
+    """Return the fields of a dataclass, including inherited ones."""
     inherited = [
-        all_fields(base, classes) for base in classes[name].bases if base in classes and base != name
+        collect_fields(base, classes) for base in classes[name].bases if base in classes and base != name
     ]
     return set(classes[name].fields).union(*inherited)
 
 
 def main() -> None:
-    """Count and print."""
+    """Print the counts of the folder given as argument; by default of the package."""
     default = Path(__file__).parent.parent / "src" / "quarterview"
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else default
     texts = {path.relative_to(folder): path.read_text() for path in sorted(folder.rglob("*.py"))}
     if not texts:
-        sys.exit(f"no Python files in {folder}")
+        sys.exit(f"There are no Python files in {folder}. Give another folder.")
     trees = {path: ast.parse(text) for path, text in texts.items()}
-    counts = [lines_of(text) for text in texts.values()]
+    counts = [count_lines(text) for text in texts.values()]
     print(f"files {len(texts)}")
-    for name, numbers in zip(Lines._fields, zip(*counts, strict=True), strict=True):
+    for name, numbers in zip(LineCounts._fields, zip(*counts, strict=True), strict=True):
         print(f"{'' if name == 'all' else name.removesuffix('s') + ' '}lines {sum(numbers):,}")
-    functions = [function for path, tree in trees.items() for function in functions_of(path, tree)]
-    lengths = [function.length for function in functions]
-    longest = max(functions, key=lambda function: function.length)
+    functions = [function for path, tree in trees.items() for function in find_functions(path, tree)]
+    lengths = [function.num_lines for function in functions]
+    longest = max(functions, key=lambda function: function.num_lines)
     print(f"functions {len(functions):,}, median {statistics.median(lengths):g} lines")
-    print(f"functions over {LONG} lines {sum(length > LONG for length in lengths)}")
-    print(f"longest function {longest.length} lines, {longest.name}")
+    print(
+        f"functions over {MAX_FUNCTION_LINES} lines {sum(length > MAX_FUNCTION_LINES for length in lengths)}"
+    )
+    print(f"longest function {longest.num_lines} lines, {longest.name}")
 
-    classes = dict(pair for tree in trees.values() for pair in dataclasses_of(tree))
+    classes = dict(pair for tree in trees.values() for pair in find_dataclasses(tree))
     configs = [name for name in classes if name.endswith("Config")]
     if configs:
-        distinct = set().union(*(all_fields(name, classes) for name in configs))
-        widest = max(configs, key=lambda name: len(all_fields(name, classes)))
-        deepest = max((ancestry(name, classes) for name in configs), key=len)
+        distinct = set().union(*(collect_fields(name, classes) for name in configs))
+        widest = max(configs, key=lambda name: len(collect_fields(name, classes)))
+        deepest = max((find_longest_ancestry(name, classes) for name in configs), key=len)
         print(f"config classes {len(configs)}, of {len(distinct)} different fields")
-        print(f"most fields of a config {len(all_fields(widest, classes))}, {widest}")
+        print(f"most fields of a config {len(collect_fields(widest, classes))}, {widest}")
         print(f"longest chain of config ancestors {len(deepest)}, {' < '.join(deepest)}")
 
 

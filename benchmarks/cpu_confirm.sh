@@ -8,7 +8,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 train=$1 test=$2 out=$3
 again() {
   python -m quarterview study "$1" --data "$train" --train "$train" --test "$test" \
-    --base "$here/cpu_studies.yaml" --head-width 256 --vocabulary 128 --tokenizer-width 32 \
+    --base "$here/cpu_studies.yaml" --proj-hidden-dim 256 --codebook-size 128 --tokenizer-width 32 \
     --labels 2000 --tune-steps 100 --seed 3 --jobs 2 "${@:2}"
 }
 again "$here/cpu_scaling.yaml" --seeds 8 --budget 57472images --out "$out/scaling-again"

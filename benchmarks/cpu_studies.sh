@@ -14,6 +14,6 @@ for planned in baselines:22m table1:25m mask-ratio:7m schedule:6m partial:7m vis
   [ ! -f "$here/cpu_$name.yaml" ] || study=$here/cpu_$name.yaml
   echo "== $name: $(date -u +%H:%M:%S)"
   python -m quarterview study "$study" --data "$train" --train "$train" --test "$test" \
-    --base "$here/cpu_studies.yaml" --head-width 256 --vocabulary 128 --tokenizer-width 32 \
+    --base "$here/cpu_studies.yaml" --proj-hidden-dim 256 --codebook-size 128 --tokenizer-width 32 \
     --labels 2000 --tune-steps 100 --seeds 3 --jobs 2 --budget "${planned##*:}" --out "$out/$name"
 done

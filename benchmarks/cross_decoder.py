@@ -1,8 +1,8 @@
-"""What does the cross decoder save? A training step of ViT-B/16 at 224 pixels with each decoder.
+"""Speed of a training step of ViT-B/16 at 224 pixels with the cross decoder of CrossMAE.
 
-The arms take turns in one process: the paper's decoder; the cross decoder that predicts every hidden
-patch; and the one that predicts a third of them, a quarter of all patches, which is what CrossMAE's
-authors do (Fu et al. 2024). Beside the ratio in time stands that in operations.
+Three decoders alternate in one process: the decoder of MAE; the cross decoder that predicts all masked
+patches; and the cross decoder that predicts a third of them, a quarter of all patches, as CrossMAE does
+(Fu et al. 2024). The script prints the speed-up in time and in floating-point operations.
 
     uv run python benchmarks/cross_decoder.py --out docs/results/cross_decoder.json
 """
@@ -16,18 +16,18 @@ from typing import Literal
 import torch
 import tyro
 
-from quarterview.benchmark.rate import timed
-from quarterview.benchmark.update import update_of
+from quarterview.benchmark.rate import time_once
+from quarterview.benchmark.update import make_update
 from quarterview.models.config import MAEConfig
-from quarterview.models.create import fresh_model
-from quarterview.models.flops import flops
+from quarterview.models.create import create_mae
+from quarterview.models.flops import count_flops
 from quarterview.training.allocator import keep_freed_memory
-from quarterview.training.record import provenance
+from quarterview.training.record import collect_provenance
 
 ARMS = {
     "standard": MAEConfig(),
     "cross": MAEConfig(decoder="cross"),
-    "cross, a third of the hidden": MAEConfig(decoder="cross", predict_share=1 / 3),
+    "cross, a third of the hidden": MAEConfig(decoder="cross", predict_ratio=1 / 3),
 }
 
 
@@ -38,20 +38,20 @@ def main(
     rounds: int = 6,
     out: Path | None = None,
 ) -> None:
-    """Time the arms.
+    """Time a training step with each decoder.
 
     Args:
-        batch: images of a step.
-        rounds: how often the arms take turns; medians over rounds are reported.
+        batch: images per step.
+        rounds: number of timed steps of each decoder, of which the median is reported.
         out: JSON file to write.
     """
     keep_freed_memory()
     where = torch.device(device)
-    updates = {name: update_of(fresh_model(c, 0), batch, precision, where) for name, c in ARMS.items()}
+    updates = {name: make_update(create_mae(c, 0), batch, precision, where) for name, c in ARMS.items()}
     times: dict[str, list[float]] = {name: [] for name in ARMS}
-    for turn in range(-2, rounds):  # the first two are not counted
+    for turn in range(-2, rounds):  # the first two rounds warm up and are not counted
         for name, update in updates.items():
-            seconds = timed(update, where)
+            seconds = time_once(update, where)
             if turn >= 0:
                 times[name].append(seconds)
     medians = {name: statistics.median(each) for name, each in times.items()}
@@ -59,18 +59,18 @@ def main(
         name: {
             "images_per_s": batch / medians[name],
             "ratio": medians["standard"] / medians[name],
-            "operations": flops(ARMS["standard"]).step / flops(config).step,
+            "operations": count_flops(ARMS["standard"]).step / count_flops(config).step,
         }
         for name, config in ARMS.items()
     }
     for name, row in rows.items():
         print(
             f"{name:30} {row['images_per_s']:7.2f} images/s  {row['ratio']:.2f} times as fast, "
-            f"{row['operations']:.2f} in operations"
+            f"{row['operations']:.2f} times fewer operations"
         )
     if out is not None:
         settings = {"batch": batch, "precision": precision, "device": device}
-        record = {"settings": settings, "seconds": times, "arms": rows, **provenance(sys.argv)}
+        record = {"settings": settings, "seconds": times, "arms": rows, **collect_provenance(sys.argv)}
         out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 

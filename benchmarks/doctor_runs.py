@@ -1,8 +1,8 @@
-"""Does `quarterview doctor` name what ails runs that were made to be ill, and let healthy ones be?
+"""Test of ``quarterview doctor`` on small runs with a known problem, and on runs without one.
 
-Small runs on the same images, each with one thing changed: none, the target, the length, the learning
-rate ×100, the mask ratio 0.99, the pixels of every image shuffled, all images equal but for noise of one
-grey level. The doctor must name exactly that ailment among what it finds, and none in the healthy ones.
+Each run differs from a healthy one in at most one thing: the target, the length, a learning rate × 100, a
+mask ratio of 0.99, shuffled pixels in every image, or images that are equal except for noise of one gray
+level. The doctor must find the known problem, and no problem in healthy runs.
 
     uv run python benchmarks/doctor_runs.py --data shapes:3000:seed=5 --seed 5 --out runs/doctor
 """
@@ -21,19 +21,19 @@ from torch import Tensor
 from quarterview import rng
 from quarterview.commands.config import PretrainConfig
 from quarterview.commands.pretrain import pretrain
-from quarterview.data.loader import central
-from quarterview.data.reading import read_many
+from quarterview.data.loader import resized_center_crop
+from quarterview.data.reading import read_samples
 from quarterview.data.sources.open import open_source
 from quarterview.doctor.config import DoctorConfig
-from quarterview.doctor.run import Diagnosis, doctor
+from quarterview.doctor.run import Diagnosis, diagnose_run
 from quarterview.errors import RunError
 from quarterview.training.console import Console
 
-SIDE = 32
-"""Pixels of the images as they are written."""
+IMAGE_SIZE = 32
+"""Height and width of the generated images in pixels."""
 BASE: dict[str, Any] = {
     "model": "mae_vit_64x3x4_patch4",
-    "image_size": 40,  # 100 patches, so that a ratio of 0.99 keeps one
+    "image_size": 40,  # 100 patches, so that one is visible at a mask ratio of 0.99
     "decoder_width": 32,
     "decoder_depth": 1,
     "decoder_heads": 2,
@@ -46,74 +46,83 @@ BASE: dict[str, Any] = {
     "workers": 0,
     "device": "cpu",
 }
+"""Flags of all runs."""
 
 
 class Case(NamedTuple):
-    """A run to make."""
+    """A run and the problem that the doctor must find in it."""
 
-    images: str
-    """Which of the arrays of `write_arrays`."""
-    changes: dict[str, Any]
-    """What differs from `BASE`."""
-    ailment: str | None
-    """What the doctor must name; None if the run is healthy."""
+    array_name: str
+    """The images, by their name in `write_arrays`."""
+    flags: dict[str, Any]
+    """Flags that differ from `BASE`."""
+    error: str | None
+    """Name of the finding with severity ``error``; None if the run is healthy."""
 
 
 CASES = {
-    "healthy": Case("pictures", {}, None),
-    "normalised": Case("pictures", {"norm_pix_loss": True}, None),
-    "young": Case("pictures", {"steps": 120}, None),
-    "rate": Case("pictures", {"lr": 100 * BASE["lr"]}, "learning rate"),
-    "rate-normalised": Case("pictures", {"lr": 100 * BASE["lr"], "norm_pix_loss": True}, "learning rate"),
-    "ratio": Case("pictures", {"mask_ratio": 0.99}, "mask ratio"),
+    "healthy": Case("original", {}, None),
+    "normalised": Case("original", {"norm_pix_loss": True}, None),
+    "young": Case("original", {"steps": 120}, None),
+    "rate": Case("original", {"lr": 100 * BASE["lr"]}, "learning rate"),
+    "rate-normalised": Case("original", {"lr": 100 * BASE["lr"], "norm_pix_loss": True}, "learning rate"),
+    "ratio": Case("original", {"mask_ratio": 0.99}, "mask ratio"),
     "shuffled": Case("shuffled", {}, "no structure"),
     "equal": Case("equal", {}, "equal images"),
 }
-"""Every run by its name."""
+"""The runs by name."""
 
 
 def write_arrays(data: str, count: int, seed: int, folder: Path) -> None:
-    """Write the pictures and their ill copies, uint8 [N, 32, 32, 3] each.
+    """Write the original images and their modified copies, uint8 [N, 32, 32, 3] each, as .npy files.
 
     Args:
-        data: anything that --data of pretrain takes.
+        data: a value of --data of ``quarterview pretrain``.
+        count: maximum number of images.
+        seed: seed of the shuffling and the noise.
     """
     source = open_source(data, 3)
-    pictures = [p for _, p, _ in read_many(source, range(min(count, len(source))), 1) if p is not None]
-    images = torch.stack([central(p.pixels, (SIDE, SIDE)) for p in pictures])  # uint8 [N, 3, 32, 32]
-    arrays = {"pictures": images, "shuffled": shuffled(images, seed), "equal": equal(images, seed)}
+    decoded = [
+        image for _, image, _ in read_samples(source, range(min(count, len(source))), 1) if image is not None
+    ]
+    images = torch.stack([resized_center_crop(image.pixels, (IMAGE_SIZE, IMAGE_SIZE)) for image in decoded])
+    arrays = {
+        "original": images,
+        "shuffled": shuffle_pixels(images, seed),
+        "equal": make_nearly_equal(images, seed),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array.permute(0, 2, 3, 1).contiguous().numpy())
 
 
-def shuffled(images: Tensor, seed: int) -> Tensor:
-    """The pixels of each image in an order of its own."""
+def shuffle_pixels(images: Tensor, seed: int) -> Tensor:
+    """Shuffle the pixels of each image in another random order."""
     flat = images.flatten(2)
     order = rng.uniform(seed, "shuffled", 0, torch.arange(len(flat)), flat.shape[2]).argsort(dim=1)
     return flat.gather(2, order[:, None].expand(-1, flat.shape[1], -1)).view_as(images)
 
 
-def equal(images: Tensor, seed: int) -> Tensor:
-    """The first image again and again, each pixel up to one grey level off."""
+def make_nearly_equal(images: Tensor, seed: int) -> Tensor:
+    """Return copies of the first image, each with noise of up to one gray level."""
     noise = rng.uniform(seed, "equal", 0, torch.arange(len(images)), images[0].numel())
     return (images[:1].int() + (noise * 3).int().view_as(images) - 1).clamp(0, 255).to(torch.uint8)
 
 
-def make_run(case: Case, arrays: Path, out: Path, seed: int) -> None:
-    """Train one of the runs; one that the loop itself gives up is as good a patient as any."""
+def train_case(case: Case, arrays: Path, out: Path, seed: int) -> None:
+    """Train one of the runs; a run that stops with an error, such as divergence, is kept for the doctor."""
     shutil.rmtree(out, ignore_errors=True)
-    values = {**BASE, **case.changes, "data": (str(arrays / f"{case.images}.npy"),), "out": str(out)}
+    values = {**BASE, **case.flags, "data": (str(arrays / f"{case.array_name}.npy"),), "out": str(out)}
     try:
         pretrain(PretrainConfig.from_flags(**values, seed=seed))
     except RunError as error:
         print(error)
 
 
-def judged_well(case: Case, diagnosis: Diagnosis) -> bool:
-    """Whether the doctor said what it should."""
-    ailments = [finding.name for finding in diagnosis.findings if finding.severity == "ailment"]
-    return case.ailment in ailments if case.ailment else not ailments
+def is_diagnosed_correctly(case: Case, diagnosis: Diagnosis) -> bool:
+    """Return True if the doctor found the problem of the run, or none in a healthy run."""
+    errors = [finding.name for finding in diagnosis.findings if finding.severity == "error"]
+    return case.error in errors if case.error else not errors
 
 
 def main(
@@ -123,31 +132,30 @@ def main(
     count: int = 3000,
     only: Sequence[str] = tuple(CASES),
 ) -> None:
-    """Make the runs and have them examined; exit code 1 if any is misjudged.
+    """Train and diagnose the runs; the exit code is 1 if any diagnosis is wrong.
 
     Args:
-        data: the images that the healthy runs learn from.
-        seed: of the runs and of what is done to the images.
-        out: where arrays and runs go.
-        count: at most so many images.
-        only: some of the runs.
+        data: images of the healthy runs, a value of --data of quarterview pretrain.
+        seed: seed of the runs, and of the modifications of the images.
+        out: folder for the images and the runs.
+        count: maximum number of images.
+        only: names of the runs.
     """
     write_arrays(data, count, seed, out)
-    rows, good = [], True
+    rows, all_correct = [], True
     for name in only:
-        make_run(CASES[name], out, out / name, seed)
-        diagnosis = doctor(DoctorConfig(run=str(out / name), device="cpu"))
-        well = judged_well(CASES[name], diagnosis)
-        good &= well
-        found = [f"{f.severity}: {f.name}" for f in diagnosis.findings if f.severity != "fine"]
-        losses = " ".join(f"{value:.3f}" for value in diagnosis.figures["losses"].values())
-        rows.append(
-            (name, CASES[name].ailment or "healthy", ", ".join(found) or "-", losses, "yes" if well else "NO")
-        )
+        train_case(CASES[name], out, out / name, seed)
+        diagnosis = diagnose_run(DoctorConfig(run=str(out / name), device="cpu"))
+        is_correct = is_diagnosed_correctly(CASES[name], diagnosis)
+        all_correct &= is_correct
+        findings = [f"{f.severity}: {f.name}" for f in diagnosis.findings if f.severity != "ok"]
+        losses = " ".join(f"{value:.3f}" for value in diagnosis.metrics["losses"].values())
+        expected = CASES[name].error or "healthy"
+        rows.append((name, expected, ", ".join(findings) or "-", losses, "yes" if is_correct else "NO"))
         print(*rows[-1], sep=" | ", flush=True)
     title = f"{data}, seed {seed}; losses: zero, mean, nearest, interpolation, model"
-    Console().table(title, ["run", "expected", "found", "losses", "well judged"], rows)
-    sys.exit(0 if good else 1)
+    Console().table(title, ["run", "expected", "found", "losses", "correct"], rows)
+    sys.exit(0 if all_correct else 1)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How far exports are from our forward: a row a size, a column a target.
+"""Numerical differences between exported models and the original: a row per model, a column per format.
 
     uv run python benchmarks/export_differences.py
 
-Sizes have one or two blocks, since width, patches and grid are what an export can get wrong; weights
-are random, norms and biases far from their initial ones. Prints Markdown.
+Most models have one or two blocks, since errors of an export depend on width, patch size and grid. Weights
+are random, and norms and biases far from their initial values. The output is a Markdown table.
 """
 
 import platform
@@ -17,7 +17,7 @@ from quarterview.errors import UserError
 from quarterview.models.classifier import Classifier, ClassifierConfig
 from quarterview.models.create import create_model
 from quarterview.weights import (
-    Exported,
+    ExportResult,
     export_onnx,
     export_safetensors,
     export_timm,
@@ -33,7 +33,7 @@ SIZES = {
     "96 × 160": ("mae_vit_192x2x3_patch16", (96, 160), 3),
     "five channels": ("mae_vit_192x2x3_patch4", 32, 5),
 }
-TARGETS = {
+EXPORT_FUNCTIONS = {
     "timm": export_timm,
     "transformers": export_transformers,
     "onnx": lambda model, folder: export_onnx(model, folder / "model.onnx"),
@@ -43,41 +43,47 @@ TARGETS = {
 PACKAGES = ("torch", "timm", "transformers", "onnx", "onnxruntime", "onnxscript", "safetensors")
 
 
-def models() -> dict[str, Model]:
-    """The rows: an encoder of each size, and a classifier of each pooling."""
-    found: dict[str, Model] = {
+def create_models() -> dict[str, Model]:
+    """Create the models of the rows: an autoencoder of each size, and a classifier with each pooling."""
+    models: dict[str, Model] = {
         name: create_model(model, image_size=size, in_chans=channels, decoder_depth=2)
         for name, (model, size, channels) in SIZES.items()
     }
     for pool in ("cls", "mean"):
         config = ClassifierConfig("mae_vit_192x2x3_patch4", (32, 32), classes=10, pool=pool)
-        found[f"classifier, {pool}"] = Classifier(config)
+        models[f"classifier, {pool}"] = Classifier(config)
     with torch.no_grad():
-        for model in found.values():
+        for model in models.values():
             for parameter in model.parameters():
                 if parameter.requires_grad and (parameter.ndim != 2 or len(parameter) == 10):
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return found
+    return models
 
 
-def cell(model: Model, target: str) -> str:
-    """The largest difference, or that there is no such export."""
+def measure_difference(model: Model, export_format: str) -> str:
+    """Return the largest difference of the outputs as text, or ``no`` if the format cannot hold the model."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            done: Exported = TARGETS[target](model, Path(folder))
+            result: ExportResult = EXPORT_FUNCTIONS[export_format](model, Path(folder))
         except UserError:
-            if target != "transformers" or isinstance(model, Classifier):
+            if export_format != "transformers" or isinstance(model, Classifier):
                 return "no"
-            return f"{export_transformers(model, folder, parts=['vit']).largest:.1e} (vit)"
-    return f"{done.largest:.1e}"
+            return f"{export_transformers(model, folder, parts=['vit']).max_difference:.1e} (vit)"
+    return f"{result.max_difference:.1e}"
 
 
 def main() -> None:
+    """Export all models and print the table."""
     torch.manual_seed(0)
-    print("| | " + " | ".join(TARGETS) + " |")
-    print("|---|" + "---|" * len(TARGETS))
-    for name, model in models().items():
-        print(f"| {name} | " + " | ".join(cell(model, target) for target in TARGETS) + " |", flush=True)
+    print("| | " + " | ".join(EXPORT_FUNCTIONS) + " |")
+    print("|---|" + "---|" * len(EXPORT_FUNCTIONS))
+    for name, model in create_models().items():
+        print(
+            f"| {name} | "
+            + " | ".join(measure_difference(model, target) for target in EXPORT_FUNCTIONS)
+            + " |",
+            flush=True,
+        )
     print("\n" + ", ".join(f"{name} {version(name)}" for name in PACKAGES) + f", {platform.machine()}")
 
 

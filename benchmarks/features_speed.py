@@ -1,7 +1,7 @@
-"""Are features made as fast as timm makes them? The encoder of ViT-B/16 at 224 pixels on whole images.
+"""Speed of feature extraction compared with timm: the encoder of ViT-B/16 at 224 pixels.
 
-Inference mode, bf16, with the same weights, each as it is and with its blocks compiled; first shown to be
-the same features in float32, then timed in turns.
+Both use the same weights, inference mode and bf16, eager and with compiled blocks. The script first checks in
+float32 that the features are equal, and then times all variants in turn.
 
     uv run python benchmarks/features_speed.py --out docs/results/features_speed.json
 """
@@ -18,13 +18,13 @@ import torch
 import tyro
 from timm.models.vision_transformer import VisionTransformer
 
-from quarterview.benchmark.rate import timed
-from quarterview.evaluation.features import compile_blocks, encoder_features
+from quarterview.benchmark.rate import time_once
+from quarterview.evaluation.features import compile_blocks, make_encoder
 from quarterview.models.config import MAEConfig
-from quarterview.models.create import fresh_model
+from quarterview.models.create import create_mae
 from quarterview.training.allocator import keep_freed_memory
-from quarterview.training.record import provenance
-from quarterview.training.trainer import precision_context
+from quarterview.training.record import collect_provenance
+from quarterview.training.trainer import get_autocast_context
 
 
 @torch.inference_mode()
@@ -35,21 +35,21 @@ def main(
     rounds: int = 10,
     out: Path | None = None,
 ) -> None:
-    """Time all.
+    """Time the variants.
 
     Args:
-        batch: images at a time.
-        rounds: how often they take turns; medians over rounds are reported.
+        batch: images per forward pass.
+        rounds: number of timed forward passes of each variant, of which the median is reported.
         out: JSON file to write.
     """
     keep_freed_memory()
     where = torch.device(device)
-    ours = fresh_model(MAEConfig(), seed=0).to(where).eval()
+    ours = create_mae(MAEConfig(), seed=0).to(where).eval()
     theirs = VisionTransformer(num_classes=0).to(where).eval()
     weights = {name: value for name, value in ours.state_dict().items() if name in theirs.state_dict()}
     theirs.load_state_dict(weights)
     images = torch.rand(batch, 3, 224, 224, device=where)
-    features = encoder_features(ours, "cls")
+    features = make_encoder(ours, "cls")
     torch.testing.assert_close(
         features(images[:2]), theirs.forward_features(images[:2])[:, 0], atol=1e-4, rtol=0
     )
@@ -57,7 +57,7 @@ def main(
     compile_blocks(ours_compiled)
     for block in theirs_compiled.blocks:
         block.compile()
-    features_compiled = encoder_features(ours_compiled, "cls")
+    features_compiled = make_encoder(ours_compiled, "cls")
     arms = {
         "quarterview": lambda: features(images),
         "quarterview, compiled": lambda: features_compiled(images),
@@ -65,10 +65,10 @@ def main(
         "timm, compiled": lambda: theirs_compiled.forward_features(images)[:, 0],
     }
     times: dict[str, list[float]] = {name: [] for name in arms}
-    for turn in range(-1, rounds):  # the first is not counted
+    for turn in range(-1, rounds):  # the first round warms up and is not counted
         for name, arm in arms.items():
-            with precision_context(precision, where)():
-                seconds = timed(arm, where)
+            with get_autocast_context(precision, where)():
+                seconds = time_once(arm, where)
             if turn >= 0:
                 times[name].append(seconds)
     rates = {name: batch / statistics.median(each) for name, each in times.items()}
@@ -82,7 +82,7 @@ def main(
             "images_per_s": rates,
             "seconds": times,
             "timm": version("timm"),
-            **provenance(sys.argv),
+            **collect_provenance(sys.argv),
         }
         out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 

@@ -1,13 +1,13 @@
-"""How many training crops of 224 pixels does one core make, from files and from packed stores?
+"""Measure how many training crops of 224 pixels per second one core reads from files and packed stores.
 
-Random resized crop (scale 0.2 to 1) and flip of photographs to uint8 tensors [3, 224, 224], one thread,
-taking turns in one process:
+Each pipeline applies random resized crop (scale 0.2 to 1) and horizontal flip to photographs, and returns
+uint8 tensors [3, 224, 224]. All pipelines run in one thread of one process, in turns:
 
-- pillow: Pillow and torchvision's RandomResizedCrop, as its documentation shows it;
+- pillow: Pillow and torchvision's RandomResizedCrop, as in the documentation of torchvision;
 - torchvision: torchvision.io.decode_jpeg and transforms v2 on tensors;
-- files, packed jpeg, packed raw: this package's loader, from the folder and from stores packed of it,
-  with everything that its workers do: order, reading, draws, decoding, cropping, making a batch;
-- raw, first epoch: the same by a process that has not read the images before, and so compares checksums.
+- files, packed jpeg, packed raw: this package's loader, from the folder and from packed stores of it, with
+  all the work of a loader worker: order, reading, random draws, decoding, cropping, collating;
+- raw, first epoch: packed raw in a process that has not read the images before, and verifies checksums.
 
     uv run python benchmarks/input_speed.py --photos photos --out docs/results/input_speed.json
 """
@@ -32,18 +32,18 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 
 from quarterview.data.config import View
-from quarterview.data.loader import _collate, _StreamedSamples
+from quarterview.data.loader import _collate, _StreamDataset
 from quarterview.data.pack import pack
 from quarterview.data.pack_config import PackConfig
 from quarterview.data.sampler import SampleStream
 from quarterview.data.sources.open import open_source
-from quarterview.training.record import provenance
+from quarterview.training.record import collect_provenance
 
 SIZE, SCALE = 224, (0.2, 1.0)
 
 
-def by_pillow(paths: list[Path]) -> Callable[[], None]:
-    """The documented pipeline on Pillow's images."""
+def create_pillow_pipeline(paths: list[Path]) -> Callable[[], None]:
+    """Create the pipeline of torchvision's documentation, on Pillow images."""
     transform = transforms.Compose(
         [
             transforms.RandomResizedCrop(SIZE, SCALE, interpolation=InterpolationMode.BICUBIC),
@@ -52,14 +52,14 @@ def by_pillow(paths: list[Path]) -> Callable[[], None]:
         ]
     )
 
-    def once() -> None:
+    def read_all() -> None:
         torch.stack([transform(Image.open(io.BytesIO(path.read_bytes())).convert("RGB")) for path in paths])
 
-    return once
+    return read_all
 
 
-def by_torchvision(paths: list[Path]) -> Callable[[], None]:
-    """The same on tensors."""
+def create_torchvision_pipeline(paths: list[Path]) -> Callable[[], None]:
+    """Create the pipeline of torchvision's transforms v2, on tensors."""
     transform = v2.Compose(
         [
             v2.RandomResizedCrop(SIZE, SCALE, interpolation=InterpolationMode.BICUBIC, antialias=True),
@@ -67,68 +67,71 @@ def by_torchvision(paths: list[Path]) -> Callable[[], None]:
         ]
     )
 
-    def decoded(path: Path) -> torch.Tensor:
+    def decode(path: Path) -> torch.Tensor:
         data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
         return decode_jpeg(data, ImageReadMode.RGB)
 
-    def once() -> None:
-        torch.stack([transform(decoded(path)) for path in paths])
+    def read_all() -> None:
+        torch.stack([transform(decode(path)) for path in paths])
 
-    return once
+    return read_all
 
 
-def by_us(data: str, first: bool = False) -> Callable[[], None]:
-    """The loader's own path, without the process around it; another epoch each time, or always the first."""
+def create_loader_pipeline(data: str, is_first_epoch: bool = False) -> Callable[[], None]:
+    """Create the pipeline of a loader worker, without its process.
+
+    Each call reads the next epoch, or the first one in a new process if `is_first_epoch`.
+    """
     source = open_source(data, 3)
     stream = SampleStream(len(source), 0, 0)
-    samples = _StreamedSamples(source, stream, (SIZE, SIZE), None, (0.5,) * 3, (View(),))
-    seen = 0
+    samples = _StreamDataset(source, stream, (SIZE, SIZE), None, (0.5,) * 3, (View(),))
+    num_read = 0
 
-    def once() -> None:
-        nonlocal seen
-        samples.source = pickle.loads(pickle.dumps(source)) if first else source
-        collated = _collate(samples.__getitems__(range(seen, seen + len(source))))
+    def read_all() -> None:
+        nonlocal num_read
+        samples.source = pickle.loads(pickle.dumps(source)) if is_first_epoch else source
+        collated = _collate(samples.__getitems__(range(num_read, num_read + len(source))))
         assert not isinstance(collated, Exception)
-        seen += len(source)
+        num_read += len(source)
 
-    return once
+    return read_all
 
 
 def main(photos: Path, rounds: int = 9, out: Path | None = None) -> None:
-    """Measure.
+    """Measure all pipelines, and print the median rates.
 
     Args:
         photos: a folder of JPEG files.
-        rounds: how often the contestants take turns, each with every photograph; medians are reported.
+        rounds: number of measurements per pipeline, in turns, each with every photograph.
         out: JSON file to write.
     """
     torch.set_num_threads(1)
     paths = sorted(photos.glob("*.jpg"))
     if len(paths) != len(open_source(str(photos), 3)):
-        raise SystemExit(f"{photos} holds other pictures than *.jpg; accepted: a flat folder of JPEG files")
+        raise SystemExit(f"{photos} contains images that are not *.jpg. Give a flat folder of JPEG files.")
     with tempfile.TemporaryDirectory() as folder:
         sizes = {}
         for encoding in ("jpeg", "raw"):
             pack(PackConfig((str(photos),), f"{folder}/{encoding}", encoding=encoding, workers=0))
             files = Path(folder, encoding).iterdir()
             sizes[encoding] = sum(file.stat().st_size for file in files) / len(paths)
-        contestants = {
-            "pillow": by_pillow(paths),
-            "torchvision": by_torchvision(paths),
-            "files": by_us(str(photos)),
-            "packed jpeg": by_us(f"{folder}/jpeg"),
-            "packed raw": by_us(f"{folder}/raw"),
-            "raw, first epoch": by_us(f"{folder}/raw", first=True),
+        pipelines = {
+            "pillow": create_pillow_pipeline(paths),
+            "torchvision": create_torchvision_pipeline(paths),
+            "files": create_loader_pipeline(str(photos)),
+            "packed jpeg": create_loader_pipeline(f"{folder}/jpeg"),
+            "packed raw": create_loader_pipeline(f"{folder}/raw"),
+            "raw, first epoch": create_loader_pipeline(f"{folder}/raw", is_first_epoch=True),
         }
-        rates = take_turns(contestants, len(paths), rounds)
+        rates = measure_rates(pipelines, len(paths), rounds)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name, rate in medians.items():
         print(f"{name:16} {rate:6.0f} images/s   {rate / medians['pillow']:.2f} times pillow")
     for encoding, size in sizes.items():
-        print(f"packed {encoding}: {size / 1024:.0f} KiB an image")
+        print(f"packed {encoding}: {size / 1024:.0f} KiB per image")
     if out is not None:
         record = {
-            **provenance(sys.argv),
+            **collect_provenance(sys.argv),
             "decoders": {name: version(name) for name in ("torchvision", "pillow", "simplejpeg", "numpy")},
             "photos": len(paths),
             "images_per_s": rates,
@@ -138,15 +141,17 @@ def main(photos: Path, rounds: int = 9, out: Path | None = None) -> None:
         out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 
-def take_turns(contestants: dict[str, Callable[[], Any]], images: int, rounds: int) -> dict[str, list[float]]:
-    """Images a second of each, round by round, after one round to warm up."""
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
+def measure_rates(
+    pipelines: dict[str, Callable[[], Any]], num_images: int, rounds: int
+) -> dict[str, list[float]]:
+    """Return the images per second of each pipeline in each round, after one warm-up round."""
+    rates: dict[str, list[float]] = {name: [] for name in pipelines}
     for turn in range(rounds + 1):
-        for name, once in contestants.items():
-            began = time.perf_counter()
-            once()
+        for name, read_all in pipelines.items():
+            start = time.perf_counter()
+            read_all()
             if turn:
-                rates[name].append(images / (time.perf_counter() - began))
+                rates[name].append(num_images / (time.perf_counter() - start))
     return rates
 
 

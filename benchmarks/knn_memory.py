@@ -1,7 +1,7 @@
-"""How long do the exact nearest neighbours of many features take, and how much memory?
+"""Time and memory of an exact k-NN search over many features.
 
-Random features are made, compared and voted on in a process of its own, whose peak resident memory
-the system reports; importing torch and the features themselves are included.
+Random features are searched and their neighbours vote in a separate process. Its peak resident memory, as
+reported by the system, includes torch and the features.
 
     uv run python benchmarks/knn_memory.py --train 200000 --test 50000 --out docs/results/knn_memory.json
 """
@@ -16,36 +16,36 @@ from pathlib import Path
 import torch
 import tyro
 
-from quarterview.evaluation.knn import nearest, vote
-from quarterview.training.record import provenance
+from quarterview.evaluation.knn import find_nearest_neighbors, vote
+from quarterview.training.record import collect_provenance
 
-CLASSES = 1000
+NUM_CLASSES = 1000
 
 
 def measure(train: int, test: int, width: int, k: int, device: str) -> dict[str, float]:
-    """Seconds for neighbours and votes, and the peak memory of this process in MiB."""
+    """Measure the seconds of the search and of the votes, and the peak memory of this process in MiB."""
     generator = torch.Generator().manual_seed(0)
-    known = torch.randn(train, width, generator=generator)
-    asked = torch.randn(test, width, generator=generator)
-    labels = torch.randint(0, CLASSES, (train,), generator=generator)
-    before = _peak()
-    began = time.perf_counter()
-    similarity, index = nearest(known, asked, k, torch.device(device))
-    found = time.perf_counter()
-    for kind in ("majority", "weighted"):
-        vote(similarity, labels[index], kind)
-    done = time.perf_counter()
+    train_features = torch.randn(train, width, generator=generator)
+    test_features = torch.randn(test, width, generator=generator)
+    labels = torch.randint(0, NUM_CLASSES, (train,), generator=generator)
+    before = _get_peak_memory_mib()
+    start = time.perf_counter()
+    similarity, index = find_nearest_neighbors(train_features, test_features, k, torch.device(device))
+    searched = time.perf_counter()
+    for method in ("majority", "weighted"):
+        vote(similarity, labels[index], method)
+    end = time.perf_counter()
     return {
-        "neighbours_s": found - began,
-        "votes_s": done - found,
-        "features_mib": (known.nbytes + asked.nbytes) / 2**20,
+        "neighbours_s": searched - start,
+        "votes_s": end - searched,
+        "features_mib": (train_features.nbytes + test_features.nbytes) / 2**20,
         "peak_before_mib": before,
-        "peak_mib": _peak(),
+        "peak_mib": _get_peak_memory_mib(),
         "gpu_peak_mib": torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0,
     }
 
 
-def _peak() -> float:
+def _get_peak_memory_mib() -> float:
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -59,16 +59,16 @@ def main(
     out: Path | None = None,
     inside: bool = False,
 ) -> None:
-    """Measure.
+    """Measure in a new process and print the results.
 
     Args:
-        train: features to search.
-        test: features whose neighbours are searched.
-        width: numbers in a feature.
-        k: how many neighbours.
+        train: number of features that are searched.
+        test: number of features whose neighbours are searched for.
+        width: dimension of a feature.
+        k: number of neighbours.
         device: cpu or cuda.
         out: JSON file to write.
-        inside: measure in this process, and print JSON alone.
+        inside: measure in this process, and print only JSON.
     """
     if inside:
         print(json.dumps(measure(train, test, width, k, device)))
@@ -76,12 +76,12 @@ def main(
     sizes = {"train": train, "test": test, "width": width, "k": k}
     flags = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, __file__, *flags, "--device", device, "--inside"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    measured = json.loads(done.stdout)
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    measured = json.loads(process.stdout)
     for name, value in measured.items():
         print(f"{name:16} {value:10.1f}")
     if out is not None:
-        record = {**provenance(sys.argv), **sizes, "device": device, "measured": measured}
+        record = {**collect_provenance(sys.argv), **sizes, "device": device, "measured": measured}
         out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 

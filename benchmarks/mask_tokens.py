@@ -1,8 +1,8 @@
-"""How much does it save that the encoder never sees mask tokens? Table 2 of He et al. 2021, measured.
+"""Speed-up of an encoder without mask tokens (He et al. 2021, table 2).
 
-Each arm's training step takes turns with that of the reference: mask tokens in the encoder, and the
-paper's decoder. Wall-clock ratio beside the ratio of operations. The paper (ViT-L, 128 TPU v3 cores):
-2.8 times with 8 blocks in the decoder, 3.7 times with one; in operations 3.3 times (table 1c).
+Training steps of a model and of its reference, whose encoder processes mask tokens, alternate. The script
+prints the speed-up in time and in floating-point operations. The paper (ViT-L, 128 TPU v3 cores) reports a
+speed-up of 2.8 with 8 decoder blocks, of 3.7 with one, and 3.3 times fewer operations (table 1c).
 
     uv run python benchmarks/mask_tokens.py --out docs/results/mask_tokens_cpu.json
     uv run python benchmarks/mask_tokens.py --device cuda --batch 128 --tiny-batch 1024
@@ -18,13 +18,13 @@ from typing import Literal
 import torch
 import tyro
 
-from quarterview.benchmark.rate import timed
-from quarterview.benchmark.update import update_of
+from quarterview.benchmark.rate import time_once
+from quarterview.benchmark.update import make_update
 from quarterview.models.config import MAEConfig
-from quarterview.models.create import fresh_model
-from quarterview.models.flops import flops
+from quarterview.models.create import create_mae
+from quarterview.models.flops import count_flops
 from quarterview.training.allocator import keep_freed_memory
-from quarterview.training.record import provenance
+from quarterview.training.record import collect_provenance
 
 LARGE = MAEConfig(model="mae_vit_large_patch16")
 TINY = MAEConfig(
@@ -40,7 +40,7 @@ PAIRS = {
     ),
     "ViT-tiny/4, decoder 128×2, against mask tokens with the same": (TINY, TINY, "–"),
 }
-"""What is compared: an arm, what it is compared with once that has mask tokens, and the paper's ratio."""
+"""Comparisons by name: a model, its reference before mask tokens are added, and the paper's speed-up."""
 
 
 def main(
@@ -54,9 +54,9 @@ def main(
     """Time each pair.
 
     Args:
-        batch: images of a step of ViT-L.
-        tiny_batch: images of a step of ViT-tiny.
-        rounds: how often the two take turns; medians over rounds are reported.
+        batch: images per step of ViT-L.
+        tiny_batch: images per step of ViT-tiny.
+        rounds: number of timed steps of each model, of which the median is reported.
         out: JSON file to write.
     """
     keep_freed_memory()
@@ -65,28 +65,33 @@ def main(
     for name, (config, base, paper) in PAIRS.items():
         reference = replace(base, encoder_mask_tokens=True)
         size = tiny_batch if config is TINY else batch
-        arms = [update_of(fresh_model(each, seed=0), size, precision, where) for each in (config, reference)]
+        updates = [
+            make_update(create_mae(each, seed=0), size, precision, where) for each in (config, reference)
+        ]
         times: list[list[float]] = [[], []]
-        for turn in range(-1, rounds):  # the first is not counted
-            for arm, kept in zip(arms, times, strict=True):
-                seconds = timed(arm, where)
+        for turn in range(-1, rounds):  # the first round warms up and is not counted
+            for update, durations in zip(updates, times, strict=True):
+                seconds = time_once(update, where)
                 if turn >= 0:
-                    kept.append(seconds)
+                    durations.append(seconds)
         fast, slow = (statistics.median(each) for each in times)
-        operations = flops(reference).step / flops(config).step
+        operations = count_flops(reference).step / count_flops(config).step
         rows[name] = {
             "seconds": fast,
             "reference_seconds": slow,
             "ratio": slow / fast,
             "operations": operations,
         }
-        print(f"{name}: {slow / fast:.2f} times as fast (paper: {paper}); {operations:.2f} in operations")
-        del arms
+        print(
+            f"{name}: {slow / fast:.2f} times as fast (paper: {paper}); "
+            f"{operations:.2f} times fewer operations"
+        )
+        del updates  # frees the memory of both models
     if out is not None:
         record = {
             "settings": {"batch": batch, "tiny_batch": tiny_batch, "precision": precision},
             "pairs": rows,
-            **provenance(sys.argv),
+            **collect_provenance(sys.argv),
         }
         out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 

@@ -1,9 +1,10 @@
-"""Do two versions of the package compute the same, to the last bit? For changes that should change nothing.
+"""Check that two versions of the package compute bit-identical results, for changes such as refactorings.
 
-Both run the same commands: pre-training by every method and its main variants, fine-tuning, pictures,
-embeddings, probes, and the public Python API. Compared are all tensors of the checkpoints, the metrics but
-for timings, embeddings, results and pixels. Needs the development environment; nothing is installed: each
-side's `src` comes first on the path. All of it takes 150 seconds of CPU time on both sides together.
+Both versions run the same commands: pre-training by every method with its main variants, fine-tuning,
+figures, embeddings, probes, and the public Python API. The script compares all tensors of the checkpoints,
+all metrics except timings, embeddings, results and pixels. It needs the development environment, but installs
+nothing: the `src` folder of each version comes first on the Python path. Both versions together take 150
+seconds of CPU time.
 
     uv run python benchmarks/same_bits.py main HEAD
     uv run python benchmarks/same_bits.py --old-source ../old --new-source . --only "mae*"
@@ -26,14 +27,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-RENAMED = {"--objective": "--method"}
-"""Words of a command line by their old and their new spelling. The new version is given the old ones first,
-and the new ones where it refuses those with exit code 2."""
+RENAMED_FLAGS = {"--objective": "--method"}
+"""Old and new names of flags. The new version runs with the old names first, and again with the new names if
+it exits with code 2."""
 
 TIMINGS = ("images_per_s", "data_wait", "seconds")
-"""Columns and keys that no two runs share."""
+"""Columns and keys that differ between any two runs, and are not compared."""
 
-# ---------------------------------------------------------------------- what is run
+# ---------------------------------------------------------------------- commands
 
 _MODEL = "--model mae_vit_32x4x2_patch4 --image-size 16"
 _LOOP = "--batch-size 32 --lr 1e-3 --log-every 1 --eval-every 5 --workers 0 --device cpu"
@@ -88,7 +89,7 @@ COMMANDS = {
     "results-linear": f"linear mae {_SETS}",
     "results-linear-paper": f"linear mae {_SETS} --protocol paper --epochs 2 --warmup-epochs 1",
 }
-"""Command lines by name; most write into --out of that name, in the folder in which all are run."""
+"""Command lines by name. All run in one folder; most write into --out of their own name."""
 
 API = """
 import safetensors.torch, torch
@@ -105,79 +106,84 @@ fresh = qv.create_model("mae_vit_32x4x2_patch4", image_size=16, **decoder)
 tensors |= {f"fresh.{name}": value for name, value in fresh.state_dict().items()}
 safetensors.torch.save_file(tensors, "api.safetensors")
 """
-"""What is asked of the public Python API, after the commands."""
+"""Program that uses the public Python API, run after the commands."""
 
-_HEAVY = (
+_SHARED_IMPORTS = (
     *("lightly.loss", "lightly.models.modules.heads", "matplotlib.backends.backend_agg", "matplotlib.figure"),
     *("pyarrow.parquet", "scipy.optimize", "scipy.special", "sklearn.linear_model", "timm.data"),
     *("timm.data.auto_augment", "torch", "torch.utils.tensorboard", "torchvision"),
 )
-"""Imported once, before the commands' processes are forked."""
+"""Modules that are imported once, before the processes of the commands are forked."""
 
-NEEDED = {
+REQUIRED_BY = {
     "mae": ["mae-from-mae", "tuned-[mcl]*", "reconstruct*", "look*", "embed", "results-*", "api"],
     "simclr": ["embed-tokens"],
     "tokenizer": ["beit", "mae-tokens"],
 }
-"""Whose runs others read."""
+"""Patterns of the commands that read the run of another command."""
 
 
-def words_of(name: str) -> list[str]:
-    """The command line of a name."""
-    words = COMMANDS[name].split()
-    return words if name.startswith("results-") else [*words, "--out", name]
+def make_argv(name: str) -> list[str]:
+    """Return the command line of a name as a list of arguments."""
+    argv = COMMANDS[name].split()
+    return argv if name.startswith("results-") else [*argv, "--out", name]
 
 
-def chosen(pattern: str) -> list[str]:
-    """The names that a pattern asks for, and before them those that they need."""
-    everything = [*COMMANDS, "api"]
-    asked = {name for name in everything if fnmatch.fnmatch(name, pattern)}
-    for need, readers in NEEDED.items():
-        if any(fnmatch.fnmatch(name, reader) for name in asked for reader in readers):
-            asked.add(need)
-    return [name for name in everything if name in asked]
+def select_names(pattern: str) -> list[str]:
+    """Return the names that match a pattern, and the names of the commands that these require."""
+    all_names = [*COMMANDS, "api"]
+    selected = {name for name in all_names if fnmatch.fnmatch(name, pattern)}
+    for required, readers in REQUIRED_BY.items():
+        if any(fnmatch.fnmatch(name, reader) for name in selected for reader in readers):
+            selected.add(required)
+    return [name for name in all_names if name in selected]
 
 
-# ---------------------------------------------------------------------- running, in a process of one side
+# ---------------------------------------------------------------------- run one version, in its own process
 
 
-def run_side(source: Path, names: list[str], renamed: bool) -> None:
-    """Run the commands of a side in the present folder. Heavy imports are shared by forking."""
+def run_side(source: Path, names: list[str], use_new_flags: bool) -> None:
+    """Run the commands of one version in the current folder, each in a fork that shares slow imports.
+
+    Args:
+        source: the ``src`` folder of the version.
+        use_new_flags: run a command with new flag names if it exits with code 2.
+    """
     import quarterview
 
     if not Path(quarterview.__file__).is_relative_to(source):
-        sys.exit(f"the package of {quarterview.__file__} was found before that of {source}")
-    for heavy in _HEAVY:
+        sys.exit(f"The package was imported from {quarterview.__file__}, not from {source}.")
+    for module in _SHARED_IMPORTS:
         with contextlib.suppress(ImportError):
-            importlib.import_module(heavy)
+            importlib.import_module(module)
     importlib.import_module("torch").set_num_threads(1)
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
-        _module(["recipes"])  # imports the package's own modules, too
+    with Path(os.devnull).open("w") as devnull, contextlib.redirect_stdout(devnull):
+        _run_quarterview(["recipes"])  # imports the modules of the package, too
     for name in names:
-        begun = time.perf_counter()
-        code = _forked(name, renamed=False)
-        if code == 2 and renamed and name != "api":
-            code = _forked(name, renamed=True)
+        start = time.perf_counter()
+        code = _run_in_fork(name, use_new_flags=False)
+        if code == 2 and use_new_flags and name != "api":
+            code = _run_in_fork(name, use_new_flags=True)
         Path(f"{name}.exit").write_text(f"{code}\n")
-        sys.stdout.write(f"{name}: exit code {code}, {time.perf_counter() - begun:.1f} s\n")
+        sys.stdout.write(f"{name}: exit code {code}, {time.perf_counter() - start:.1f} s\n")
         sys.stdout.flush()
 
 
-def _module(words: list[str]) -> None:
-    """``python -m quarterview`` in this process."""
-    before = sys.argv
-    sys.argv = ["quarterview", *words]
+def _run_quarterview(argv: list[str]) -> None:
+    """Run ``python -m quarterview`` with these arguments in this process."""
+    original_argv = sys.argv
+    sys.argv = ["quarterview", *argv]
     try:
         runpy.run_module("quarterview", run_name="__main__", alter_sys=True)
     except SystemExit as end:
         if end.code not in (0, None):
             raise
     finally:
-        sys.argv = before
+        sys.argv = original_argv
 
 
-def _forked(name: str, renamed: bool) -> int:
-    """The exit code of a command, run in a child process that has imported everything already."""
+def _run_in_fork(name: str, use_new_flags: bool) -> int:
+    """Run a command in a fork of this process and return its exit code."""
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -190,7 +196,9 @@ def _forked(name: str, renamed: bool) -> int:
         if name == "api":
             exec(API, {})
         else:
-            _module([RENAMED.get(word, word) if renamed else word for word in words_of(name)])
+            _run_quarterview(
+                [RENAMED_FLAGS.get(arg, arg) if use_new_flags else arg for arg in make_argv(name)]
+            )
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -204,33 +212,42 @@ def _forked(name: str, renamed: bool) -> int:
         os._exit(code)
 
 
-# ---------------------------------------------------------------------- comparing
+# ---------------------------------------------------------------------- compare outputs
 
 
-def differences(old: Path, new: Path, name: str) -> list[str]:
-    """In what two sides' outputs of a command differ; nothing if they do not."""
+def list_differences(old: Path, new: Path, name: str) -> list[str]:
+    """List the differences between the outputs of a command in two versions; empty if they are equal.
+
+    Args:
+        old: folder in which the commands of the old version were run.
+        new: folder of the new version.
+    """
     codes = [(side / f"{name}.exit").read_text().strip() for side in (old, new)]
     if codes != ["0", "0"]:
-        ends = [(side / f"{name}.log").read_text().strip().splitlines()[-1:] or [""] for side in (old, new)]
-        return [f"exit codes {codes[0]} and {codes[1]}: {ends[0][0]} | {ends[1][0]}"]
+        messages = [
+            (side / f"{name}.log").read_text().strip().splitlines()[-1:] or [""] for side in (old, new)
+        ]
+        return [f"exit codes {codes[0]} and {codes[1]}: {messages[0][0]} | {messages[1][0]}"]
     if name.startswith("results-"):
-        return _results(name, old, new)
+        return _compare_results(name, old, new)
     if name == "api":
-        return _compare(_tensors(old / "api.safetensors"), _tensors(new / "api.safetensors"))
-    files = [_outputs(side / name) for side in (old, new)]
+        return _describe_differences(
+            _read_tensors(old / "api.safetensors"), _read_tensors(new / "api.safetensors")
+        )
+    files = [_find_outputs(side / name) for side in (old, new)]
     if files[0].keys() != files[1].keys():
-        return [f"files {' '.join(sorted(files[0].keys() ^ files[1].keys()))} on one side only"]
+        return [f"files {' '.join(sorted(files[0].keys() ^ files[1].keys()))} only in one version"]
     if not files[0]:
-        return ["there are no files to compare"]
+        return ["no files to compare"]
     return [
         f"{file}: {line}"
         for file, path in files[0].items()
-        for line in _compare(_read(path), _read(files[1][file]))
+        for line in _describe_differences(_read_values(path), _read_values(files[1][file]))
     ]
 
 
-def _outputs(root: Path) -> dict[str, Path]:
-    """The files to compare, by their path in a folder."""
+def _find_outputs(root: Path) -> dict[str, Path]:
+    """Find the files to compare, by their path relative to the output folder."""
     if root.is_file():
         return {root.name: root}
     kinds = (".safetensors", ".parquet", ".png", ".npz")
@@ -243,24 +260,24 @@ def _outputs(root: Path) -> dict[str, Path]:
     }
 
 
-def _results(name: str, old: Path, new: Path) -> list[str]:
-    """Compare the numbers that a probe wrote into its run."""
-    kind = name.removeprefix("results-") + ".json"
-    found = [side / "mae" / "results" / kind for side in (old, new)]
-    if not all(path.is_file() for path in found):
-        return [f"results/{kind} is missing"]
-    return _compare(*map(_read, found))
+def _compare_results(name: str, old: Path, new: Path) -> list[str]:
+    """Compare the results that a probe wrote into its run."""
+    file_name = name.removeprefix("results-") + ".json"
+    paths = [side / "mae" / "results" / file_name for side in (old, new)]
+    if not all(path.is_file() for path in paths):
+        return [f"results/{file_name} is missing"]
+    return _describe_differences(*map(_read_values, paths))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What is in a file, as named arrays or plain values."""
+def _read_values(path: Path) -> dict[str, Any]:
+    """Read the content of a file as named arrays or plain values."""
     if path.suffix == ".safetensors":
-        return _tensors(path)
+        return _read_tensors(path)
     if path.suffix == ".jsonl":
         rows = map(json.loads, path.read_text().splitlines())
         return {f"row {i} {k}": v for i, row in enumerate(rows) for k, v in row.items() if k not in TIMINGS}
     if path.suffix == ".json":
-        return dict(_leaves(json.loads(path.read_text())["results"], "results"))
+        return dict(_flatten(json.loads(path.read_text())["results"], "results"))
     import numpy as np
 
     if path.suffix == ".npz":
@@ -275,49 +292,53 @@ def _read(path: Path) -> dict[str, Any]:
     return parquet.read_table(path).to_pydict()
 
 
-def _tensors(path: Path) -> dict[str, Any]:
+def _read_tensors(path: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     return load_file(path)
 
 
-def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """The numbers and texts of a nested value, by where they are."""
+def _flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the numbers and texts of a nested value with their dotted paths."""
     if isinstance(value, dict | list):
         for key, each in value.items() if isinstance(value, dict) else enumerate(value):
             if key not in TIMINGS:
-                yield from _leaves(each, f"{name}.{key}")
+                yield from _flatten(each, f"{name}.{key}")
     else:
         yield name, value
 
 
-def _compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """In what named values differ, and by how much at most."""
+def _describe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Describe the differences between named values, with the largest; empty if all are equal."""
     if old.keys() != new.keys():
         only = [f"-{name}" for name in old if name not in new] + [
             f"+{name}" for name in new if name not in old
         ]
         return [f"names {' '.join(only[:5])}{' …' if len(only) > 5 else ''}"]
-    unlike = [name for name in old if not _same(old[name], new[name])]
-    if not unlike:
+    different = [name for name in old if not _is_equal(old[name], new[name])]
+    if not different:
         return []
-    most = max(_distance(old[name], new[name]) for name in unlike)
-    return [f"{len(unlike)} of {len(old)}, first {unlike[0]} (max abs difference {most:.3g})"]
+    largest = max(_max_difference(old[name], new[name]) for name in different)
+    return [f"{len(different)} of {len(old)}, first {different[0]} (max abs difference {largest:.3g})"]
 
 
-def _same(old: Any, new: Any) -> bool:
+def _is_equal(old: Any, new: Any) -> bool:
+    """Return True if two values are equal to the last bit."""
     import numpy as np
     import torch
 
     if isinstance(old, torch.Tensor):
-        alike = old.dtype == new.dtype and old.shape == new.shape
-        return alike and torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (old, new)))
+        is_compatible = old.dtype == new.dtype and old.shape == new.shape
+        return is_compatible and torch.equal(
+            *(x.contiguous().flatten().view(torch.uint8) for x in (old, new))
+        )
     if isinstance(old, np.ndarray):
         return old.dtype == new.dtype and old.shape == new.shape and old.tobytes() == new.tobytes()
-    return repr(old) == repr(new)  # of floats, to the last bit
+    return repr(old) == repr(new)  # distinguishes any two floats
 
 
-def _distance(old: Any, new: Any) -> float:
+def _max_difference(old: Any, new: Any) -> float:
+    """Return the largest absolute difference of two values; infinity if they are not comparable."""
     import numpy as np
     import torch
 
@@ -330,12 +351,12 @@ def _distance(old: Any, new: Any) -> float:
         return math.inf
 
 
-# ---------------------------------------------------------------------- both sides
+# ---------------------------------------------------------------------- run and compare both versions
 
 
 @contextlib.contextmanager
 def checkout(commit: str, folder: Path) -> Iterator[Path]:
-    """A commit's files in a temporary worktree."""
+    """Check out a commit into a temporary worktree, which is removed at the end."""
     git = ["git", "-C", str(Path(__file__).parent), "worktree"]
     subprocess.run([*git, "add", "--quiet", "--detach", str(folder), commit], check=True)
     try:
@@ -344,82 +365,82 @@ def checkout(commit: str, folder: Path) -> Iterator[Path]:
         subprocess.run([*git, "remove", "--force", str(folder)], check=True)
 
 
-def start(source: Path, folder: Path, names: list[str], renamed: bool) -> subprocess.Popen:
-    """Begin to run one side's commands in a folder of its own, with one thread."""
+def start_side(source: Path, folder: Path, names: list[str], use_new_flags: bool) -> subprocess.Popen:
+    """Start a process that runs the commands of one version in a new folder, with one thread."""
     folder.mkdir()
     environment = os.environ | {
         **{"PYTHONPATH": str(source / "src"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
         **{"PYTHONWARNINGS": "ignore", "TERM": "dumb"},
     }
-    words = [sys.executable, str(Path(__file__).resolve()), "--side", str(source / "src")]
-    words += [*(["--renamed"] if renamed else []), "--names", *names]
+    command = [sys.executable, str(Path(__file__).resolve()), "--side", str(source / "src")]
+    command += [*(["--use-new-flags"] if use_new_flags else []), "--names", *names]
     with (folder / "side.log").open("w") as log:
-        return subprocess.Popen(words, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def compare(old: Path, new: Path, names: list[str], workspace: Path) -> int:
-    """Run both sides at once and print a line for each command; the exit code."""
+def run_and_compare(old: Path, new: Path, names: list[str], workspace: Path) -> int:
+    """Run both versions in parallel and print a line for each command; returns the exit code."""
     folders = workspace / "old", workspace / "new"
     sides = [
-        start(source, folder, names, folder == folders[1])
+        start_side(source, folder, names, folder == folders[1])
         for source, folder in zip((old, new), folders, strict=True)
     ]
     for side, folder in zip(sides, folders, strict=True):
         if side.wait():
             print((folder / "side.log").read_text())
             return 1
-    differing = 0
+    num_different = 0
     for name in names:
-        found = differences(*folders, name)
-        differing += bool(found)
-        print(f"{name}: {'DIFFERS ' + '; '.join(found) if found else 'equal'}")
-    print(f"{len(names) - differing} of {len(names)} are equal")
-    return 1 if differing else 0
+        differences = list_differences(*folders, name)
+        num_different += bool(differences)
+        print(f"{name}: {'DIFFERS ' + '; '.join(differences) if differences else 'equal'}")
+    print(f"{len(names) - num_different} of {len(names)} are equal")
+    return 1 if num_different else 0
 
 
 def main() -> int:
-    """Read the command line, and compare; the exit code is 1 if anything differs."""
+    """Parse the command line and compare two versions; the exit code is 1 if any result differs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("commits", nargs="*", metavar="COMMIT", help="the old one and the new one")
-    parser.add_argument("--old-source", type=Path, help="a checkout in place of the old commit")
-    parser.add_argument("--new-source", type=Path, help="a checkout in place of the new commit")
-    parser.add_argument("--only", default="*", help="a pattern of the names of commands, such as 'mae*'")
-    parser.add_argument("--keep", type=Path, help="keep both sides' files in this new folder")
-    parser.add_argument("--list", action="store_true", help="list the commands and stop")
+    parser.add_argument("commits", nargs="*", metavar="COMMIT", help="old commit and new commit")
+    parser.add_argument("--old-source", type=Path, help="checkout to use instead of the old commit")
+    parser.add_argument("--new-source", type=Path, help="checkout to use instead of the new commit")
+    parser.add_argument("--only", default="*", help="pattern for the names of commands, such as 'mae*'")
+    parser.add_argument("--keep", type=Path, help="new folder that keeps the files of both versions")
+    parser.add_argument("--list", action="store_true", help="list the commands and exit")
     parser.add_argument("--side", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--renamed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--use-new-flags", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--names", nargs="*", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.side:
-        run_side(given.side, given.names, given.renamed)
+    args = parser.parse_args()
+    if args.side:
+        run_side(args.side, args.names, args.use_new_flags)
         return 0
-    names = chosen(given.only)
-    if given.list:
+    names = select_names(args.only)
+    if args.list:
         print(
-            "\n".join(f"{name}: {' '.join(words_of(name)) if name != 'api' else 'Python'}" for name in names)
+            "\n".join(f"{name}: {' '.join(make_argv(name)) if name != 'api' else 'Python'}" for name in names)
         )
         return 0
-    folders = [given.old_source, given.new_source]
-    if folders.count(None) != len(given.commits):
-        parser.error("give two commits, or --old-source or --new-source in place of either")
+    folders = [args.old_source, args.new_source]
+    if folders.count(None) != len(args.commits):
+        parser.error("Give two commits, or replace one or both by --old-source and --new-source.")
     if not names:
-        parser.error(f"no command is called {given.only}; --list names them")
-    begun = time.perf_counter()
+        parser.error(f"--only {args.only} matches no command. See --list.")
+    start = time.perf_counter()
     with contextlib.ExitStack() as stack:
         workspace = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="same-bits-")))
-        commits = iter(given.commits)
+        commits = iter(args.commits)
         sources = [
             folder.resolve() if folder else stack.enter_context(checkout(next(commits), workspace / side))
             for folder, side in zip(folders, ("old-source", "new-source"), strict=True)
         ]
-        code = compare(*sources, names, workspace)
-        if given.keep:
-            given.keep.mkdir(parents=True)
+        code = run_and_compare(*sources, names, workspace)
+        if args.keep:
+            args.keep.mkdir(parents=True)
             for side in ("old", "new"):
-                shutil.move(workspace / side, given.keep / side)
-    print(f"{time.perf_counter() - begun:.0f} s")
+                shutil.move(workspace / side, args.keep / side)
+    print(f"{time.perf_counter() - start:.0f} s")
     return code
 
 

@@ -1,18 +1,18 @@
-"""How fast is a whole training step, beside the peers' on the same arithmetic?
+"""Speed of an MAE training step compared with other libraries on the same arithmetic.
 
-Forward, backward and AdamW, each contestant in a process of its own as its users have it, taking
-turns, eager and compiled:
+A step is forward, backward and AdamW. Each library runs in its own process, as its users run it, eager and
+compiled; the processes take turns:
 
-- quarterview: this package's model, step and allocator settings;
+- quarterview: the model, training step and allocator settings of this package;
 - transformers: ViTMAEForPreTraining;
-- lightly: MaskedVisionTransformerTIMM and MAEDecoderTIMM, put together as its documentation does;
-- stable-pretraining: its MAE, whose decoder does not see the cls token.
+- lightly: MaskedVisionTransformerTIMM and MAEDecoderTIMM, combined as in its documentation;
+- stable-pretraining: its MAE, whose decoder does not receive the cls token.
 
-First every peer is given our weights and our noise, and must compute our loss in float32 (the last
-one ours without the cls token in the decoder). Then each draws its own masks, as documented. All use
-the fused AdamW, which is kinder to them than the default that their documentation shows. In every
-round the machine's own rate of matrix products is measured, too. `--kept-memory` gives the peers our
-allocator settings as well.
+First, the weights of quarterview are copied into each library, which must compute the same loss in float32
+for the same mask noise (for the last one, the loss without the cls token in the decoder). For the timing,
+each library draws its own masks, as documented. All use fused AdamW, which is faster than the default in
+their documentation. The matrix-product rate of the machine is measured in every round. `--kept-memory` gives
+the other libraries the allocator settings of quarterview, too.
 
     uv run --group bench python benchmarks/train_step.py --out docs/results/train_step_bf16.json
     uv run --group bench python benchmarks/train_step.py --precision fp32
@@ -39,34 +39,37 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from quarterview.benchmark.rate import product_rates, products_of, timed
+from quarterview.benchmark.rate import list_matrix_products, measure_flops_per_s, time_once
 from quarterview.data.loader import Batch
 from quarterview.methods.mae import MaskedAutoencoding
 from quarterview.models.config import MAEConfig
-from quarterview.models.flops import flops
+from quarterview.models.flops import count_flops
 from quarterview.models.mae import MaskedAutoencoder
-from quarterview.models.targets import patch_statistics
+from quarterview.models.targets import compute_patch_statistics
 from quarterview.training.allocator import keep_freed_memory
 from quarterview.training.distributed import World
-from quarterview.training.optim import adamw
-from quarterview.training.record import provenance
-from quarterview.training.step import Step
-from quarterview.training.trainer import precision_context
+from quarterview.training.optim import create_adamw
+from quarterview.training.record import collect_provenance
+from quarterview.training.step import TrainStep
+from quarterview.training.trainer import get_autocast_context
 from quarterview.weights import export_transformers
 
 Peer = Literal["transformers", "lightly", "stable-pretraining"]
-OWN = "quarterview"
+OWN_NAME = "quarterview"
 
 
-class Contestant(NamedTuple):
-    """A model, the loss that its own code draws masks for, and the loss of given noise."""
+class Competitor(NamedTuple):
+    """A model of a library, with two functions that compute its loss."""
 
     model: nn.Module
-    documented: Callable[[Tensor], Tensor]
-    given: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[[Tensor], Tensor]
+    """Loss of images, with masks that the library draws."""
+    loss_with_noise: Callable[[Tensor, Tensor], Tensor]
+    """Loss of images with given mask noise [N, L]."""
 
 
-def transformers_peer(ours: MaskedAutoencoder) -> Contestant:
+def create_transformers_peer(ours: MaskedAutoencoder) -> Competitor:
+    """Create the MAE of transformers with the weights of quarterview."""
     import transformers
 
     with tempfile.TemporaryDirectory() as folder:
@@ -74,13 +77,13 @@ def transformers_peer(ours: MaskedAutoencoder) -> Contestant:
         model = transformers.ViTMAEForPreTraining.from_pretrained(Path(folder) / "mae")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("position_embeddings" not in name and "pos_embed" not in name)
-    return Contestant(
+    return Competitor(
         model, lambda images: model(images).loss, lambda images, noise: model(images, noise=noise).loss
     )
 
 
 class LightlyMAE(nn.Module):
-    """The training step of lightly's documentation, with its target normalised as in the paper."""
+    """The training step of lightly's documentation, with normalized targets as in the MAE paper."""
 
     def __init__(self, ours: MaskedAutoencoder) -> None:
         super().__init__()
@@ -93,7 +96,7 @@ class LightlyMAE(nn.Module):
             patch_size=shape.patch_size,
             embed_dim=shape.width,
             depth=shape.depth,
-            num_heads=shape.heads,
+            num_heads=shape.num_heads,
             num_classes=0,
         )
         self.mask_ratio, self.patch_size = config.mask_ratio, shape.patch_size
@@ -132,18 +135,20 @@ class LightlyMAE(nn.Module):
         tokens = utils.set_at_index(tokens, kept, decoded.type_as(tokens))
         predicted = self.decoder.predict(utils.get_at_index(self.decoder.decode(tokens), masked))
         target = utils.get_at_index(utils.patchify(images, self.patch_size), masked - 1)
-        mean, std = patch_statistics(target)
+        mean, std = compute_patch_statistics(target)
         return nn.functional.mse_loss(predicted, (target - mean) / std)
 
 
-def lightly_peer(ours: MaskedAutoencoder) -> Contestant:
+def create_lightly_peer(ours: MaskedAutoencoder) -> Competitor:
+    """Create the MAE of lightly with the weights of quarterview."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MAEDecoderTIMM is to be renamed
         model = LightlyMAE(ours)
-    return Contestant(model, model, model)
+    return Competitor(model, model, model)
 
 
-def stable_pretraining_peer(ours: MaskedAutoencoder) -> Contestant:
+def create_stable_pretraining_peer(ours: MaskedAutoencoder) -> Competitor:
+    """Create the MAE of stable-pretraining with the weights of quarterview."""
     from stable_pretraining.methods import MAE
     from timm.models.vision_transformer import VisionTransformer
 
@@ -153,7 +158,7 @@ def stable_pretraining_peer(ours: MaskedAutoencoder) -> Contestant:
         patch_size=shape.patch_size,
         embed_dim=shape.width,
         depth=shape.depth,
-        num_heads=shape.heads,
+        num_heads=shape.num_heads,
         num_classes=0,
     )
     model = MAE(
@@ -169,53 +174,53 @@ def stable_pretraining_peer(ours: MaskedAutoencoder) -> Contestant:
         "final_norm.": "decoder_norm.",
         "output_proj.": "decoder_pred.",
     }
-    for theirs, mine in renamed.items():
-        part = {k.removeprefix(mine): v for k, v in weights.items() if k.startswith(mine)}
-        decoder.get_submodule(theirs[:-1]).load_state_dict(part)
+    for peer_prefix, own_prefix in renamed.items():
+        part = {k.removeprefix(own_prefix): v for k, v in weights.items() if k.startswith(own_prefix)}
+        decoder.get_submodule(peer_prefix[:-1]).load_state_dict(part)
     decoder.pos_embed.copy_(weights["decoder_pos_embed"][:, 1:])
-    nn.init.zeros_(decoder.query_proj.weight)  # so that its bias is our mask token
+    nn.init.zeros_(decoder.query_proj.weight)  # so that the bias is the mask token
     decoder.query_proj.bias.data.copy_(weights["mask_token"].flatten())
     for module in decoder.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = 1e-6
-    # Its patches are cut with the channel first.
+    # The values of its patches are ordered channel first.
     p, chans = shape.patch_size, config.in_chans
     order = torch.arange(p * p * chans).view(p, p, chans).permute(2, 0, 1).flatten()
     decoder.output_proj.weight.data.copy_(weights["decoder_pred.weight"][order])
     decoder.output_proj.bias.data.copy_(weights["decoder_pred.bias"][order])
 
-    def given(images: Tensor, noise: Tensor) -> Tensor:
-        drawn = [torch.rand(len(images)), noise]  # what it asks torch for, in this order
+    def compute_loss_with_noise(images: Tensor, noise: Tensor) -> Tensor:
+        drawn = [torch.rand(len(images)), noise]  # the model calls torch.rand twice, in this order
         with patch("torch.rand", side_effect=drawn):
             return model(images).loss
 
-    return Contestant(model, lambda images: model(images).loss, given)
+    return Competitor(model, lambda images: model(images).loss, compute_loss_with_noise)
 
 
-def without_cls(ours: MaskedAutoencoder, images: Tensor, noise: Tensor) -> Tensor:
-    """Our loss, if the decoder did not see the cls token."""
+def compute_loss_without_cls(ours: MaskedAutoencoder, images: Tensor, noise: Tensor) -> Tensor:
+    """Compute the loss of quarterview without the cls token in the decoder."""
     order = noise.argsort(dim=1)
-    visible, hidden = order[:, : ours.kept].sort().values, order[:, ours.kept :].sort().values
+    visible, hidden = order[:, : ours.num_visible].sort().values, order[:, ours.num_visible :].sort().values
     mask = torch.ones_like(noise, dtype=torch.bool).scatter(1, visible, False)
     seen = ours.decoder_embed(ours.encode(images, mask)[:, 1:])
     positions = ours.decoder_pos_embed[0, 1:]
     x = torch.cat([seen + positions[visible], ours.mask_token + positions[hidden]], dim=1)
     for block in ours.decoder_blocks:
         x = block(x)
-    pred = ours.decoder_pred(ours.decoder_norm(x[:, ours.kept :]))
+    pred = ours.decoder_pred(ours.decoder_norm(x[:, ours.num_visible :]))
     return ours.target.loss(pred, ours.target(images, ours.patchify(images), hidden)).mean()
 
 
-PEERS: dict[Peer, Callable[[MaskedAutoencoder], Contestant]] = {
-    "transformers": transformers_peer,
-    "lightly": lightly_peer,
-    "stable-pretraining": stable_pretraining_peer,
+PEERS: dict[Peer, Callable[[MaskedAutoencoder], Competitor]] = {
+    "transformers": create_transformers_peer,
+    "lightly": create_lightly_peer,
+    "stable-pretraining": create_stable_pretraining_peer,
 }
 
 
 @dataclass(frozen=True)
-class Contest:
-    """What is timed."""
+class Settings:
+    """Settings of a comparison."""
 
     config: MAEConfig
     batch: int
@@ -225,42 +230,51 @@ class Contest:
     kept_memory: bool
 
 
-def checked(name: Peer, ours: MaskedAutoencoder) -> tuple[Contestant, str]:
-    """A peer with our weights, shown to compute our loss, and what was shown."""
+def create_verified_peer(name: Peer, ours: MaskedAutoencoder) -> tuple[Competitor, str]:
+    """Create the model of a library with the weights of quarterview, and check that the losses are equal.
+
+    Returns:
+        The model and a message with both losses.
+    """
     config = ours.config
     peer = PEERS[name](ours)
     peer.model.train()
-    images, noise = torch.randn(2, config.in_chans, *config.image_size), torch.rand(2, config.patches)
+    images, noise = torch.randn(2, config.in_chans, *config.image_size), torch.rand(2, config.num_patches)
     with torch.no_grad():
-        theirs = peer.given(images, noise)
-        alone = name == "stable-pretraining"
-        mine = without_cls(ours, images, noise) if alone else ours(images, noise=noise).loss
-    torch.testing.assert_close(theirs, mine, atol=1e-5, rtol=0)
-    return peer, f"loss {theirs:.6f}, ours {mine:.6f}"
+        theirs = peer.loss_with_noise(images, noise)
+        without_cls = name == "stable-pretraining"
+        own = compute_loss_without_cls(ours, images, noise) if without_cls else ours(images, noise=noise).loss
+    torch.testing.assert_close(theirs, own, atol=1e-5, rtol=0)
+    return peer, f"loss {theirs:.6f}, of quarterview {own:.6f}"
 
 
-def own_step(
-    ours: MaskedAutoencoder, contest: Contest, images: Tensor, compiled: bool
+def make_own_step(
+    ours: MaskedAutoencoder, settings: Settings, images: Tensor, compiled: bool
 ) -> Callable[[], object]:
-    """An update as the package's own loop makes it."""
+    """Return a function that performs a training step of quarterview."""
     device = images.device
     objective = MaskedAutoencoding(ours, seed=0)
-    step = Step(
-        objective, adamw(objective, 0.05), World(device), precision_context(contest.precision, device)
+    step = TrainStep(
+        objective,
+        create_adamw(objective, 0.05),
+        World(device),
+        get_autocast_context(settings.precision, device),
     )
     ids = torch.arange(len(images), device=device)
     batch = Batch(images, ids, torch.zeros_like(ids))
     if compiled:
         ours.compile()
-    return lambda: step.apply(step.gradients(batch)[0])
+    return lambda: step.update_weights(step.accumulate_gradients(batch)[0])
 
 
-def peers_step(peer: Contestant, contest: Contest, images: Tensor, compiled: bool) -> Callable[[], object]:
-    """An update as one would write it."""
-    autocast = precision_context(contest.precision, images.device)
+def make_peer_step(
+    peer: Competitor, settings: Settings, images: Tensor, compiled: bool
+) -> Callable[[], object]:
+    """Return a function that performs a training step of another library with a plain PyTorch loop."""
+    autocast = get_autocast_context(settings.precision, images.device)
     trained = [p for p in peer.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    loss = torch.compile(peer.documented) if compiled else peer.documented
+    loss = torch.compile(peer.loss) if compiled else peer.loss
 
     def run() -> None:
         with autocast():
@@ -272,57 +286,58 @@ def peers_step(peer: Contestant, contest: Contest, images: Tensor, compiled: boo
     return run
 
 
-def contend(name: str, contest: Contest, pipe: Connection) -> None:
-    """In a process of its own: make ready, then time a few steps whenever asked."""
-    if name == OWN or contest.kept_memory:
+def run_competitor(name: str, settings: Settings, pipe: Connection) -> None:
+    """Create a model and warm up, then time as many steps as the pipe requests; runs in its own process."""
+    if name == OWN_NAME or settings.kept_memory:
         keep_freed_memory()
     try:
         torch.manual_seed(0)
-        device = torch.device(contest.device)
-        ours = MaskedAutoencoder(contest.config)
-        shown = ""
+        device = torch.device(settings.device)
+        ours = MaskedAutoencoder(settings.config)
+        losses = ""
         images = torch.randn(
-            contest.batch, contest.config.in_chans, *contest.config.image_size, device=device
+            settings.batch, settings.config.in_chans, *settings.config.image_size, device=device
         )
-        if name == OWN:
-            run = own_step(ours.to(device), contest, images, contest.compiled)
+        if name == OWN_NAME:
+            run = make_own_step(ours.to(device), settings, images, settings.compiled)
         else:
-            peer, shown = checked(name, ours)
+            peer, losses = create_verified_peer(name, ours)
             del ours
             peer.model.to(device)
-            run = peers_step(peer, contest, images, contest.compiled)
-        ready = sum(timed(run, device) for _ in range(3))
+            run = make_peer_step(peer, settings, images, settings.compiled)
+        warmup_s = sum(time_once(run, device) for _ in range(3))
     except Exception as error:
-        pipe.send(f"does not run: {(str(error).splitlines() or [''])[0]} ({type(error).__name__})")
+        pipe.send(f"failed: {(str(error).splitlines() or [''])[0]} ({type(error).__name__})")
         return
-    pipe.send((ready, shown))
+    pipe.send((warmup_s, losses))
     while (steps := pipe.recv()) is not None:
-        pipe.send(timed(lambda: [run() for _ in range(steps)], device) / steps)
+        pipe.send(time_once(lambda: [run() for _ in range(steps)], device) / steps)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     pipe.send(torch.cuda.max_memory_allocated() if device.type == "cuda" else peak)
 
 
-class Process:
-    """A contestant at the other end of a pipe."""
+class CompetitorProcess:
+    """A process that times the training step of a library."""
 
-    def __init__(self, name: str, contest: Contest) -> None:
+    def __init__(self, name: str, settings: Settings) -> None:
         context = get_context("spawn")
-        self.name = f"{name}, compiled" if contest.compiled else name
+        self.name = f"{name}, compiled" if settings.compiled else name
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=contend, args=(name, contest, other), daemon=True)
+        self.process = context.Process(target=run_competitor, args=(name, settings, other), daemon=True)
         self.process.start()
-        other.close()  # so that a process that is killed ends the waiting for it
+        other.close()  # recv raises EOFError if the process is killed, since no other copy is open
         answer = self.pipe.recv()
-        self.runs = isinstance(answer, tuple)
-        said = f"ready after {answer[0]:.0f} s; {answer[1]}" if isinstance(answer, tuple) else answer
-        print(f"{self.name}: {said}", flush=True)
+        self.is_running = isinstance(answer, tuple)
+        status = f"ready after {answer[0]:.0f} s; {answer[1]}" if isinstance(answer, tuple) else answer
+        print(f"{self.name}: {status}", flush=True)
 
-    def seconds(self, steps: int) -> float:
+    def time_steps(self, steps: int) -> float:
+        """Return the seconds per training step, measured over so many steps."""
         self.pipe.send(steps)
         return self.pipe.recv()
 
-    def end(self) -> int:
-        """Its peak of memory in bytes."""
+    def stop(self) -> int:
+        """Stop the process and return its peak memory in bytes."""
         self.pipe.send(None)
         peak = self.pipe.recv()
         self.process.join()
@@ -343,14 +358,16 @@ def main(
     device: Literal["cpu", "cuda"] = "cpu",
     out: Path | None = None,
 ) -> None:
-    """Time the steps.
+    """Time the training steps.
 
     Args:
         decoder: width, depth and heads.
-        compiled: whether to time eager steps, compiled ones, or both, one after the other.
-        kept_memory: give the peers our allocator settings, too.
-        rounds: how often the contestants take turns; medians over rounds are reported.
-        steps: steps a turn.
+        batch: images per step.
+        peers: libraries to compare with.
+        compiled: time eager steps (False), compiled steps (True), or both, one after the other.
+        kept_memory: give the other libraries the allocator settings of quarterview.
+        rounds: number of measurements of each library, of which the median is reported.
+        steps: training steps per measurement.
         out: JSON file to write.
     """
     width, depth, heads = decoder
@@ -359,49 +376,55 @@ def main(
     )
     where = torch.device(device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    products = products_of(config, batch)
-    limits: list[dict] = []
+    products = list_matrix_products(config, batch)
+    matmul_rates: list[dict] = []
     times: dict[str, list[float]] = {}
     memory: dict[str, int] = {}
     for each in compiled:
-        contest = Contest(config, batch, precision, device, each, kept_memory)
-        running = [process for name in (OWN, *peers) if (process := Process(name, contest)).runs]
+        settings = Settings(config, batch, precision, device, each, kept_memory)
+        processes = [CompetitorProcess(name, settings) for name in (OWN_NAME, *peers)]
+        running = [process for process in processes if process.is_running]
         for _ in range(rounds):
-            limits.append(product_rates(products, dtype, where))
+            matmul_rates.append(measure_flops_per_s(products, dtype, where))
             for process in running:
-                times.setdefault(process.name, []).append(process.seconds(steps))
-        memory |= {process.name: process.end() for process in running}
+                times.setdefault(process.name, []).append(process.time_steps(steps))
+        memory |= {process.name: process.stop() for process in running}
 
-    rates = {product: statistics.median(limit[product] for limit in limits) for product in products}
-    limit, per_image = max(rates.values()), flops(config).step
-    medians = {name: statistics.median(each) for name, each in times.items()}
-    # Eager is compared with eager, compiled with compiled, and at the end the best with the best.
-    ratio = {
-        name: each / medians[name.replace(name.partition(",")[0], OWN)] for name, each in medians.items()
+    rates = {
+        product: statistics.median(rates_of_round[product] for rates_of_round in matmul_rates)
+        for product in products
     }
-    best = min(seconds for name, seconds in medians.items() if name.startswith(OWN))
-    rival = min((seconds for name, seconds in medians.items() if not name.startswith(OWN)), default=best)
-    shares = {name: per_image * batch / seconds / limit for name, seconds in medians.items()}
-    print(f"limit {limit / 1e9:.0f} GFLOP/s; {per_image / 1e9:.2f} GFLOP an image")
+    limit, per_image = max(rates.values()), count_flops(config).step
+    medians = {name: statistics.median(each) for name, each in times.items()}
+    # Compare eager with eager and compiled with compiled, and finally the fastest with the fastest.
+    ratio = {
+        name: each / medians[name.replace(name.partition(",")[0], OWN_NAME)] for name, each in medians.items()
+    }
+    fastest = min(seconds for name, seconds in medians.items() if name.startswith(OWN_NAME))
+    rival = min(
+        (seconds for name, seconds in medians.items() if not name.startswith(OWN_NAME)), default=fastest
+    )
+    utilization = {name: per_image * batch / seconds / limit for name, seconds in medians.items()}
+    print(f"limit {limit / 1e9:.0f} GFLOP/s; {per_image / 1e9:.2f} GFLOP per image")
     for name, seconds in medians.items():
         print(
-            f"{name:30} {batch / seconds:8.2f} images/s {shares[name]:5.0%} of the limit "
+            f"{name:30} {batch / seconds:8.2f} images/s {utilization[name]:5.0%} of the limit "
             f"{memory[name] / 2**30:6.2f} GiB   quarterview is {ratio[name]:.2f} times as fast"
         )
-    print(f"best against best: {rival / best:.2f} times as fast")
+    print(f"fastest against fastest: {rival / fastest:.2f} times as fast")
     if out is not None:
         record = {
-            "settings": {**asdict(contest), "compiled": compiled, "threads": torch.get_num_threads()},
+            "settings": {**asdict(settings), "compiled": compiled, "threads": torch.get_num_threads()},
             "flops_per_image": per_image,
             "products": {"×".join(map(str, product)): rate for product, rate in rates.items()},
             "seconds": times,
             "images_per_s": {name: batch / seconds for name, seconds in medians.items()},
-            "share_of_limit": shares,
+            "share_of_limit": utilization,
             "quarterview_is_faster_by": ratio,
-            "best_against_best": rival / best,
+            "best_against_best": rival / fastest,
             "peak_memory": memory,
             "peers": {name: version(name) for name in (*peers, "timm")},
-            **provenance(sys.argv),
+            **collect_provenance(sys.argv),
         }
         out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 

@@ -1,4 +1,4 @@
-"""What every test runs under: one thread, and hypothesis examples that are the same every time."""
+"""Configuration of all tests: one thread, and reproducible hypothesis examples."""
 
 import os
 from collections.abc import Callable
@@ -19,7 +19,7 @@ settings.load_profile("quarterview")
 
 @pytest.fixture
 def disturbed() -> Callable[[nn.Module], nn.Module]:
-    """Moves the biases, norms and tokens of a model, which start at 0, 1 and almost 0."""
+    """A function that adds noise to a model's biases, norms and tokens, which start at 0, 1 and almost 0."""
 
     def disturb(model: nn.Module) -> nn.Module:
         generator = torch.Generator().manual_seed(0)

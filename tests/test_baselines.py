@@ -1,4 +1,4 @@
-"""Every method as a run: it resumes exactly, is read by the probes, and learns more than nothing."""
+"""Tests of every method: exact resuming, probes, export and learning."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ import torch
 import quarterview as qv
 from quarterview.cli import parse, run
 from quarterview.commands.config import LinearConfig
-from quarterview.commands.linear import linear
+from quarterview.commands.linear import evaluate_linear
 from quarterview.errors import UserError
 from quarterview.models.classifier import Classifier
 from quarterview.models.mae import MaskedAutoencoder
 from quarterview.training import checkpoint
 from quarterview.training.console import Console
 from quarterview.training.metric_writers import read_metrics
-from quarterview.weights.loading import load, load_autoencoder, load_tokenizer, read, read_config
+from quarterview.weights.loading import load, load_autoencoder, load_tokenizer, read_config, read_weights
 
 KINDS = ("mae", "pca", "hog", "denoising", "beit", "supervised", "simclr", "byol", "mocov3", "tokenizer")
 COMPARING = ("simclr", "byol", "mocov3")
@@ -37,11 +37,11 @@ def config(out: Path, kind: str, words: Path | None = None, **changes) -> qv.Pre
     else:
         values |= {"method": kind}
     if kind == "tokenizer":
-        values |= {"vocabulary": 24, "tokenizer_width": 16, "tokenizer_depth": 1}
+        values |= {"codebook_size": 24, "tokenizer_width": 16, "tokenizer_depth": 1}
     if kind == "beit":
         values |= {"tokenizer": str(words)}
     if kind in COMPARING:
-        values |= {"head_width": 48, "head_out": 16}
+        values |= {"proj_hidden_dim": 48, "proj_output_dim": 16}
     return qv.PretrainConfig.from_flags(**{**values, **changes})
 
 
@@ -55,7 +55,7 @@ def words(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, words) -> Path:
-    """A folder with a whole run of each method."""
+    """A folder with a complete run of each method."""
     folder = tmp_path_factory.mktemp("runs")
     for kind in KINDS:
         qv.pretrain(config(folder / kind, kind, words))
@@ -68,7 +68,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(runs, words, tmp_path, kind):
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_run(runs, words, tmp_path, kind):
     half = runs / kind / "checkpoints" / "step-00000003"
     qv.pretrain(config(tmp_path / "run", kind, words, resume=str(half)))
     one, two = (tensors(path / "checkpoints" / "step-00000006") for path in (runs / kind, tmp_path / "run"))
@@ -82,20 +82,20 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(runs, words, tmp_path, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_was_trained_is_what_it_says(runs, kind):
+def test_the_trained_model_matches_its_header(runs, kind):
     out = runs / kind
     if kind == "tokenizer":
-        assert load_tokenizer(out).vocabulary == 24
+        assert load_tokenizer(out).codebook_size == 24
         with pytest.raises(UserError, match="a tokenizer, which has no features"):
             load(out)
         return
-    weights = read(out)
+    weights = read_weights(out)
     model = load(out)
     assert weights.has_decoder == (kind in ("mae", "pca", "hog", "denoising", "beit"))
     assert isinstance(model, Classifier if kind == "supervised" else MaskedAutoencoder)
     features = model.encode(torch.zeros(2, 3, 16, 16))
     assert features.shape == (2, 17, 32)
-    with pytest.raises(UserError, match="no tokenizer"):
+    with pytest.raises(UserError, match="is not a tokenizer"):
         load_tokenizer(out)
     if not weights.has_decoder:
         with pytest.raises(UserError, match="cannot reconstruct"):
@@ -104,7 +104,7 @@ def test_what_was_trained_is_what_it_says(runs, kind):
         assert read_config(out).class_names is not None
 
 
-def test_the_frozen_patch_embedding_of_mocov3_is_the_first_one(runs):
+def test_the_patch_embedding_of_mocov3_is_frozen(runs):
     first, last = (tensors(runs / "mocov3" / "checkpoints" / f"step-{step:08d}") for step in (3, 6))
     name = "model/patch_embed.proj.weight"
     assert torch.equal(first[name], last[name])
@@ -123,11 +123,11 @@ def test_the_encoder_is_fine_tuned_and_exported(runs, tmp_path, kind):
         assert run(["export", str(runs / kind), "--to", form, "--out", str(tmp_path / form), *parts]) == 0
         card = (tmp_path / form / "README.md").read_text()
         assert ("| decoder |" in card) == (kind in ("pca", "hog", "beit"))
-    again = read(tmp_path / "safetensors" / "model.safetensors")
+    again = read_weights(tmp_path / "safetensors" / "model.safetensors")
     assert again.has_decoder == (kind in ("pca", "hog", "beit"))
 
 
-def test_pictures_are_drawn_of_those_that_predict_them(runs, tmp_path):
+def test_panels_are_drawn_for_methods_that_predict_images(runs, tmp_path):
     for kind, drawn in (("mae", True), ("pca", True), ("hog", False), ("beit", False), ("simclr", False)):
         assert any((runs / kind / "samples").glob("*.png")) == drawn
         code = run(["reconstruct", str(runs / kind), "shapes:8:size=16", "--out", str(tmp_path / "p.png")])
@@ -149,7 +149,7 @@ def test_the_tokenizer_must_stay_the_same(runs, words, tmp_path):
         qv.pretrain(config(tmp_path / "beit", "beit", coarse))
 
 
-def test_components_are_fitted_once(runs):
+def test_pca_components_are_fitted_once(runs):
     three, six = (tensors(runs / "pca" / "checkpoints" / f"step-{step:08d}") for step in (3, 6))
     components = six["model/target.components"]
     assert torch.equal(three["model/target.components"], components)
@@ -162,14 +162,17 @@ def test_components_are_fitted_once(runs):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": "beit"}, "--method beit has no tokenizer"),
+        ({"method": "beit"}, "--method beit needs a tokenizer"),
         ({"target": "tokens"}, "--tokenizer RUN"),
         ({"tokenizer": "x"}, "--target tokens"),
         ({"method": "simclr", "accum_iter": 2}, "--method simclr, which compares the images of a batch"),
         ({"method": "byol", "parallel": "fsdp"}, "--method byol. Use --parallel ddp"),
         ({"uniformity": 0.01, "accum_iter": 2}, "--uniformity 0.01, which compares the images of a batch"),
         ({"method": "denoising", "uniformity": 0.01}, "--uniformity is not a flag of --method denoising"),
-        ({"fused_blocks": (1,), "uniformity": 0.01}, "--uniformity 0.01 does not go with --fused-blocks"),
+        (
+            {"fused_blocks": (1,), "uniformity": 0.01},
+            "--uniformity 0.01 is not supported with --fused-blocks",
+        ),
         ({"method": "mocov3", "init_from": "x"}, "--init-from is not supported with --method mocov3"),
         ({"method": "supervised", "batch_size": 15}, "even number"),
         ({"method": "denoising", "compile": True}, "--compile is not supported with --method denoising"),
@@ -177,46 +180,46 @@ def test_components_are_fitted_once(runs):
             {"method": "denoising", "encoder_mask_tokens": True},
             "--encoder-mask-tokens is not a flag of --method denoising",
         ),
-        ({"method": "denoising", "target": "hog"}, "--target: 'hog'; accepted: pixels, pca"),
+        ({"method": "denoising", "target": "hog"}, "--target: 'hog'. Give one of: pixels, pca"),
         ({"method": "beit", "target": "hog"}, "--target is not a flag of --method beit"),
         ({"method": "denoising", "masks_per_image": 2}, "--masks-per-image is not a flag"),
         ({"mixup": 0.5}, "--method supervised"),
-        ({"noise": 0.5}, "--method denoising"),
+        ({"noise_std": 0.5}, "--method denoising"),
         ({"temperature": 0.5}, "--method simclr or mocov3"),
         ({"momentum": 0.5}, "--method byol or mocov3"),
         ({"tokenizer_width": 5}, "--method tokenizer"),
         ({"method": "tokenizer", "probe_train": "a", "probe_test": "b"}, "no features"),
-        ({"method": "dino"}, "unknown method 'dino'"),
+        ({"method": "dino"}, "Unknown method 'dino'"),
     ],
 )
-def test_what_a_method_cannot_do_is_refused(changes, said):
+def test_flags_that_a_method_does_not_support_are_refused(changes, said):
     with pytest.raises(UserError, match=said):
         qv.PretrainConfig.from_flags(data="shapes", out="run", **changes).check_complete()
 
 
-def test_a_method_brings_its_defaults_and_flags_go_first():
+def test_a_method_sets_defaults_that_flags_override():
     def config(*words: str) -> qv.PretrainConfig:
         return parse(words)[1]
 
     found = config("pretrain", "--method", "beit", "--tokenizer", "words", "--mask-ratio", "0.5")
-    model = found.autoencoder(vocabulary=9)
+    model = found.autoencoder(codebook_size=9)
     assert (model.target, model.mask, model.decoder_depth) == ("tokens", "block", 0)
     assert found.method.mask_ratio == 0.5
     found = config("pretrain", "--recipe", "cifar", "--method", "mocov3", "--momentum", "0.9")
     assert (found.model.model, found.optim.weight_decay) == ("mae_vit_tiny_patch4", 0.1)
     assert found.method.momentum == 0.9
-    found = config("tokenizer", "--recipe", "cifar", "--vocabulary", "99")
-    assert (found.method.name, found.method.vocabulary, found.optim.lr) == ("tokenizer", 99, 1e-3)
+    found = config("tokenizer", "--recipe", "cifar", "--codebook-size", "99")
+    assert (found.method.name, found.method.codebook_size, found.optim.lr) == ("tokenizer", 99, 1e-3)
     assert config("pretrain").method.name == "mae"
     assert config("pretrain", "--objective", "mocov3") == config("pretrain", "--method", "mocov3")
 
 
-def test_unlabelled_images_cannot_be_learned_by_class(tmp_path):
+def test_supervised_pretraining_needs_labels(tmp_path):
     torch.manual_seed(0)
     import numpy as np
 
     np.save(tmp_path / "x.npy", np.zeros((20, 16, 16, 3), np.uint8))
-    with pytest.raises(UserError, match="no labels"):
+    with pytest.raises(UserError, match="Labels are needed, and these images have none"):
         qv.pretrain(config(tmp_path / "run", "supervised", data=(str(tmp_path / "x.npy"),)))
 
 
@@ -224,21 +227,23 @@ def test_unlabelled_images_cannot_be_learned_by_class(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("tokenizer", "beit", "hog")])
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("tokenizer", "beit", "hog", "byol")])
 def test_a_linear_probe_beats_random_weights(tmp_path, kind):
-    # BEiT and HOG do not within minutes on a core: docs/log.md.
+    # BEiT, HOG and BYOL do not within minutes on a core: docs/log.md.
     long = {"data": ("shapes:2000:size=32",), "image_size": 32, "model": "mae_vit_64x3x4_patch4"}
     long |= {"batch_size": 64, "holdout": None, "log_every": 50, "eval_every": None, "checkpoint_every": None}
     if kind not in (*COMPARING, "supervised"):
         long |= {"norm_pix_loss": False}  # on smooth grounds, normalised patches are mostly noise
     if kind in COMPARING:
-        long |= {"crop_min": 0.6, "weight_decay": 0.05}  # so that the shape is in both views; short of 0.1
-    if kind == "byol":
-        long |= {"head_width": 256, "head_out": 64}  # 400 steps are few for heads of 4,096
+        long |= {"crop_min": 0.6, "weight_decay": 0.05}  # so that the shape is in both views
+        long |= {"proj_hidden_dim": 256, "proj_output_dim": 64}  # 400 steps are few for heads of 4,096
+    if kind == "mocov3":
+        long |= {"momentum": 0.9}  # 0.99 averages over 100 steps, a quarter of these
     steps = {"supervised": 300}.get(kind, 400)
     qv.pretrain(config(tmp_path / "run", kind, **{**long, "steps": steps, "lr": 1.5e-3}))
     features = "cls" if kind in COMPARING else "mean"
-    images = {"train": "shapes:800:size=32:seed=7", "test": "shapes:800:size=32:seed=8"}
+    images = {"train": "shapes:800:size=32:seed=7", "test": "shapes:4000:size=32:seed=8"}
     probe = LinearConfig.from_flags(run=str(tmp_path / "run"), **images, features=features)
-    accuracy = linear(probe, Console(quiet=True))
-    assert accuracy["this model"] > accuracy["random encoder"]
+    accuracy = evaluate_linear(probe, Console(quiet=True))
+    # Two standard errors of an accuracy of 0.2 on 4,000 images are 0.013.
+    assert accuracy["this model"] > accuracy["random encoder"] + 0.013

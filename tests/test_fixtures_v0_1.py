@@ -1,4 +1,4 @@
-"""What version 0.1 wrote still works: its runs go on and open, its recipes and its study are read."""
+"""Tests of files of version 0.1: runs resume and load, recipes and a study are read."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 import quarterview as qv
-from quarterview.config import field_specs
+from quarterview.config import get_field_specs, get_renamed_fields
 from quarterview.methods.config import MethodConfig
 
 FIXTURES = Path(__file__).parent / "fixtures" / "v0_1"
@@ -27,23 +27,25 @@ FINETUNE = f"finetune run --recipe finetune.yaml {_SETS} --out tuned"
 
 
 def read_recipe(path: Path) -> Any:
-    """The configuration of pre-training that a recipe is."""
-    return importlib.import_module("quarterview.recipes").read(str(path))
+    """Read a recipe of pre-training."""
+    return importlib.import_module("quarterview.recipes").read_pretrain_recipe(str(path))
 
 
 def read_finetune_recipe(path: Path) -> Any:
-    """The configuration of fine-tuning that a recipe is."""
-    return importlib.import_module("quarterview.recipes").read_finetune(str(path))
+    """Read a recipe of fine-tuning."""
+    return importlib.import_module("quarterview.recipes").read_finetune_recipe(str(path))
 
 
 def read_study(path: Path) -> Any:
-    """The study in a file."""
+    """Read a study file."""
     return importlib.import_module("quarterview.studies.study").read_study(path)
 
 
 def fields_of(config: Any) -> dict[str, Any]:
-    """The values of a configuration by their names in version 0.1."""
-    return config.flags() | ({"objective": config.method.name} if hasattr(config, "method") else {})
+    """Return the values of a configuration by their names in version 0.1."""
+    values = config.flags() | ({"objective": config.method.name} if hasattr(config, "method") else {})
+    old = {new: old for old, new in config.get_renamed_fields().items()}
+    return {old.get(name, name): value for name, value in values.items()}
 
 
 # ---------------------------------------------------------------------- tests
@@ -51,12 +53,12 @@ def fields_of(config: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of the fixtures, to be written into."""
+    """A copy of the fixtures that can be changed."""
     return shutil.copytree(FIXTURES, tmp_path / "v0_1", symlinks=True)
 
 
 @pytest.mark.parametrize(("command", "run"), [(PRETRAIN, "run"), (FINETUNE, "tuned")])
-def test_a_stopped_run_goes_on_to_the_end_of_one_that_was_not_stopped(folder, command, run):
+def test_a_stopped_run_resumes_to_the_same_result(folder, command, run):
     words = [sys.executable, "-m", "quarterview", *command.split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -77,7 +79,8 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _sure(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor without biases of keys: no output depends on them, so Adam steps by their rounding errors."""
+    """Return a tensor without the biases of keys, on which no output depends, so that Adam amplifies rounding
+    errors."""
     if not name.endswith("qkv.bias"):
         return tensor
     queries, _, values = tensor.chunk(3)
@@ -103,7 +106,8 @@ def test_a_run_opens():
 )
 def test_recipes_are_read(path, read):
     values = fields_of(read(FIXTURES / path))
-    others = {name for kind in get_args(MethodConfig) for name in field_specs(kind)}
+    methods = get_args(MethodConfig)
+    others = {name for kind in methods for name in (*get_field_specs(kind), *get_renamed_fields(kind))}
     for name, value in yaml.safe_load((FIXTURES / path).read_text()).items():
         if name in values:
             assert _plain(values[name], value) == value, name
@@ -112,7 +116,7 @@ def test_recipes_are_read(path, read):
 
 
 def _plain(value: Any, like: Any) -> Any:
-    """A value as YAML would have it."""
+    """Convert a value to what YAML would contain."""
     if isinstance(value, tuple):
         return list(value) if isinstance(like, list) else value[0]
     return "none" if value is None and like is not None else value

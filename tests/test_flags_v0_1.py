@@ -1,39 +1,41 @@
-"""Every flag of version 0.1 works, or the changelog says how to do without it."""
+"""Tests that every flag of version 0.1 works or is in the changelog."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from quarterview.cli import _find
+from quarterview.cli import _import
 from quarterview.command_table import COMMANDS
-from quarterview.config import Composed, field_specs, flag
+from quarterview.config import ComposedConfig, flag_name, get_field_specs, get_renamed_fields
 
 ROOT = Path(__file__).parent.parent
 OLD = json.loads((ROOT / "tests" / "fixtures" / "v0_1" / "flags.json").read_text("utf-8"))
 
 
 def flags_of(name: str) -> set[str]:
-    """The flags of a command, whatever its method, under their old names too."""
+    """Return the flags of a command for all methods, with their old names."""
     command = COMMANDS[name]
-    kind = _find(command.config)
+    kind = _import(command.config)
     parts = [kind]
     names: set[str] = set()
-    if issubclass(kind, Composed):
+    if issubclass(kind, ComposedConfig):
         parts = [type(part) for part in kind().parts().values()]
         for choice, kinds in kind.choices().items():
             names.add(choice)
             parts += kinds.values()
-        names |= set(kind.RENAMED)
+        names |= set(kind.get_renamed_flags())
+    else:
+        names |= set(get_renamed_fields(kind))
     if command.options:
-        parts.append(_find(command.options))
+        parts.append(_import(command.options))
     for part in parts:
-        names |= set(field_specs(part))
-    return {flag(each) for each in names} | {flag(f"no_{each}") for each in names} | {"--help"}
+        names |= set(get_field_specs(part))
+    return {flag_name(each) for each in names} | {flag_name(f"no_{each}") for each in names} | {"--help"}
 
 
 @pytest.mark.parametrize("name", [name for name in OLD if name])
-def test_every_old_flag_works_or_the_changelog_says_how(name):
+def test_every_flag_of_0_1_works_or_is_in_the_changelog(name):
     changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
     lost = {each for each in OLD[name]["flags"] if each.startswith("--")} - flags_of(name)
     assert not [each for each in lost if f"`{name} {each}`" not in changelog]
@@ -41,9 +43,9 @@ def test_every_old_flag_works_or_the_changelog_says_how(name):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_flag_names_are_unique_within_a_command(name):
-    kind = _find(COMMANDS[name].config)
-    options = [_find(COMMANDS[name].options)] if COMMANDS[name].options else []
-    if not issubclass(kind, Composed):
+    kind = _import(COMMANDS[name].config)
+    options = [_import(COMMANDS[name].options)] if COMMANDS[name].options else []
+    if not issubclass(kind, ComposedConfig):
         return
     choices = kind.choices()
     for choice, kinds in choices.items() or [("", {"": None})]:
@@ -51,7 +53,7 @@ def test_flag_names_are_unique_within_a_command(name):
             parts = {key: type(its) for key, its in kind().parts().items()}
             if choice:
                 parts[choice] = chosen
-            names = [each for part in [*parts.values(), *options] for each in field_specs(part)] + list(
+            names = [each for part in [*parts.values(), *options] for each in get_field_specs(part)] + list(
                 choices
             )
             assert len(names) == len(set(names)), (name, choice)

@@ -31,48 +31,48 @@ from torch import Tensor, nn
 # ---------------------------------------------------------------------- what is called of the package
 
 _HOMES = {
-    "beta": "quarterview.data.transforms.mixing",
-    "boxes_of": "quarterview.data.transforms.views",
-    "choose_labelled": "quarterview.evaluation.labelled",
+    "convert_uniform_to_beta": "quarterview.data.transforms.mixing",
+    "draw_view_crops": "quarterview.data.transforms.views",
+    "choose_labeled": "quarterview.evaluation.labelled",
     "ClassifierConfig": "quarterview.models.config",
     "build": "quarterview.methods.base",
-    "BYOL": "quarterview.methods.config",
-    "default_holdout": "quarterview.data.sampler",
-    "distort": "quarterview.data.transforms.views",
-    "drop_path_scales": "quarterview.models.vit",
-    "erase": "quarterview.data.transforms.randaugment",
-    "eval_box": "quarterview.data.transforms.crop",
+    "BYOLConfig": "quarterview.methods.config",
+    "compute_default_holdout": "quarterview.data.sampler",
+    "distort_colors": "quarterview.data.transforms.views",
+    "compute_drop_path_scales": "quarterview.models.vit",
+    "apply_random_erasing": "quarterview.data.transforms.randaugment",
+    "get_center_box": "quarterview.data.transforms.crop",
     "finetune": "quarterview.commands.finetune",
     "FinetuneConfig": "quarterview.commands.config",
-    "fresh_classifier": "quarterview.models.create",
-    "fresh_encoder": "quarterview.models.create",
-    "fresh_model": "quarterview.models.create",
-    "fresh_tokenizer": "quarterview.models.create",
-    "gumbel_of": "quarterview.methods.tokenizer",
+    "create_classifier": "quarterview.models.create",
+    "create_encoder": "quarterview.models.create",
+    "create_mae": "quarterview.models.create",
+    "create_tokenizer": "quarterview.models.create",
+    "compute_gumbel_noise": "quarterview.methods.tokenizer",
     "key": "quarterview.rng",
-    "lowest": "quarterview.models.masking",
+    "select_lowest_noise": "quarterview.models.masking",
     "MAEConfig": "quarterview.models.config",
-    "MoCoV3": "quarterview.methods.config",
-    "Setting": "quarterview.methods.base",
-    "SimCLR": "quarterview.methods.config",
+    "MoCoV3Config": "quarterview.methods.config",
+    "MethodContext": "quarterview.methods.base",
+    "SimCLRConfig": "quarterview.methods.config",
     "mask_from_noise": "quarterview.models.masking",
     "MaskedAutoencoding": "quarterview.methods.mae",
-    "mix": "quarterview.data.transforms.mixing",
-    "normal": "quarterview.methods.denoising",
+    "mix_pairs": "quarterview.data.transforms.mixing",
+    "draw_normal": "quarterview.methods.denoising",
     "permute": "quarterview.rng",
     "pretrain": "quarterview.commands.pretrain",
     "PretrainConfig": "quarterview.commands.config",
-    "randaugment": "quarterview.data.transforms.randaugment",
-    "random_crops": "quarterview.data.transforms.crop",
+    "apply_randaugment": "quarterview.data.transforms.randaugment",
+    "draw_random_crops": "quarterview.data.transforms.crop",
     "SampleStream": "quarterview.data.sampler",
     "seeded": "quarterview.rng",
     "ShapesSource": "quarterview.data.sources.shapes",
     "ShardedStream": "quarterview.data.sampler",
-    "shares": "quarterview.data.loader",
-    "split": "quarterview.models.masking",
+    "split_evenly": "quarterview.data.loader",
+    "split_indices": "quarterview.models.masking",
     "TokenizerConfig": "quarterview.models.config",
     "uniform": "quarterview.rng",
-    "views_of": "quarterview.commands.pretrain",
+    "get_views": "quarterview.commands.pretrain",
     "ViTConfig": "quarterview.models.config",
 }
 """Where each thing that is called lives. Where things move, only this table and the helpers below change."""
@@ -93,7 +93,7 @@ def a_pretraining(**values) -> Any:
 
 def views_for(method: str, **values) -> Sequence[Any]:
     """How the one or two views of an image are made."""
-    return the("views_of")(a_pretraining(method=method, **values))
+    return the("get_views")(a_pretraining(method=method, **values))
 
 
 def colours_for(method: str, **values) -> list[Any]:
@@ -104,42 +104,42 @@ def colours_for(method: str, **values) -> list[Any]:
 def an_mae(**values) -> nn.Module:
     """A masked autoencoder with the initial weights of a seed."""
     tiny = {"model": _TINY, "image_size": 16, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 2}
-    return the("fresh_model")(the("MAEConfig")(**{**tiny, **values}), _SEED)
+    return the("create_mae")(the("MAEConfig")(**{**tiny, **values}), _SEED)
 
 
 def an_encoder(**values) -> nn.Module:
     """An encoder alone, likewise."""
-    return the("fresh_encoder")(the("ViTConfig")(**{"model": _TINY, "image_size": 16, **values}), _SEED)
+    return the("create_encoder")(the("ViTConfig")(**{"model": _TINY, "image_size": 16, **values}), _SEED)
 
 
 def a_classifier(**values) -> nn.Module:
     """A classifier, likewise."""
     config = the("ClassifierConfig")(**{"model": _TINY, "image_size": 16, "classes": 10, **values})
-    return the("fresh_classifier")(config, _SEED)
+    return the("create_classifier")(config, _SEED)
 
 
 def a_tokenizer(patch_size: int) -> nn.Module:
     """A tokenizer, likewise."""
     config = the("TokenizerConfig")(patch_size, 3, 32, 8, 1, (0.5,) * 3, (0.25,) * 3)
-    return the("fresh_tokenizer")(config, _SEED)
+    return the("create_tokenizer")(config, _SEED)
 
 
 def a_contrastive(kind: str) -> nn.Module:
     """An encoder with the heads of a method that compares views, likewise."""
-    config = the(kind)(head_width=16, head_out=8)
+    config = the(f"{kind}Config")(proj_hidden_dim=16, proj_output_dim=8)
     encoder = the("ViTConfig")(model=_TINY, image_size=16)
-    return the("build")(config, the("Setting")(encoder, _SEED, 10))
+    return the("build")(config, the("MethodContext")(encoder, _SEED, 10))
 
 
 def masks_of(masks: int = 1, **values) -> dict[str, Tensor]:
     """The masks of some samples, and the patches that a model predicts of them."""
     model = an_mae(**{"image_size": 32, **values})
-    noise = the("MaskedAutoencoding")(model, _SEED, masks).noise(_EPOCHS, _IDS, masks).flatten(0, 1)
-    mask = the("mask_from_noise")(noise, model.kept)
-    hidden = the("split")(mask, model.kept)[1]
+    noise = the("MaskedAutoencoding")(model, _SEED, masks).draw_mask_noise(_EPOCHS, _IDS, masks).flatten(0, 1)
+    mask = the("mask_from_noise")(noise, model.num_visible)
+    hidden = the("split_indices")(mask, model.num_visible)[1]
     found = {"noise": noise, "mask": mask}
-    share = values.get("predict_share", 1.0)
-    return found | ({"predicted": the("lowest")(hidden, noise, share)} if share < 1 else {})
+    share = values.get("predict_ratio", 1.0)
+    return found | ({"predicted": the("select_lowest_noise")(hidden, noise, share)} if share < 1 else {})
 
 
 def mae_losses(folder: Path) -> list[float]:
@@ -207,8 +207,8 @@ def draws() -> Iterator[tuple[str, Any]]:
         places = torch.arange(min(size, 1000))
         yield f"permute {size}", permute(_SEED, "order", 4, places, size)
         yield f"permute {size}, epochs", permute(_SEED, "order", places % 3, places, size)
-    yield "normal", the("normal")(_SEED, "noise", _EPOCHS, _IDS, 51)
-    yield "gumbel", the("gumbel_of")(uniform(_SEED, "words", _EPOCHS, _IDS, 50))
+    yield "normal", the("draw_normal")(_SEED, "noise", _EPOCHS, _IDS, 51)
+    yield "gumbel", the("compute_gumbel_noise")(uniform(_SEED, "words", _EPOCHS, _IDS, 50))
     for parts in ((), (1,), (1, 2)):
         with the("seeded")(_SEED, "init", *parts):
             yield f"seeded {parts}, torch", torch.rand(100)
@@ -221,7 +221,7 @@ def draws() -> Iterator[tuple[str, Any]]:
 
 def order() -> Iterator[tuple[str, Any]]:
     """Which sample comes when, and which are held out."""
-    yield "default holdout", [the("default_holdout")(size) for size in (10, 99, 100, 5000, 10**6)]
+    yield "default holdout", [the("compute_default_holdout")(size) for size in (10, 99, 100, 5000, 10**6)]
     starts = [0, 40, 41, 41, 300, 777, 1000]
     streams = {
         "full": the("SampleStream")(1000, 0, _SEED),
@@ -230,21 +230,21 @@ def order() -> Iterator[tuple[str, Any]]:
         "shards, one at a time": the("ShardedStream")(starts, 37, _SEED, 1),
     }
     for name, stream in streams.items():
-        epochs, ids = stream.at(torch.arange(3 * stream.trained + 10))
+        epochs, ids = stream.get_samples(torch.arange(3 * stream.num_train + 10))
         yield f"{name}: epochs", epochs
         yield f"{name}: ids", ids
-        yield f"{name}: held out", stream.held_out()
-        yield f"{name}: sample for statistics", stream.training_sample(100)
+        yield f"{name}: held out", stream.get_held_out_ids()
+        yield f"{name}: sample for statistics", stream.select_train_ids(100)
         yield (
             f"{name}: replacements",
-            [stream.replacement(e, s, a) for e in (0, 2) for s in (5, 9) for a in (0, 1)],
+            [stream.get_replacement(e, s, a) for e in (0, 2) for s in (5, 9) for a in (0, 1)],
         )
     for batch, ranks in ((64, 1), (64, 4), (30, 4), (31, 3), (2, 4)):
-        parts = the("shares")(range(1000, 1000 + batch), ranks)
+        parts = the("split_evenly")(range(1000, 1000 + batch), ranks)
         yield f"a batch of {batch} for {ranks} ranks", [list(part) or [-1] for part in parts]
     labels = torch.arange(500) ** 2 % 7
     for count in (None, 1, 7, 100, 500):
-        yield f"{count} labelled", the("choose_labelled")(labels, count, _SEED)
+        yield f"{count} labelled", the("choose_labeled")(labels, count, _SEED)
 
 
 def crops() -> Iterator[tuple[str, Any]]:
@@ -259,15 +259,15 @@ def crops() -> Iterator[tuple[str, Any]]:
     sizes, ids = _SIZES.repeat(20, 1), torch.arange(120)
     for name, made in views.items():
         for number, view in enumerate(made):
-            boxes, flips = the("boxes_of")(view, number, (16, 24), _SEED, ids % 5, ids, sizes)
+            boxes, flips = the("draw_view_crops")(view, number, (16, 24), _SEED, ids % 5, ids, sizes)
             yield f"{name}, view {number + 1}: boxes", boxes
             yield f"{name}, view {number + 1}: flips", flips
-    boxes, flips = the("random_crops")(_SEED, ids % 5, ids, sizes, single_draw=True)
+    boxes, flips = the("draw_random_crops")(_SEED, ids % 5, ids, sizes, single_draw=True)
     yield "single draw: boxes", boxes
     yield "single draw: flips", flips
     yield (
         "central boxes",
-        [the("eval_box")(h, w, (16, 24), p) for h, w in _SIZES.tolist() for p in (1.0, 0.875)],
+        [the("get_center_box")(h, w, (16, 24), p) for h, w in _SIZES.tolist() for p in (1.0, 0.875)],
     )
 
 
@@ -278,23 +278,25 @@ def colours() -> Iterator[tuple[str, Any]]:
     made |= {name: colours_for(name) for name in ("simclr", "byol", "mocov3")}
     for name, kinds in made.items():
         for number, kind in enumerate(kinds):
-            found = the("distort")(images, kind, number, _SEED, ids % 3, ids)
+            found = the("distort_colors")(images, kind, number, _SEED, ids % 3, ids)
             yield f"{name}, view {number + 1}", found
     pictures = (images * 255).round().to(torch.uint8)
     for policy in ("rand-m9-mstd0.5-inc1", "rand-m5-n3"):
-        done = [the("randaugment")(p, policy, (0.5,) * 3, _SEED, i % 3, i) for i, p in enumerate(pictures)]
+        done = [
+            the("apply_randaugment")(p, policy, (0.5,) * 3, _SEED, i % 3, i) for i, p in enumerate(pictures)
+        ]
         yield f"RandAugment {policy}", torch.stack(done)
-    erased = the("erase")(torch.zeros(12, 3, 16, 16), 0.5, _SEED, ids % 3, ids)
+    erased = the("apply_random_erasing")(torch.zeros(12, 3, 16, 16), 0.5, _SEED, ids % 3, ids)
     yield "erased pixels", erased != 0
     yield "erasing noise", erased[erased != 0]
     targets = nn.functional.one_hot(ids % 10, 10).float()
     for mixup, cutmix in ((0.8, 0.0), (0.0, 1.0), (0.8, 1.0)):
-        mixed = the("mix")(images, targets, ids % 3, ids, _SEED, mixup, cutmix)
+        mixed = the("mix_pairs")(images, targets, ids % 3, ids, _SEED, mixup, cutmix)
         yield f"mixup {mixup}, cutmix {cutmix}: images", mixed[0]
         yield f"mixup {mixup}, cutmix {cutmix}: targets", mixed[1]
-    yield "beta", the("beta")(torch.arange(100) / 100, 0.8)
+    yield "beta", the("convert_uniform_to_beta")(torch.arange(100) / 100, 0.8)
     uniforms = the("uniform")(_SEED, "drop path", ids % 3, ids, 24).view(-1, 12, 2)
-    yield "drop path", the("drop_path_scales")(uniforms, 0.4)
+    yield "drop path", the("compute_drop_path_scales")(uniforms, 0.4)
 
 
 def masks() -> Iterator[tuple[str, Any]]:
@@ -308,9 +310,9 @@ def masks() -> Iterator[tuple[str, Any]]:
         "unit of 2": {"mask_unit": 2},
         "3 masks per image": {"masks": 3},
         "3 block masks per image": {"masks": 3, "mask": "block"},
-        "predict share": {"decoder": "cross", "predict_share": 0.3},
+        "predict share": {"decoder": "cross", "predict_ratio": 0.3},
         "predict share, grid, 2 masks per image": {
-            **{"decoder": "cross", "predict_share": 0.5, "mask": "grid", "masks": 2}
+            **{"decoder": "cross", "predict_ratio": 0.5, "mask": "grid", "masks": 2}
         },
     }
     for name, values in kinds.items():
@@ -330,7 +332,7 @@ def weights() -> Iterator[tuple[str, Any]]:
         "mae, 1 channel": an_mae(in_chans=1),
         "mae, pca": an_mae(target="pca", pca_components=5),
         "mae, hog": an_mae(target="hog"),
-        "mae, tokens": an_mae(target="tokens", vocabulary=50),
+        "mae, tokens": an_mae(target="tokens", codebook_size=50),
         "encoder": an_encoder(),
         "encoder, 2 cls tokens": an_encoder(cls_tokens=2),
         "classifier": a_classifier(),

@@ -21,37 +21,37 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from quarterview import recipes
 from quarterview.commands.config import PretrainConfig
-from quarterview.data.cache import CachedSet
+from quarterview.data.cache import CachedDataset
 from quarterview.data.loader import Batch, Loader
 from quarterview.data.sampler import SampleStream
 from quarterview.data.sources.open import open_sources
 from quarterview.errors import RunError, UserError
-from quarterview.evaluation.features import Features, encoder_features, extract, make_encoders
+from quarterview.evaluation.features import Features, extract_features, make_encoder, make_encoders
 from quarterview.evaluation.linear import LogisticRegression
 from quarterview.evaluation.panel import draw_panel
 from quarterview.methods.config import RegularizationConfig
 from quarterview.methods.mae import MaskedAutoencoding
 from quarterview.methods.supervised import Supervised
 from quarterview.models import masking
-from quarterview.models.classifier import Classifier, ClassifierConfig, freeze_all_but
+from quarterview.models.classifier import Classifier, ClassifierConfig, freeze_all_but_last_blocks
 from quarterview.models.create import create_model
 from quarterview.models.mae import MaskedAutoencoder
-from quarterview.models.positions import sincos_2d
+from quarterview.models.positions import get_2d_sincos_pos_embed
 from quarterview.models.targets import PixelTarget
 from quarterview.training import checkpoint
 from quarterview.training.config import OptimConfig
 from quarterview.training.distributed import World
-from quarterview.training.logging import Meter, RunLogger
+from quarterview.training.logging import RunLogger, ThroughputMeter
 from quarterview.training.optim import (
     Schedule,
-    adamw,
-    decay_groups,
-    fused_adamw,
-    layer_decay_groups,
-    warmup_steps,
+    compute_warmup_steps,
+    create_adamw,
+    create_adamw_from_groups,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
 )
 from quarterview.training.trainer import Trainer
-from quarterview.weights.loading import load_encoder, load_into, metadata
+from quarterview.weights.loading import load_encoder_into, load_into, make_metadata
 
 CPU = torch.device("cpu")
 CLASSIFIER = ClassifierConfig("mae_vit_32x2x4_patch4", (16, 16), classes=5)
@@ -80,7 +80,7 @@ def some_images(model: MaskedAutoencoder, batch: int = 4, seed: int = 1) -> Tens
 
 
 def some_mask(model: MaskedAutoencoder, batch: int = 4, visible: int = 4, seed: int = 2) -> Tensor:
-    noise = torch.rand(batch, model.config.patches, generator=torch.Generator().manual_seed(seed))
+    noise = torch.rand(batch, model.config.num_patches, generator=torch.Generator().manual_seed(seed))
     return masking.mask_from_noise(noise, visible)
 
 
@@ -103,8 +103,8 @@ class GivenBatches(Loader):
     def __init__(self, images: Sequence[Tensor]) -> None:
         self.images, self.stream = images, SampleStream(1000, 0, 0)
 
-    def batches(self, parts: Sequence[range]) -> Iterator[Batch]:
-        for images, part in zip(self.images, parts, strict=True):
+    def iter_batches(self, position_ranges: Sequence[range]) -> Iterator[Batch]:
+        for images, part in zip(self.images, position_ranges, strict=True):
             ids = torch.arange(part.start, part.stop)
             yield Batch(images, ids, torch.zeros_like(ids))
 
@@ -122,8 +122,8 @@ def trainer(
         PretrainConfig.from_flags(**{"batch_size": len(batches[0]), "eval_every": 1, **config}),
         place(folder),
         method,
-        optimizer or adamw(method, 0.05),
-        schedule or Schedule(peak=1e-3, warmup_steps=0, total_steps=len(batches)),
+        optimizer or create_adamw(method, 0.05),
+        schedule or Schedule(peak_lr=1e-3, warmup_steps=0, total_steps=len(batches)),
         GivenBatches(batches),
         "fp32",
     )
@@ -179,7 +179,7 @@ def test_pitfall_03_hidden_pixels_do_not_leak(disturbed):
         assert torch.equal(model.encode(images, mask), model.encode(other, mask))
         assert torch.equal(model(images, mask=mask).pred, model(other, mask=mask).pred)
         one_visible = torch.zeros_like(mask)
-        one_visible[torch.arange(4), masking.split(mask, 4)[0][:, 0]] = True
+        one_visible[torch.arange(4), masking.split_indices(mask, 4)[0][:, 0]] = True
         moved = repainted(model, images, one_visible)
         changes = (model(images, mask=mask).pred - model(moved, mask=mask).pred).abs().amax(dim=(1, 2))
     assert float(changes.min()) > 1e-4
@@ -206,8 +206,8 @@ def test_pitfall_05_no_off_by_one_from_cls(size):
     for block in (*model.blocks, *model.decoder_blocks):  # every token sees itself alone
         silence(block.attn.proj.weight, block.mlp.fc2.weight)
     blank = torch.zeros(1, 3, size, size)
-    for i in range(model.config.patches):
-        here = torch.arange(model.config.patches)[None] == i
+    for i in range(model.config.num_patches):
+        here = torch.arange(model.config.num_patches)[None] == i
         picture = repainted(model, blank, here)
         with torch.no_grad():
             moved = (model.encode(picture) - model.encode(blank)).abs().amax(dim=2)[0] > 1e-4
@@ -225,7 +225,7 @@ def test_pitfall_06_decoder_positions_on_every_token():
     images, mask = some_images(model), some_mask(model)
     with torch.no_grad():
         model(images, mask=mask)
-    table = sincos_2d(24, (4, 4))[0]
+    table = get_2d_sincos_pos_embed(24, (4, 4))[0]
     for tokens, hidden in zip(entered[0], mask, strict=True):
         order = torch.cat([(~hidden).nonzero()[:, 0], hidden.nonzero()[:, 0]])
         torch.testing.assert_close(tokens, table[torch.cat([torch.zeros(1, dtype=torch.int64), 1 + order])])
@@ -242,7 +242,7 @@ def test_pitfall_07_a_mask_of_its_own_for_every_row_step_and_rank(kind):
             ids = torch.arange(400)
             objective(Batch(images, ids, torch.full_like(ids, epoch)))
         for rank in range(2):  # each rank asks for its own part, and gets what the whole batch got
-            share = World(CPU, rank, 2).share(range(400))
+            share = World(CPU, rank, 2).shard_positions(range(400))
             ids = torch.arange(share.start, share.stop)
             objective(Batch(images[:200], ids, torch.zeros_like(ids)))
     first, second, *ranks = masks
@@ -256,11 +256,11 @@ def test_pitfall_07_a_mask_of_its_own_for_every_row_step_and_rank(kind):
 
 
 def test_pitfall_08_float_truncation_of_the_count():
-    assert masking.keep_count(64, 0.8) == 12
-    assert masking.keep_count(100, 0.9) == 9
+    assert masking.compute_num_visible(64, 0.8) == 12
+    assert masking.compute_num_visible(100, 0.9) == 9
     for patches, ratio in [(10, 0.9), (64, 1.0), (64, 0.0)]:
-        with pytest.raises(ValueError, match="accepted: ratios that keep"):
-            masking.keep_count(patches, ratio)
+        with pytest.raises(ValueError, match="Give a ratio with int"):
+            masking.compute_num_visible(patches, ratio)
     model = make(image_size=32, mask_ratio=0.8, norm_pix_loss=False)  # 52 hidden are 0.8125 of 64
     silence(model.decoder_pred.weight)
     assert float(model(torch.ones(2, 3, 32, 32)).loss.detach()) == pytest.approx(1)
@@ -289,7 +289,7 @@ def test_pitfall_09_patchify_order():
 @pytest.mark.parametrize("patch", [2, 4, 16])
 def test_pitfall_10_target_normalisation(patch):
     numbers = patch * patch * 3
-    target = PixelTarget(numbers, normalised=True)
+    target = PixelTarget(numbers, normalize=True)
     patches = torch.randn(50, numbers, generator=torch.Generator().manual_seed(0))
     expected = (patches - patches.mean(1, keepdim=True)) / (patches.var(1, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(truth_of(target, patches), expected)
@@ -372,11 +372,13 @@ def test_pitfall_14_positions_are_two_dimensional_and_fixed(tmp_path):
 
 
 def test_pitfall_15_schedule(tmp_path):
-    steps, sentence = warmup_steps(warmup_epochs=40, steps_per_epoch=10, total_steps=200)  # 40 of 20 epochs
+    steps, sentence = compute_warmup_steps(
+        warmup_epochs=40, steps_per_epoch=10, total_steps=200
+    )  # 40 of 20 epochs
     assert 0 < steps < 200
     assert sentence is not None
     model = make()
-    schedule = Schedule(peak=1e-3, warmup_steps=4, total_steps=12)
+    schedule = Schedule(peak_lr=1e-3, warmup_steps=4, total_steps=12)
     run = trainer(tmp_path, model, [some_images(model)] * 12, schedule)
     rates = []
     run.evaluators = [lambda _step: rates.append(run.optimizer.param_groups[0]["lr"]) or {}]
@@ -393,13 +395,15 @@ def test_pitfall_16_accumulated_gradients_are_those_of_the_whole_batch(tmp_path,
 
     def descended(accum_iter: int) -> dict[str, Tensor]:
         model = make()
-        optimizer = torch.optim.SGD(decay_groups(MaskedAutoencoding(model, 0), 0.0), lr=0.0, fused=True)
+        optimizer = torch.optim.SGD(
+            param_groups_weight_decay(MaskedAutoencoding(model, 0), 0.0), lr=0.0, fused=True
+        )
         images = some_images(model, batch=8)
         trainer(
             tmp_path / str(accum_iter),
             model,
             [images],
-            Schedule(peak=1.0, warmup_steps=0, total_steps=1),
+            Schedule(peak_lr=1.0, warmup_steps=0, total_steps=1),
             optimizer,
             accum_iter=accum_iter,
         ).run()
@@ -413,7 +417,7 @@ def test_pitfall_16_accumulated_gradients_are_those_of_the_whole_batch(tmp_path,
 
 
 def test_pitfall_17_decay_groups():
-    decayed, plain = decay_groups(make(), 0.05)
+    decayed, plain = param_groups_weight_decay(make(), 0.05)
     assert decayed["weight_decay"] == 0.05
     assert plain["weight_decay"] == 0
     assert {"cls_token", "mask_token", "decoder_embed.weight"} <= set(decayed["names"])
@@ -424,12 +428,14 @@ def test_pitfall_17_decay_groups():
 def test_pitfall_18_every_groups_rate_is_base_times_scale_after_a_step(tmp_path):
     ids = torch.arange(8)
     loader = GivenBatches([torch.empty(0)] * 3)
-    loader.batches = lambda parts: (Batch(torch.randn(8, 3, 16, 16), ids, ids * 0, ids % 5) for _ in parts)
+    loader.iter_batches = lambda parts: (
+        Batch(torch.randn(8, 3, 16, 16), ids, ids * 0, ids % 5) for _ in parts
+    )
     objective = Supervised(Classifier(CLASSIFIER), RegularizationConfig(), 0)
-    groups = layer_decay_groups(objective, 0.05, 0.65, 2, "model.")
-    schedule = Schedule(peak=0.01, warmup_steps=1, total_steps=3, floor=1e-6)
+    groups = param_groups_layer_decay(objective, 0.05, 0.65, 2, "model.")
+    schedule = Schedule(peak_lr=0.01, warmup_steps=1, total_steps=3, min_lr=1e-6)
     config = PretrainConfig.from_flags(batch_size=8, eval_every=3)
-    optimizer = fused_adamw(groups, (0.9, 0.999))
+    optimizer = create_adamw_from_groups(groups, (0.9, 0.999))
     run = Trainer(config, place(tmp_path), objective, optimizer, schedule, loader, "fp32")
     run.run()
     rates = {name: group["lr"] for group in run.optimizer.param_groups for name in group["names"]}
@@ -448,18 +454,18 @@ def test_pitfall_18_every_groups_rate_is_base_times_scale_after_a_step(tmp_path)
 def test_pitfall_19_fine_tuning_skips_no_weight_in_silence(tmp_path, pool):
     model = make()
     left = {"fc_norm.weight", "fc_norm.bias"} if pool == "mean" else set()
-    folder = checkpoint.save(tmp_path, 1, {"model": model.state_dict()}, {}, metadata(model.config))
+    folder = checkpoint.save(tmp_path, 1, {"model": model.state_dict()}, {}, make_metadata(model.config))
     classifier = Classifier(replace(CLASSIFIER, pool=pool))
     fresh = weights(classifier)
-    load_encoder(classifier, folder)
+    load_encoder_into(classifier, folder)
     now, theirs = weights(classifier), weights(model)
     same = {name for name in now if torch.equal(now[name], theirs.get(name, torch.empty(0)))}
     assert now.keys() - same == {"head.weight", "head.bias"} | left
     assert all(torch.equal(now[name], fresh[name]) for name in now.keys() - same)
     state = {name: value for name, value in theirs.items() if name != "blocks.0.norm1.bias"}
-    checkpoint.save(tmp_path, 2, {"model": state}, {}, metadata(model.config))
+    checkpoint.save(tmp_path, 2, {"model": state}, {}, make_metadata(model.config))
     with pytest.raises(UserError, match=r"blocks\.0\.norm1\.bias"):
-        load_encoder(classifier, tmp_path / "step-00000002")
+        load_encoder_into(classifier, tmp_path / "step-00000002")
 
 
 def test_pitfall_19_loading_skips_nothing_in_silence(tmp_path):
@@ -469,9 +475,11 @@ def test_pitfall_19_loading_skips_nothing_in_silence(tmp_path):
         make(model="mae_vit_32x1x4_patch4"),
         make(decoder_depth=3),
     ):
-        folder = checkpoint.save(tmp_path, 1, {"model": other.state_dict()}, {}, metadata(other.config))
+        folder = checkpoint.save(tmp_path, 1, {"model": other.state_dict()}, {}, make_metadata(other.config))
         before = weights(model)
-        with pytest.raises(UserError, match=r"of another architecture: (heads|depth|decoder_depth) .* there"):
+        with pytest.raises(
+            UserError, match=r"The architecture of .* differs: (num_heads|depth|decoder_depth) is \d, not \d"
+        ):
             load_into(model, folder)
         assert equal(before, weights(model))
 
@@ -482,10 +490,10 @@ def test_pitfall_20_mean_features_leave_cls_out():
         silence(block.attn.proj.weight)
     images = some_images(model)
     with torch.no_grad():
-        mean, cls = (encoder_features(model, kind)(images) for kind in ("mean", "cls"))
+        mean, cls = (make_encoder(model, kind)(images) for kind in ("mean", "cls"))
         model.cls_token += torch.randn(32, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(encoder_features(model, "mean")(images), mean)
-        assert not torch.equal(encoder_features(model, "cls")(images), cls)
+        assert torch.equal(make_encoder(model, "mean")(images), mean)
+        assert not torch.equal(make_encoder(model, "cls")(images), cls)
 
 
 def test_pitfall_20_the_head_reads_patches_under_one_norm():
@@ -513,7 +521,7 @@ def test_pitfall_21_features_without_masking_in_image_order():
             tokens = model.encode(images)
             assert tokens.shape == (4, 1 + 16, 32)
             assert torch.equal(tokens, model.encode(images))
-            assert torch.equal(encoder_features(model, "mean")(images), tokens[:, 1:].mean(dim=1))
+            assert torch.equal(make_encoder(model, "mean")(images), tokens[:, 1:].mean(dim=1))
         for block in model.blocks:
             silence(block.attn.proj.weight, block.mlp.fc2.weight)
         x = model.patch_embed.proj(images).flatten(2).transpose(1, 2) + model.pos_embed[:, 1:]
@@ -527,7 +535,7 @@ def test_pitfall_22_a_probe_of_frozen_standardised_features_with_a_floor(tmp_pat
     encoders = make_encoders(model, "mean")
     assert list(encoders) == ["raw pixels", "random encoder", "this model"]
     source = open_sources((str(tmp_path / "a.npy"),), 3)
-    found, _ = extract(encoders, source, range(40), model.config, CPU)
+    found, _ = extract_features(encoders, source, range(40), model.config, CPU)
     assert equal(before, weights(model))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not torch.allclose(found["random encoder"], found["this model"])
@@ -544,10 +552,12 @@ def test_pitfall_22_a_probe_of_frozen_standardised_features_with_a_floor(tmp_pat
 
 def test_pitfall_22_what_is_frozen_stays_bit_equal(tmp_path):
     classifier = Classifier(CLASSIFIER)
-    freeze_all_but(classifier, 0)
+    freeze_all_but_last_blocks(classifier, 0)
     before, ids = weights(classifier), torch.arange(8)
     objective = Supervised(classifier, RegularizationConfig(), 0)
-    optimizer = fused_adamw(layer_decay_groups(objective, 0.3, 0.75, 2, "model."), (0.9, 0.999))
+    optimizer = create_adamw_from_groups(
+        param_groups_layer_decay(objective, 0.3, 0.75, 2, "model."), (0.9, 0.999)
+    )
     optimizer.param_groups[0]["lr"] = optimizer.param_groups[-1]["lr"] = 0.1
     objective(Batch(torch.randn(8, 3, 16, 16), ids, ids * 0, ids % 5)).loss.backward()
     optimizer.step()
@@ -577,7 +587,7 @@ def test_pitfall_23_loss_in_float32_and_bad_steps_change_nothing(tmp_path):
     assert all(bool(value.isfinite().all()) for value in seen[-1].values())
 
     diverging = trainer(tmp_path / "b", model, [images, *[bad] * 3, images], log_every=1)
-    with pytest.raises(RunError, match="steps 2 to 4 all gave gradients that are not finite"):
+    with pytest.raises(RunError, match="The gradients of steps 2 to 4 are not finite"):
         diverging.run()
 
 
@@ -610,12 +620,14 @@ def test_pitfall_24_a_zero_predictor_does_not_look_good(tmp_path):
 
 def test_pitfall_25_held_out_images_are_never_trained_on():
     stream = SampleStream(size=101, holdout=20, seed=3)
-    held_out = set(stream.held_out().tolist())
-    trained = stream.at(torch.arange(5 * 81))[1]
+    held_out = set(stream.get_held_out_ids().tolist())
+    trained = stream.get_samples(torch.arange(5 * 81))[1]
     assert len(held_out) == 20
     assert not held_out & set(trained.tolist())
-    assert not held_out & set(stream.training_sample(81).tolist())
-    assert not held_out & {stream.replacement(e, s, a) for e in range(5) for s in range(20) for a in range(5)}
+    assert not held_out & set(stream.select_train_ids(81).tolist())
+    assert not held_out & {
+        stream.get_replacement(e, s, a) for e in range(5) for s in range(20) for a in range(5)
+    }
     assert torch.equal(trained.bincount(minlength=101).unique(), torch.tensor([0, 5]))
 
 
@@ -640,16 +652,19 @@ def test_pitfall_26_speed_is_told_apart_from_the_decoder_and_the_loader(width, d
     assert flops[0] / flops[1] == pytest.approx(speedup, rel=0.03)
 
     for name in ("cifar", "laptop", "gpu"):  # so small models come with small decoders
-        config = recipes.read(name).autoencoder()
-        kept = masking.keep_count(config.patches, config.mask_ratio)
+        config = recipes.read_pretrain_recipe(name).autoencoder()
+        kept = masking.compute_num_visible(config.num_patches, config.mask_ratio)
         encoder = (1 + kept) * config.shape.depth * config.shape.width**2
-        decoder = (1 + config.patches) * config.decoder_depth * config.decoder_width**2
+        decoder = (1 + config.num_patches) * config.decoder_depth * config.decoder_width**2
         assert decoder < encoder, name
 
     now = [0.0]
-    meter = Meter(clock=lambda: now[0])
-    meter.images, meter.waited, meter.paused, now[0] = 600, 2.0, 90.0, 100.0
-    assert meter.read() == (60.0, 0.2)  # images a second, and the share of that time lost to loading
+    meter = ThroughputMeter(clock=lambda: now[0])
+    meter.num_images, meter.wait_seconds, meter.pause_seconds, now[0] = 600, 2.0, 90.0, 100.0
+    assert meter.read_and_reset() == (
+        60.0,
+        0.2,
+    )  # images a second, and the share of that time lost to loading
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -659,11 +674,11 @@ def test_pitfall_27_only_crops_and_flips(tmp_path, cached):
     pictures = np.stack([rows * 5, columns * 5, np.full_like(rows, 77)], axis=2).astype(np.uint8)
     np.save(tmp_path / "a.npy", np.broadcast_to(pictures, (64, 40, 40, 3)).copy())
     source = open_sources((str(tmp_path / "a.npy"),), 3)
-    held = CachedSet(torch.stack([source.image(i).pixels for i in range(64)]), set()) if cached else None
+    held = CachedDataset(torch.stack([source.image(i).pixels for i in range(64)]), set()) if cached else None
     loader = Loader(
         source, SampleStream(64, 0, 0), (16, 16), (0.0,) * 3, (1.0,) * 3, CPU, 0, held, lambda _report: None
     )
-    [batch] = loader.batches([range(64)])
+    [batch] = loader.iter_batches([range(64)])
     down, across, plain = (255 * batch.images).unbind(1)  # each [B, 16, 16]
     torch.testing.assert_close(plain, torch.full_like(plain, 77), rtol=0, atol=0.5)
     assert bool((down.diff(dim=1) > 0).all())
@@ -682,8 +697,8 @@ def test_pitfall_27_only_crops_and_flips(tmp_path, cached):
 @pytest.mark.parametrize("size", [(16, 16), (24, 40), (56, 56)])
 def test_pitfall_28_every_row_keeps_as_many(kind, size):
     model = make(image_size=size, mask=kind, decoder_depth=1)
-    mask = model(some_images(model, 16), noise=model.mask_noise(torch.rand(16, model.uniforms_needed))).mask
-    assert (~mask).sum(dim=1).unique().tolist() == [model.config.patches // 4]
+    mask = model(some_images(model, 16), noise=model.mask_noise(torch.rand(16, model.num_mask_uniforms))).mask
+    assert (~mask).sum(dim=1).unique().tolist() == [model.config.num_patches // 4]
     if kind == "grid":
         grid = model.config.grid
         kept = F.avg_pool2d((~mask).float().view(16, 1, *grid), 2) * 4

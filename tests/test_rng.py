@@ -17,7 +17,7 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
 # ---------------------------------------------------------------------- uniform
 
 
-def test_uniform_numbers_are_in_the_unit_interval_and_spread_evenly():
+def test_uniform_numbers_are_in_the_unit_interval_and_evenly_distributed():
     u = rng.uniform(0, "crop", 3, torch.arange(20_000), 5)
     assert u.dtype == torch.float32
     assert u.shape == (20_000, 5)
@@ -36,13 +36,13 @@ def test_uniform_numbers_are_multiples_of_2_to_the_minus_24():
 
 
 @given(st.integers(-(2**63), 2**64 - 1), st.integers(0, 10**9), st.lists(st.integers(0, 2**40), min_size=2))
-def test_a_draw_does_not_depend_on_its_batch(seed, epoch, ids):
+def test_numbers_do_not_depend_on_the_batch(seed, epoch, ids):
     together = rng.uniform(seed, "mask", epoch, torch.tensor(ids), 7)
     alone = [rng.uniform(seed, "mask", epoch, torch.tensor([sample]), 7)[0] for sample in ids]
     assert torch.equal(together, torch.stack(alone))
 
 
-def test_a_draw_does_not_depend_on_how_many_numbers_are_drawn():
+def test_numbers_do_not_depend_on_their_count():
     ids = torch.arange(9)
     assert torch.equal(rng.uniform(1, "a", 2, ids, 50)[:, :4], rng.uniform(1, "a", 2, ids, 4))
 
@@ -68,7 +68,7 @@ def test_epochs_may_differ_within_a_batch():
     ],
     ids=str,
 )
-def test_draws_under_other_names_are_independent(other):
+def test_numbers_of_different_names_are_independent(other):
     one = {"seed": 0, "purpose": "crop", "epoch": 0, "ids": torch.arange(20_000), "count": 2}
     a, b = rng.uniform(**one), rng.uniform(**{**one, **other})
     assert abs(correlation(a, b)) < 0.02
@@ -81,13 +81,13 @@ def test_neighbouring_samples_and_neighbouring_numbers_are_independent():
     assert abs(correlation(u[:, 0], u[:, 1])) < 0.03
 
 
-def test_the_seed_counts_modulo_2_to_the_64():
+def test_the_seed_is_used_modulo_2_to_the_64():
     ids = torch.arange(4)
     assert torch.equal(rng.uniform(-1, "a", 0, ids, 2), rng.uniform(2**64 - 1, "a", 0, ids, 2))
 
 
 def test_the_bits_never_change():
-    """A change here changes every run that anyone resumes: it needs a very good reason."""
+    """A change of these numbers breaks every run that is resumed."""
     u = rng.uniform(7, "mask", 3, torch.tensor([4711]), 3)[0]
     assert (u * 2**24).long().tolist() == [12377035, 12268607, 7749371]
     assert int(rng.key(0, "order", 1, 2)) == -318103549853904839
@@ -95,7 +95,7 @@ def test_the_bits_never_change():
 
 
 def splitmix(x: int) -> int:
-    """The finaliser of SplitMix64, on unsigned integers as published."""
+    """Compute the finalizer of SplitMix64 on unsigned integers, as published."""
     x &= 2**64 - 1
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
@@ -139,13 +139,13 @@ def test_permute_of_a_large_size():
 
 
 @given(st.integers(2, 1000), st.data())
-def test_a_position_does_not_depend_on_the_positions_asked_with_it(size, data):
+def test_a_position_does_not_depend_on_the_other_positions(size, data):
     positions = torch.tensor(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20)))
     whole = rng.permute(3, "order", 8, torch.arange(size), size)
     assert torch.equal(rng.permute(3, "order", 8, positions, size), whole[positions])
 
 
-def test_positions_may_straddle_two_epochs():
+def test_positions_may_span_two_epochs():
     size = 37
     first, second = (rng.permute(0, "order", epoch, torch.arange(size), size) for epoch in (4, 5))
     epochs = torch.tensor([4] * 10 + [5] * 10)
@@ -154,7 +154,7 @@ def test_positions_may_straddle_two_epochs():
     assert not torch.equal(first, second)
 
 
-def test_every_position_goes_everywhere_about_equally_often():
+def test_positions_are_permuted_uniformly():
     size, epochs = 12, 6000
     grid_epochs = torch.arange(epochs).repeat_interleave(size)
     places = rng.permute(0, "order", grid_epochs, torch.arange(size).repeat(epochs), size)
@@ -165,7 +165,7 @@ def test_every_position_goes_everywhere_about_equally_often():
     assert float((counts - expected).abs().max()) < 5 * expected**0.5
 
 
-def test_permutations_of_other_names_are_unrelated():
+def test_permutations_of_different_names_are_unrelated():
     size = 5000
     one = rng.permute(0, "order", 0, torch.arange(size), size)
     for other in (
@@ -184,7 +184,7 @@ def global_draws() -> tuple:
     return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]
 
 
-def test_seeded_gives_the_same_draws_for_the_same_name_and_others_for_others():
+def test_seeded_gives_the_same_numbers_for_the_same_name_and_different_ones_for_others():
     def under(seed, purpose):
         with rng.seeded(seed, purpose):
             return global_draws()
@@ -194,7 +194,7 @@ def test_seeded_gives_the_same_draws_for_the_same_name_and_others_for_others():
         assert all(mine != theirs for mine, theirs in zip(under(0, "init"), other, strict=True))
 
 
-def test_seeded_leaves_the_global_generators_as_they_were():
+def test_seeded_restores_the_global_generators():
     torch.manual_seed(5)
     np.random.seed(5)
     random.seed(5)

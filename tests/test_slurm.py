@@ -1,4 +1,4 @@
-"""--slurm: the request, the script, and jobs of several ranks that are told to stop and go on."""
+"""Tests of --slurm: the request, the script, and jobs that are stopped and requeued."""
 
 import json
 import os
@@ -29,15 +29,15 @@ TINY = [
 # ---------------------------------------------------------------------- the request
 
 
-def test_a_request_is_read():
-    request = slurm.parse(
+def test_a_request_is_parsed():
+    request = slurm.parse_request(
         ["nodes=2", "gpus=8", "hours=1.5", "partition=main", "mail_user=a=b@c", "memory=500"]
     )
     assert (request.nodes, request.gpus, request.hours, request.world_size) == (2, 8, 1.5, 16)
-    assert request.texts == {"partition": "main", "mail_user": "a=b@c"}
-    assert slurm.parse([]) == slurm.Request()
-    assert slurm.parse(["gpus=0"]).world_size == 1
-    assert slurm.parse(["gpus=0", "ranks=3", "nodes=2"]).world_size == 6
+    assert request.sbatch_options == {"partition": "main", "mail_user": "a=b@c"}
+    assert slurm.parse_request([]) == slurm.SlurmRequest()
+    assert slurm.parse_request(["gpus=0"]).world_size == 1
+    assert slurm.parse_request(["gpus=0", "ranks=3", "nodes=2"]).world_size == 6
 
 
 @pytest.mark.parametrize(
@@ -45,25 +45,25 @@ def test_a_request_is_read():
     [
         (["gpu=8"], "Did you mean 'gpus'"),
         (["partitoin=x"], "Did you mean 'partition'"),
-        (["texts=x"], "unknown setting"),
-        (["gpus"], "gpus has no value; accepted: gpus=VALUE"),
+        (["sbatch_options=x"], "Unknown setting"),
+        (["gpus"], "gpus has no value. Give gpus=VALUE"),
         (["gpus="], "has no value"),
         (["gpus=8", "gpus=8"], "twice"),
         (["qos=a", "qos=b"], "twice"),
-        (["nodes=two"], "nodes=two; accepted: a whole number from 1"),
-        (["nodes=0"], "a whole number from 1"),
-        (["gpus=-1"], "a whole number from 0"),
+        (["nodes=two"], "nodes is two. Give a whole number of at least 1"),
+        (["nodes=0"], "nodes is 0. Give a whole number of at least 1"),
+        (["gpus=-1"], "gpus is -1. Give a whole number of at least 0"),
         (["hours=nan"], "a number above 0"),
         (["hours=0"], "a number above 0"),
         (["hours=inf"], "a number above 0"),
         (["cluster=slumr"], "Did you mean 'slurm'"),
-        (["cluster=local", "nodes=2"], "one node"),
-        (["hours=0.2"], "accepted: 0.28 hours or more"),
+        (["cluster=local", "nodes=2"], "nodes=2 is not supported with cluster=local"),
+        (["hours=0.2"], "Give hours=0.28 or more"),
     ],
 )
-def test_a_wrong_request_is_refused(words, said):
+def test_an_invalid_request_is_refused(words, said):
     with pytest.raises(UserError, match=re.escape(said)):
-        slurm.parse(words)
+        slurm.parse_request(words)
 
 
 # ---------------------------------------------------------------------- what is submitted
@@ -71,7 +71,7 @@ def test_a_wrong_request_is_refused(words, said):
 
 @pytest.fixture
 def sbatch(tmp_path, monkeypatch):
-    """A PATH with an sbatch that keeps the script and gives a number."""
+    """Put an sbatch on PATH that saves the script and prints a job id."""
     folder = tmp_path / "bin"
     folder.mkdir()
     kept = tmp_path / "script"
@@ -82,7 +82,7 @@ def sbatch(tmp_path, monkeypatch):
     return kept
 
 
-def test_the_script_asks_slurm_for_what_was_asked(tmp_path, sbatch, capsys):
+def test_the_sbatch_script_has_the_requested_resources(tmp_path, sbatch, capsys):
     out = tmp_path / "runs" / "mine"
     words = ["nodes=2", "gpus=4", "hours=1.5", "cpus=6", "memory=100", "partition=main", "mail_user=a@b.c"]
     words += ["setup=module load cuda"]
@@ -100,13 +100,13 @@ def test_the_script_asks_slurm_for_what_was_asked(tmp_path, sbatch, capsys):
     assert "--kill-on-bad-exit=1 --cpus-per-task=6 " in command
     assert sys.executable in command
     said = capsys.readouterr().out
-    assert "submitted job 4711: 8 ranks, 4 a node, 1.5 hours at a time" in said
+    assert "Submitted job 4711: 8 ranks, 4 per node, 1.5 hours at a time" in said
     assert "scancel 4711" in said
     assert str(out / "slurm" / "4711_RANK_log.out") in said
     assert not list(out.glob("checkpoints/*"))  # nothing was trained here
 
 
-def test_the_payload_is_the_command_line_alone(tmp_path, sbatch):
+def test_the_pickled_payload_is_only_the_command_line(tmp_path, sbatch):
     from submitit.helpers import DelayedSubmission
 
     out = tmp_path / "x"
@@ -141,29 +141,29 @@ def test_what_cannot_be_trained_is_not_submitted(tmp_path, sbatch, capsys, words
     assert not (tmp_path / "x").exists()
 
 
-def test_a_folder_must_be_named_and_be_a_runs(tmp_path, sbatch, capsys):
+def test_the_run_folder_is_checked_before_submission(tmp_path, sbatch, capsys):
     assert cli.run([*TINY, "--slurm"]) == 2
     assert "The run has no folder. Give --out RUN." in capsys.readouterr().err
     (tmp_path / "thesis.txt").write_text("years of work")
     assert cli.run([*TINY, "--out", str(tmp_path), "--slurm"]) == 2
-    assert "holds something else than a run" in capsys.readouterr().err
+    assert "is not a run: it contains" in capsys.readouterr().err
     assert not sbatch.exists()
 
 
-def test_no_slurm_here_is_said(tmp_path, monkeypatch, capsys):
+def test_missing_slurm_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert cli.run([*TINY, "--out", str(tmp_path / "x"), "--slurm"]) == 2
-    assert "finds no srun" in capsys.readouterr().err
+    assert "needs srun" in capsys.readouterr().err
 
 
-def test_what_slurm_refuses_is_said(tmp_path, sbatch, capsys):
+def test_a_rejected_job_is_reported(tmp_path, sbatch, capsys):
     refusing = Path(os.environ["PATH"].split(":")[0]) / "sbatch"
     refusing.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2; exit 1\n")
     assert cli.run([*TINY, "--out", str(tmp_path / "x"), "--slurm", "partition=x"]) == 1
     assert "invalid partition specified: x" in capsys.readouterr().err
 
 
-def test_fine_tuning_takes_it_too(tmp_path, sbatch, capsys):
+def test_finetune_supports_slurm(tmp_path, sbatch, capsys):
     words = [
         "finetune",
         "scratch",
@@ -181,7 +181,7 @@ def test_fine_tuning_takes_it_too(tmp_path, sbatch, capsys):
     assert cli.run([*words, "--slurm", "gpus=11"]) == 2
     assert "11 ranks" in capsys.readouterr().err
     assert cli.run([*words, "--slurm", "gpus=2"]) == 0
-    assert "submitted job 4711" in capsys.readouterr().out
+    assert "Submitted job 4711" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- what a rank does
@@ -228,7 +228,7 @@ def gone(process: int) -> bool:
 
 
 def wait_for(what, seconds=300):
-    """The first true answer."""
+    """Return the first true result of a function."""
     until = time.monotonic() + seconds
     while not (answer := what()):
         assert time.monotonic() < until
@@ -238,7 +238,7 @@ def wait_for(what, seconds=300):
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """A module with a stand-in for training that jobs can import."""
+    """A module with a replacement of training that jobs can import."""
     (tmp_path / "stand_in_rank.py").write_text(RANK)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
@@ -259,8 +259,8 @@ def stand_in(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_one_requeue_after_all_have_saved(tmp_path, stand_in, how):
-    request = slurm.parse(["cluster=local", "gpus=0", "ranks=2", "hours=1"])
+def test_a_job_is_requeued_once_after_all_ranks_saved(tmp_path, stand_in, how):
+    request = slurm.parse_request(["cluster=local", "gpus=0", "ranks=2", "hours=1"])
     job = int(slurm.submit(request, str(tmp_path / "run"), (), stand_in.run, [str(tmp_path), how], Console()))
     if how != "fail":
         wait_for(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in "01"))
@@ -288,7 +288,7 @@ def test_sigterm_alone_requeues_under_slurm_unless_the_job_is_cancelled(
     for name, text in (("squeue", f"echo {state}"), ("scontrol", f'echo "$@" >> {tmp_path}/scontrol')):
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
         (folder / name).chmod(stat.S_IRWXU)
-    request = slurm.parse(["gpus=0", "hours=1"])
+    request = slurm.parse_request(["gpus=0", "hours=1"])
     slurm.submit(request, str(tmp_path / "run"), (), stand_in.run, [str(tmp_path), "stopped"], Console())
     logs = tmp_path / "run" / "slurm"
     place = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
@@ -311,8 +311,8 @@ def test_sigterm_alone_requeues_under_slurm_unless_the_job_is_cancelled(
 
 
 @pytest.mark.slow
-def test_a_job_warned_twice_ends_as_one_that_was_left_alone(tmp_path):
-    """Two ranks, gloo, submitit's local executor; weights, moments and rows are equal."""
+def test_a_job_requeued_twice_equals_an_uninterrupted_one(tmp_path):
+    """With two ranks and submitit's local executor, weights, optimizer state and metrics are equal."""
     steps = 50
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -324,7 +324,7 @@ def test_a_job_warned_twice_ends_as_one_that_was_left_alone(tmp_path):
         with said.open("w") as file:  # a pipe would stay open until the job ends
             command = [sys.executable, "-m", "quarterview", *words]
             subprocess.run(command, env=env, stdout=file, stderr=file, check=True)
-        return int(re.search(r"submitted job (\d+)", said.read_text())[1])
+        return int(re.search(r"Submitted job (\d+)", said.read_text())[1])
 
     whole, job = tmp_path / "whole", start("whole")
     wait_for(lambda: gone(job))
@@ -332,7 +332,7 @@ def test_a_job_warned_twice_ends_as_one_that_was_left_alone(tmp_path):
     stops: list[int] = []
 
     def saved() -> int:
-        newest = checkpoint.newest(parts / "checkpoints")
+        newest = checkpoint.find_newest(parts / "checkpoints")
         return int(newest.name.removeprefix("step-")) if newest else 0
 
     for after in (5, 15):
@@ -347,7 +347,7 @@ def test_a_job_warned_twice_ends_as_one_that_was_left_alone(tmp_path):
     log = next((parts / "slurm").glob("*_0_log.out")).read_text()
     assert log.count("Requeued job") == 2
     assert log.count("going on from") == 2
-    one, two = (checkpoint.load(checkpoint.newest(path / "checkpoints")) for path in (whole, parts))
+    one, two = (checkpoint.load(checkpoint.find_newest(path / "checkpoints")) for path in (whole, parts))
     assert one.state["step"] == two.state["step"] == steps
     for kind, named in one.tensors.items():
         assert named.keys() == two.tensors[kind].keys()

@@ -1,32 +1,32 @@
-"""Quarterview: learn to see from a quarter of the picture.
+"""Quarterview: masked autoencoders (He et al. 2021) for your own images.
 
-Masked autoencoders (He et al. 2021) for anyone's images::
+Example::
 
     import quarterview as qv
     run = qv.pretrain(data="photos", out="runs/x", epochs=100)
     model = qv.load("runs/x")
     tokens = model.encode(images)
 
-The keywords of `pretrain` and `finetune` are the flags of the command line.
+The keyword arguments of `pretrain` and `finetune` are the flags of the command line.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from quarterview.moved import install
+from quarterview.moved import install_moved_modules
 
 if TYPE_CHECKING:
     from quarterview.commands.config import FinetuneConfig, PretrainConfig
-    from quarterview.commands.finetune import Finetuned, finetune
+    from quarterview.commands.finetune import FinetuneResult, finetune
     from quarterview.commands.pretrain import pretrain
     from quarterview.models.config import MAEConfig
     from quarterview.models.create import create_model
     from quarterview.training.run import Run
     from quarterview.weights.loading import load
 
-_HOMES = {
+_MODULES = {
     "FinetuneConfig": "commands.config",
-    "Finetuned": "commands.finetune",
+    "FinetuneResult": "commands.finetune",
     "MAEConfig": "models.config",
     "PretrainConfig": "commands.config",
     "Run": "training.run",
@@ -38,7 +38,7 @@ _HOMES = {
 
 __all__ = [
     "FinetuneConfig",
-    "Finetuned",
+    "FinetuneResult",
     "MAEConfig",
     "PretrainConfig",
     "Run",
@@ -48,10 +48,10 @@ __all__ = [
     "pretrain",
 ]
 
-install()  # the import paths of version 0.1
+install_moved_modules()  # the import paths of version 0.1
 
 
-def __getattr__(name: str) -> Any:  # so that importing the package costs nothing
-    if name in _HOMES:
-        return getattr(import_module(f"quarterview.{_HOMES[name]}"), name)
+def __getattr__(name: str) -> Any:  # lazy, so that importing the package is fast
+    if name in _MODULES:
+        return getattr(import_module(f"quarterview.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'quarterview' has no attribute {name!r}")

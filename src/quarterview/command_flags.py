@@ -1,13 +1,12 @@
-"""Flags of a command from its configuration: one parse by tyro, help in groups, values checked by the parts.
+"""Parsing of a command's flags with tyro, from its configuration.
 
-The flags are the fields of all parts, flat. Help shows first what a newcomer needs, then the parts, then what
-research needs. Values that are no numbers reach the parts as texts, so that they are refused there, in the
-same words as in Python or YAML.
+The flags are the fields of all parts. The help shows the flags marked FIRST, then those of each part, then
+those marked RESEARCH. A value that is not a number reaches its part as a string, so that the error for it is
+the same as in Python or YAML.
 """
 
 import difflib
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, field, make_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
@@ -15,67 +14,86 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from quarterview.config import FIRST, POSITIONAL, RESEARCH, Composed, FieldSpec, field_specs, flag
+from quarterview.config import (
+    FIRST,
+    POSITIONAL,
+    RESEARCH,
+    ComposedConfig,
+    FieldSpec,
+    flag_name,
+    get_field_specs,
+    get_renamed_fields,
+    use_new_names,
+)
 from quarterview.errors import UserError
 
 _FIRST, _MORE, _RESEARCH = "main", "more", "research"
 _UNSET = "unset"
-_MAX_TITLE = 30  # a longer text says what the part is, and is no heading
+_MAX_TITLE = 30  # a longer docstring is not used as a title
 
 
 def parse_flags(
-    name: str, summary: str, example: str, base: Any, options: Any, words: Sequence[str]
+    name: str, summary: str, example: str, base: Any, options: Any, args: Sequence[str]
 ) -> tuple[Any, Any]:
-    """The configuration and the options that the words after a command mean.
+    """Parse the arguments of a command.
 
     Args:
-        name: of the command.
-        base: a composed configuration, above whose values the flags stand; or the class of a single part.
-        options: a part that belongs to the command line alone, or None.
-        words: without the command.
+        name: name of the command.
+        summary: its description in the help.
+        example: its example in the help.
+        base: a composed configuration, whose values the flags override; or the class of a single part.
+        options: a part with the flags that only the command line has, or None.
+        args: arguments after the command's name.
+
+    Returns:
+        The configuration and the options.
 
     Raises:
         UserError: if a flag is unknown or a value is not accepted.
-        SystemExit: after --help, or if tyro cannot make sense of the words.
+        SystemExit: after --help, or if tyro cannot parse the arguments.
     """
-    if isinstance(base, Composed):
-        words = _renamed(base, words)
-    groups, defaults = _groups(base, options)
-    _check_known(name, base, [spec for group in groups.values() for spec in group], words)
+    renamed = base.get_renamed_flags() if isinstance(base, ComposedConfig) else get_renamed_fields(base)
+    args = _use_new_flags(renamed, args)
+    groups, defaults = _group_flags(base, options)
+    _check_flags(name, base, [spec for group in groups.values() for spec in group], args)
     root = make_dataclass(
         "Flags",
-        [(_identifier(title), _struct(title, specs, defaults)) for title, specs in groups.items() if specs],
+        [
+            (_to_identifier(title), _make_group(title, specs, defaults))
+            for title, specs in groups.items()
+            if specs
+        ],
     )
     parsed = tyro.cli(
         root,
         prog=f"quarterview {name}",
-        args=list(words),
+        args=list(args),
         description=f"{summary}\n\nExample: {example}",
         config=(tyro.conf.OmitArgPrefixes,),
         compact_help=False,
     )
     values = {
-        spec.name: getattr(getattr(parsed, _identifier(title)), spec.name)
+        spec.name: getattr(getattr(parsed, _to_identifier(title)), spec.name)
         for title, specs in groups.items()
         for spec in specs
     }
     given = {key: value for key, value in values.items() if defaults.get(key, MISSING) != value}
-    own = field_specs(type(options)) if options is not None else {}
+    own = get_field_specs(type(options)) if options is not None else {}
     chosen = type(options)(**{key: values[key] for key in own}) if options is not None else None
     flags = {key: value for key, value in given.items() if key not in own}
-    return (base.with_flags(**flags) if isinstance(base, Composed) else base(**flags)), chosen
+    return (base.with_flags(**flags) if isinstance(base, ComposedConfig) else base(**flags)), chosen
 
 
-def _groups(base: Any, options: Any) -> tuple[dict[str, list[FieldSpec]], dict[str, Any]]:
-    """The flags under the titles of their groups, in the order of the help, and their defaults."""
+def _group_flags(base: Any, options: Any) -> tuple[dict[str, list[FieldSpec]], dict[str, Any]]:
+    """Return the flags by the title of their help group, in order, and their defaults."""
     groups: dict[str, list[FieldSpec]] = {_FIRST: []}
     research: list[FieldSpec] = []
     defaults: dict[str, Any] = {}
     parts: list[tuple[Any, Any]] = [(type(options), options)] if options is not None else []
-    if isinstance(base, Composed):
+    if isinstance(base, ComposedConfig):
         for choice, kinds in base.choices().items():
             current = base.parts()[choice]
-            text = f"What is learned. {current.name}: {_title(type(current), dot=True)}"
+            text = f"Training method. {current.name}: {_get_title(type(current), full=True)}"
             kind = cast(Any, Literal)[tuple(kinds)]
             groups[_FIRST].append(FieldSpec(choice, kind, current.name, text, frozenset([FIRST]), ()))
             defaults[choice] = current.name
@@ -83,44 +101,45 @@ def _groups(base: Any, options: Any) -> tuple[dict[str, list[FieldSpec]], dict[s
     else:
         parts += [(base, None)]
     for kind, its in parts:
-        own = groups.setdefault(_title(kind) if its is not None else _MORE, [])
-        for spec in field_specs(kind).values():
+        own = groups.setdefault(_get_title(kind) if its is not None else _MORE, [])
+        for spec in get_field_specs(kind).values():
             defaults[spec.name] = getattr(its, spec.name) if its is not None else spec.default
             first = FIRST in spec.markers or POSITIONAL in spec.markers
             (groups[_FIRST] if first else research if RESEARCH in spec.markers else own).append(spec)
     return {**groups, _RESEARCH: research}, defaults
 
 
-def _title(kind: type, dot: bool = False) -> str:
-    if not dot and hasattr(kind, "other_defaults"):  # a method
+def _get_title(kind: type, full: bool = False) -> str:
+    """Return the title of a part's help group, or with `full` the first line of its docstring."""
+    if not full and hasattr(kind, "default_overrides"):  # a method
         return kind.name
     first = (kind.__doc__ or kind.__name__).strip().splitlines()[0]
     title = first.split(".")[0].lower()
-    return first if dot else title if len(title) <= _MAX_TITLE else _MORE
+    return first if full else title if len(title) <= _MAX_TITLE else _MORE
 
 
-def _identifier(title: str) -> str:
+def _to_identifier(title: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in title)
 
 
-def _struct(title: str, specs: Sequence[FieldSpec], defaults: dict[str, Any]) -> Any:
-    """A dataclass of a group's flags, for tyro."""
+def _make_group(title: str, specs: Sequence[FieldSpec], defaults: dict[str, Any]) -> Any:
+    """Make a dataclass of a help group's flags, for tyro."""
     fields: list[Any] = []
     for spec in specs:
         kind: Any = bool
         if POSITIONAL in spec.markers:
-            kind = Annotated[Any, _words_of(spec.annotation), tyro.conf.Positional]
+            kind = Annotated[Any, _make_constructor(spec.annotation), tyro.conf.Positional]
         elif spec.annotation is not bool:
-            kind = Annotated[Any, _words_of(spec.annotation)]
+            kind = Annotated[Any, _make_constructor(spec.annotation)]
         name = spec.name.upper() if POSITIONAL in spec.markers else None
         kind = Annotated[kind, tyro.conf.arg(help=spec.help.replace("``", ""), metavar=name)]
         default = defaults[spec.name]
         fields.append((spec.name, kind) if default is MISSING else (spec.name, kind, field(default=default)))
-    return make_dataclass(_identifier(title), fields, kw_only=True)
+    return make_dataclass(_to_identifier(title), fields, kw_only=True)
 
 
-def _metavar(annotation: Any) -> str:
-    kinds = [kind for kind in _alternatives(annotation) if kind is not NoneType]
+def _get_metavar(annotation: Any) -> str:
+    kinds = [kind for kind in _get_union_members(annotation) if kind is not NoneType]
     if all(get_origin(kind) is Literal for kind in kinds):
         return "{" + ",".join(str(word) for kind in kinds for word in get_args(kind)) + "}"
     if get_origin(kinds[0]) is tuple:
@@ -128,69 +147,81 @@ def _metavar(annotation: Any) -> str:
     return {int: "N", float: "NUMBER"}.get(kinds[0], "TEXT")
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
+def _get_union_members(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
-# ---------------------------------------------------------------------- which words are flags
+# ---------------------------------------------------------------------- names of flags
 
 
-def _renamed(base: Composed, words: Sequence[str]) -> list[str]:
-    """The words with flags of earlier versions replaced by today's, and a warning for each."""
-    renamed = {flag(old): flag(new) for old, new in base.RENAMED.items()}
-    for word in words:
-        if word in renamed:
-            logging.getLogger("quarterview").warning("%s is now called %s", word, renamed[word])
-    return [renamed.get(word, word) for word in words]
+def _use_new_flags(renamed: Mapping[str, str], args: Sequence[str]) -> list[str]:
+    """Return the arguments with old flags replaced by new ones, and log a warning for each.
+
+    Args:
+        renamed: old names of fields and their new names.
+        args: arguments of a command, with flags and values as separate items.
+
+    Raises:
+        UserError: if a flag is given under its old and its new name.
+    """
+    pairs = {f"{no}{old}": f"{no}{new}" for old, new in renamed.items() for no in ("", "no_")}
+    given = {arg.removeprefix("--").replace("-", "_"): arg for arg in args if arg.startswith("--")}
+    use_new_names(given, pairs)  # logs the warnings and checks for duplicates
+    new = {given[old]: flag_name(name) for old, name in pairs.items() if old in given}
+    return [new.get(arg, arg) for arg in args]
 
 
-def _check_known(command: str, base: Any, specs: Sequence[FieldSpec], words: Sequence[str]) -> None:
-    """Raises UserError for the first word that looks like a flag and is none."""
-    known = {flag(spec.name): spec for spec in specs if POSITIONAL not in spec.markers}
-    for word in words:
-        name = flag(word.removeprefix("--")) if word.startswith("--") else ""
+def _check_flags(command: str, base: Any, specs: Sequence[FieldSpec], args: Sequence[str]) -> None:
+    """Raise UserError for the first argument that looks like a flag and is not one."""
+    known = {flag_name(spec.name): spec for spec in specs if POSITIONAL not in spec.markers}
+    for arg in args:
+        name = flag_name(arg.removeprefix("--")) if arg.startswith("--") else ""
         if not name or name == "--help" or name in known:
             continue
         positive = "--" + name.removeprefix("--no-")
         if positive in known and known[positive].annotation is bool:
             continue
-        if isinstance(base, Composed) and (owners := base.owners(name.removeprefix("--").replace("-", "_"))):
-            raise owners
+        field_name = name.removeprefix("--").replace("-", "_")
+        if isinstance(base, ComposedConfig) and (error := base.other_method_error(field_name)):
+            raise error
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise UserError(f"{name} is not a flag of quarterview {command}.{hint} --help lists them all.")
+        raise UserError(
+            f"{name} is not a flag of quarterview {command}.{hint} Run quarterview {command} --help for all "
+            "flags."
+        )
 
 
-# ---------------------------------------------------------------------- how words become values
+# ---------------------------------------------------------------------- values of flags
 
 
-def _words_of(annotation: Any) -> PrimitiveConstructorSpec:
-    """How tyro reads the words of a flag: a word that is no number stays a text, which the part refuses."""
-    kinds = [kind for kind in _alternatives(annotation) if kind is not NoneType]
-    several = get_origin(kinds[0]) is tuple
-    items = get_args(kinds[0])[:1] if several else tuple(kinds)
+def _make_constructor(annotation: Any) -> PrimitiveConstructorSpec:
+    """Make tyro's parser of a type. A value that is not a number stays a string, for the part's own error."""
+    kinds = [kind for kind in _get_union_members(annotation) if kind is not NoneType]
+    is_list = get_origin(kinds[0]) is tuple
+    items = get_args(kinds[0])[:1] if is_list else tuple(kinds)
 
     def read(words: list[str]) -> Any:
         if words == [_UNSET]:
             return None
-        values = tuple(_read(word, items) for word in words)
-        return values if several else values[0]
+        values = tuple(_parse_word(word, items) for word in words)
+        return values if is_list else values[0]
 
     def show(default: Any) -> list[str]:
         if default is None:
             return [_UNSET]
-        return [str(item) for item in default] if several else [str(default)]
+        return [str(item) for item in default] if is_list else [str(default)]
 
     return PrimitiveConstructorSpec(
-        nargs="*" if several else 1,
-        metavar=_metavar(annotation),
+        nargs="*" if is_list else 1,
+        metavar=_get_metavar(annotation),
         instance_from_str=read,
         is_instance=lambda _: True,
         str_from_instance=show,
     )
 
 
-def _read(word: str, kinds: Sequence[Any]) -> Any:
+def _parse_word(word: str, kinds: Sequence[Any]) -> Any:
     for kind in (int, float):
         if kind in kinds:
             try:

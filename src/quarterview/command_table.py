@@ -1,6 +1,6 @@
-"""Every command: its place in the help, its configuration, and the function that carries it out.
+"""Table of all commands: help, configuration class and main function.
 
-Nothing is imported here: the command line imports the one that is asked for.
+Commands are given as strings, so that the command line imports only the one that is called.
 """
 
 from dataclasses import dataclass
@@ -9,86 +9,90 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Command:
-    """Where a command's configuration and function are, as ``module:name`` below `quarterview`."""
+    """A command. Classes and functions are given as ``module:name`` below `quarterview`."""
 
     group: str
     summary: str
     example: str
     config: str
+    """The configuration class."""
     main: str
-    """Called with the configuration, the command line and, if there are any, the options."""
+    """The function to call with the configuration, the command line and, if there are any, the options."""
     options: str | None = None
-    """What belongs to the command line alone, such as --dry-run."""
+    """The part with flags that only the command line has, such as --dry-run."""
     recipes: str | None = None
-    """Reads what --recipe names."""
+    """The function that reads the recipe of --recipe."""
 
 
 def _command(group: str, name: str, config: str, summary: str, example: str, **more: Any) -> Command:
     return Command(group, summary, f"quarterview {name} {example}", config, f"commands.{name}:main", **more)
 
 
-_TRAIN, _JUDGE, _USE, _LOOK, _DATA = "Train", "Judge", "Use", "Look", "Images, weights, speed"
+_TRAIN, _EVALUATE, _USE, _VISUALIZE, _DATA = "Train", "Evaluate", "Use", "Visualize", "Images, weights, speed"
 COMMANDS: dict[str, Command] = {
     "demo": Command(
-        "Start here", "See it work in minutes: generate images, pre-train on them, measure what was learned.",
+        "Start here", "Generate images, pre-train on them and evaluate the features, in minutes.",
         "quarterview demo", "commands.config:DemoConfig", "demo:main",
     ),
     "recipes": _command(
         "Start here", "recipes", "commands.config:RecipesConfig",
-        "List the named configurations of --recipe, and the named studies.", "",
+        "List the recipes (named configurations of --recipe) and the named studies.", "",
     ),
     "pretrain": _command(
         _TRAIN, "pretrain", "commands.config:PretrainConfig",
-        "Learn from unlabelled images.", "--data photos --out runs/photos --recipe laptop",
-        options="commands.config:PretrainOptions", recipes="recipes:read",
+        "Pre-train an encoder on unlabelled images.", "--data photos --out runs/photos --recipe laptop",
+        options="commands.config:PretrainOptions", recipes="recipes:read_pretrain_recipe",
     ),
     "tokenizer": _command(
         _TRAIN, "pretrain", "commands.config:PretrainConfig",
-        "Learn visual tokens, for --target tokens and --method beit.", "--data photos --out runs/tokens",
-        options="commands.config:PretrainOptions", recipes="recipes:read",
+        "Train a tokenizer of visual tokens, for --target tokens and --method beit.",
+        "--data photos --out runs/tokens",
+        options="commands.config:PretrainOptions", recipes="recipes:read_pretrain_recipe",
     ),
     "finetune": _command(
         _TRAIN, "finetune", "commands.config:FinetuneConfig",
-        "Train a classifier from a pre-trained encoder, whole or in part, or from scratch.",
+        "Fine-tune a pre-trained encoder as a classifier, or train one from scratch.",
         "runs/photos --train labelled/train --test labelled/test --out runs/tuned",
-        options="commands.config:FinetuneOptions", recipes="recipes:read_finetune",
+        options="commands.config:FinetuneOptions", recipes="recipes:read_finetune_recipe",
     ),
     "compare": Command(
-        _JUDGE, "Did pre-training help? Models beside random weights and raw pixels, and a verdict.",
+        _EVALUATE, "Test whether pre-training helped, against random weights and raw pixels.",
         "quarterview compare runs/photos --train labelled/train --test labelled/test --out runs/verdict",
         "studies.config:CompareConfig", "studies.compare_command:main",
-        options="commands.config:RecipeOptions", recipes="recipes:read_finetune",
+        options="commands.config:RecipeOptions", recipes="recipes:read_finetune_recipe",
     ),
     "doctor": _command(
-        _JUDGE, "doctor", "doctor.config:DoctorConfig",
-        "Is my run working? The model beside trivial inpainters, its features, its history, its images.",
+        _EVALUATE, "doctor", "doctor.config:DoctorConfig",
+        "Check a run for problems: its loss against trivial inpainting, its features, history and images.",
         "runs/photos",
     ),
     "knn": _command(
-        _JUDGE, "knn", "commands.config:KnnConfig",
-        "Classify each test image by its nearest labelled ones, in the space of the features.",
+        _EVALUATE, "knn", "commands.config:KnnConfig",
+        "Evaluate features by k-nearest-neighbour classification.",
         "runs/photos --train labelled/train --test labelled/test",
     ),
     "linear": _command(
-        _JUDGE, "linear", "commands.config:LinearConfig", "Train a linear classifier on frozen features.",
+        _EVALUATE, "linear", "commands.config:LinearConfig",
+        "Evaluate frozen features by a linear classifier.",
         "runs/photos --train labelled/train --test labelled/test",
     ),
     "robustness": _command(
-        _JUDGE, "robustness", "commands.config:RobustnessCommandConfig",
-        "Judge a classifier on corrupted images, as ImageNet-C has them, and on other sets.",
+        _EVALUATE, "robustness", "commands.config:RobustnessCommandConfig",
+        "Evaluate a classifier on corrupted images (ImageNet-C) and on other test sets.",
         "runs/tuned --test labelled/test",
     ),
     "study": Command(
-        _JUDGE, "The paper's ablations and comparisons on your images.",
+        _EVALUATE, "Run the paper's ablations and comparisons on your images.",
         "quarterview study mask-ratio --data photos --train own/train --test own/test --out studies/x",
         "studies.config:StudyConfig", "studies.study_command:main",
     ),
     "embed": _command(
-        _USE, "embed", "commands.config:EmbedCommandConfig", "Write the embeddings of images as Parquet.",
+        _USE, "embed", "commands.config:EmbedCommandConfig", "Write embeddings of images to Parquet files.",
         "runs/photos --data photos --out vectors",
     ),
     "export": _command(
-        _USE, "export", "weights.config:ExportConfig", "Write a model as others open it.",
+        _USE, "export", "weights.config:ExportConfig",
+        "Export a model to timm, transformers, ONNX, safetensors or torch.export.",
         "runs/photos --to timm --out exported",
     ),
     "push": _command(
@@ -96,27 +100,27 @@ COMMANDS: dict[str, Command] = {
         "exported OWNER/NAME",
     ),
     "look": _command(
-        _LOOK, "look", "commands.config:LookCommandConfig",
-        "Draw what a model sees in images: attention, groups of patches, reconstruction.",
+        _VISUALIZE, "look", "commands.config:LookCommandConfig",
+        "Draw attention maps, principal components of patches and reconstructions.",
         "runs/photos a.jpg b.jpg",
     ),
     "reconstruct": _command(
-        _LOOK, "reconstruct", "commands.config:ReconstructCommandConfig",
-        "Draw what a model makes of images of which it sees a quarter.", "runs/photos a.jpg b.jpg",
+        _VISUALIZE, "reconstruct", "commands.config:ReconstructCommandConfig",
+        "Draw reconstructions of masked images.", "runs/photos a.jpg b.jpg",
     ),
     "inspect": _command(
         _DATA, "inspect", "weights.config:InspectConfig",
-        "Say what weights are, wherever they are from; or in what two of them differ.", "runs/photos",
+        "Describe weights of any origin, or compare two.", "runs/photos",
     ),
     "pack": _command(
         _DATA, "pack", "data.pack_config:PackConfig",
-        "Make images small once, in few files that are read fast.",
+        "Resize images once and pack them into few files that are read fast.",
         "photos --out packed",
     ),
     "bench": _command(
         _DATA, "bench", "commands.config:BenchConfig",
-        "How fast would a pre-training run here, where does its time go, and how long would it take?",
+        "Measure the speed of pre-training on this machine, and estimate the time of a run.",
         "--data photos --recipe laptop",
-        options="commands.config:RecipeOptions", recipes="recipes:read",
+        options="commands.config:RecipeOptions", recipes="recipes:read_pretrain_recipe",
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""`quarterview demo`: the whole idea in a few minutes, without data and without a network."""
+"""``quarterview demo``: pre-training and evaluation on generated images, in a few minutes, offline."""
 
 import json
 import shutil
@@ -8,35 +8,35 @@ from pathlib import Path
 from typing import NamedTuple
 
 from quarterview.commands.config import DemoConfig, LinearConfig, PretrainConfig
-from quarterview.commands.linear import linear
+from quarterview.commands.linear import evaluate_linear
 from quarterview.commands.pretrain import pretrain
 from quarterview.errors import EXIT_CODES, UserError
-from quarterview.evaluation.panel import draw_curve
-from quarterview.training.checkpoint import newest
-from quarterview.training.console import Console, duration
-from quarterview.training.lock import lock
+from quarterview.evaluation.panel import draw_loss_curve
+from quarterview.training.checkpoint import find_newest
+from quarterview.training.console import Console, format_duration
+from quarterview.training.lock import lock_folder
 from quarterview.training.metric_writers import read_metrics
 
 COMMAND = ["quarterview", "demo"]
-PICTURES = "shapes:20000"
-LABELLED, TEST = "shapes:500:seed=1", "shapes:2000:seed=2"
-"""Pictures of other seeds than those that are learned from."""
-MARGIN = 2.0
-"""How many times the accuracy of raw pixels, and of a random encoder, ours must reach."""
+TRAIN_IMAGES = "shapes:20000"
+PROBE_TRAIN_IMAGES, PROBE_TEST_IMAGES = "shapes:500:seed=1", "shapes:2000:seed=2"
+"""Labelled images for the linear probe, generated from other seeds than the pre-training images."""
+MIN_ACCURACY_RATIO = 2.0
+"""Accuracy of pre-trained features, relative to raw pixels and to a random encoder, that the demo expects."""
 
 
-def demo_config(out: str, seed: int) -> PretrainConfig:
-    """A model that two cores pre-train in about two minutes."""
+def make_demo_config(out: str, seed: int) -> PretrainConfig:
+    """Return the pre-training configuration of the demo, which takes about two minutes on two CPU cores."""
     return PretrainConfig.from_flags(
-        data=(PICTURES,),
+        data=(TRAIN_IMAGES,),
         out=out,
         model="mae_vit_128x4x4_patch4",
         image_size=(32, 32),
         decoder_width=64,
         decoder_depth=2,
         decoder_heads=2,
-        norm_pix_loss=False,  # on smooth grounds, normalised patches are mostly noise
-        crop_min=0.8,  # so that the shape is in it
+        norm_pix_loss=False,  # normalized patches of the smooth backgrounds are mostly noise
+        crop_min=0.8,  # keeps the shape inside the crop
         steps=2300,
         batch_size=64,
         lr=3e-3,
@@ -46,80 +46,85 @@ def demo_config(out: str, seed: int) -> PretrainConfig:
 
 
 def remove_earlier_demo(folder: Path) -> None:
-    """Make room for a demo where an earlier one was.
+    """Remove the run of an earlier demo from the output folder.
 
     Raises:
-        UserError: if the folder holds any other run, or the earlier demo still runs.
+        UserError: if the folder holds another run, or the earlier demo is still running.
     """
     record = folder / "run.json"
     if record.is_file() and json.loads(record.read_text("utf-8")).get("argv") == COMMAND:
-        with lock(folder):
+        with lock_folder(folder):
             shutil.rmtree(folder)
-    elif newest(folder / "checkpoints") is not None:
+    elif find_newest(folder / "checkpoints") is not None:
         raise UserError(f"--out {folder} holds a run that is not a demo. Give a new folder.")
 
 
-def draw_pictures(folder: Path, step: int) -> None:
-    """Put the losses' curve, ``curve.png``, and the last panel, ``panel.png``, into the run's folder."""
-    draw_curve(read_metrics(folder), folder / "curve.png", "demo")
+def save_figures(folder: Path, step: int) -> None:
+    """Write the loss curve ``curve.png`` and the last reconstructions ``panel.png`` into the run folder."""
+    draw_loss_curve(read_metrics(folder), folder / "curve.png", "demo")
     shutil.copyfile(folder / "samples" / f"step-{step:08d}.png", folder / "panel.png")
 
 
-class Judged(NamedTuple):
-    """Accuracies of linear classifiers on three kinds of features."""
+class ProbeAccuracies(NamedTuple):
+    """Test accuracies of linear probes on three kinds of features, from 0 to 1."""
 
-    ours: float
+    pretrained: float
+    """Features of the pre-trained encoder."""
     pixels: float
-    random: float
+    """Raw pixels."""
+    untrained: float
+    """Features of the same encoder with random weights."""
 
     @property
-    def helped(self) -> bool:
-        """Whether ours are `MARGIN` times as good as raw pixels and a random encoder's."""
-        return self.ours >= MARGIN * max(self.pixels, self.random)
+    def is_success(self) -> bool:
+        """Return True if pre-training multiplies the accuracy of both baselines by `MIN_ACCURACY_RATIO`."""
+        return self.pretrained >= MIN_ACCURACY_RATIO * max(self.pixels, self.untrained)
 
 
-def judge(out: str, seed: int) -> Judged:
-    """How well a linear classifier tells labelled pictures apart by our features and by others."""
-    probe = LinearConfig.from_flags(run=out, train=LABELLED, test=TEST, seed=seed, device="cpu")
-    found = linear(probe, Console())
-    return Judged(found["this model"], found["raw pixels"], found["random encoder"])
+def evaluate_features(out: str, seed: int) -> ProbeAccuracies:
+    """Evaluate the features of a run, and two baselines, by linear probes on labelled images."""
+    probe = LinearConfig.from_flags(
+        run=out, train=PROBE_TRAIN_IMAGES, test=PROBE_TEST_IMAGES, seed=seed, device="cpu"
+    )
+    accuracy = evaluate_linear(probe, Console())
+    return ProbeAccuracies(accuracy["this model"], accuracy["raw pixels"], accuracy["random encoder"])
 
 
 def main(config: DemoConfig, argv: Sequence[str]) -> int:
-    """Generate pictures, pre-train on them, and say what was learned.
+    """Pre-train on generated images, evaluate the features and print the result.
 
     Returns:
-        0 if our features are `MARGIN` times as good as others, 1 if not, and the code of a signal that
-        stopped it.
+        The exit code: 0 if the features are as good as expected (`ProbeAccuracies.is_success`), 1 if not, or
+        the code of the signal that stopped the run.
 
     Raises:
-        UserError: if `config.out` holds something else than an earlier demo.
+        UserError: if ``config.out`` holds a run that is not a demo.
     """
-    console, began, folder = Console(), time.monotonic(), Path(config.out)
+    console, start, folder = Console(), time.monotonic(), Path(config.out)
     remove_earlier_demo(folder)
-    pictures = PICTURES.partition(":")[2]
-    console.say(f"Pre-training a small masked autoencoder on {pictures} generated pictures.")
-    run = pretrain(demo_config(config.out, config.seed), COMMAND)
+    num_images = TRAIN_IMAGES.partition(":")[2]
+    console.info(f"Pre-training a small masked autoencoder on {num_images} generated images.")
+    run = pretrain(make_demo_config(config.out, config.seed), COMMAND)
     if run.status != "complete":
         return EXIT_CODES[run.status]
-    draw_pictures(folder, run.step)
+    save_figures(folder, run.step)
 
-    console.say(
-        "Ten kinds of shapes, 500 labelled pictures: how well does a linear classifier tell them apart?"
+    console.info(
+        "Evaluating the features by a linear probe: 500 labelled images of 10 classes, 2,000 test images."
     )
-    found = judge(config.out, config.seed)
-    if found.helped:
-        console.say(
-            "Without a single label, the encoder learned features with which a linear classifier is "
-            f"{found.ours / found.random:.1f} times as accurate as with a random encoder's, and "
-            f"{found.ours / found.pixels:.1f} times as with raw pixels."
+    accuracies = evaluate_features(config.out, config.seed)
+    if accuracies.is_success:
+        console.info(
+            "The encoder was trained without labels. A linear probe on its features is "
+            f"{accuracies.pretrained / accuracies.untrained:.1f} times as accurate as on those of a random "
+            f"encoder, and {accuracies.pretrained / accuracies.pixels:.1f} times as on raw pixels."
         )
     else:
-        console.warn(
-            f"these features are not {MARGIN:g} times as good as raw pixels and a random encoder, as they "
-            "should be: something is wrong, please report it."
+        console.warning(
+            f"The linear probe is not {MIN_ACCURACY_RATIO:g} times as accurate as on raw pixels and on a "
+            "random encoder, as the demo normally is. Please report this."
         )
-    console.say(f"See {folder}/panel.png for what it imagines behind hidden patches, and {folder}/curve.png.")
-    console.say("Your own images: quarterview pretrain --recipe laptop --data FOLDER --out runs/mine")
-    console.say(f"That took {duration(time.monotonic() - began)}.")
-    return 0 if found.helped else 1
+    console.info(f"See {folder}/panel.png for reconstructions, and {folder}/curve.png for the loss.")
+    console.info("Your own images: quarterview pretrain --recipe laptop --data FOLDER --out runs/mine")
+    console.info(f"The demo took {format_duration(time.monotonic() - start)}.")
+    return 0 if accuracies.is_success else 1

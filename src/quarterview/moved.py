@@ -1,4 +1,4 @@
-"""Import paths of version 0.1, which work in this version, with a warning."""
+"""Import paths of version 0.1, which still work, with a DeprecationWarning."""
 
 import sys
 import warnings
@@ -7,32 +7,32 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-MOVED = {
+MOVED_MODULES = {
     "quarterview.exchange": "quarterview.weights",
     "quarterview.pretraining": "quarterview.commands.pretrain",
     "quarterview.draws": "quarterview.rng",
 }
-"""What was documented, and where it is now."""
+"""Old names of documented modules, and their new names."""
 
 
-class _Moved(MetaPathFinder, Loader):
-    """Finds a module under its old name, and warns."""
+class _MovedModuleFinder(MetaPathFinder, Loader):
+    """Finds modules by their old names, with a warning."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self) if fullname in MOVED else None
+        return ModuleSpec(fullname, self) if fullname in MOVED_MODULES else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        new = MOVED[spec.name]
+        new = MOVED_MODULES[spec.name]
         warnings.warn(f"{spec.name} has moved. Import {new}.", DeprecationWarning, stacklevel=2)
         moved = ModuleType(spec.name, f"Moved to `{new}`.")
         moved.__getattr__ = lambda name: getattr(import_module(new), name)  # type: ignore[method-assign]
         return moved
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing is left to be done."""
+        """Do nothing: `create_module` returns the complete module."""
 
 
-def install() -> None:
-    """Let the old names be found; once."""
-    if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
-        sys.meta_path.append(_Moved())
+def install_moved_modules() -> None:
+    """Add the finder of moved modules to ``sys.meta_path``, unless it is there."""
+    if not any(isinstance(finder, _MovedModuleFinder) for finder in sys.meta_path):
+        sys.meta_path.append(_MovedModuleFinder())

@@ -1,7 +1,8 @@
-"""Named complete configurations: functions that return one.
+"""Recipes: named complete configurations of pre-training and fine-tuning, for ``--recipe NAME``.
 
-The text of each says what it is for, the command, and what was seen when it was run.
-``--recipe FILE.yaml`` reads one from a file instead; the ``config.yaml`` of any run is such a file.
+A recipe is a function that returns a configuration. The docstring gives its purpose, the command and the
+results; ``quarterview recipes`` prints it. ``--recipe FILE.yaml`` reads a configuration from a file instead,
+such as the ``config.yaml`` of a run.
 """
 
 import re
@@ -10,21 +11,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from quarterview.commands.config import FinetuneConfig, PretrainConfig
-from quarterview.config import Composed
-from quarterview.errors import UserError, unknown
-from quarterview.safe_yaml import MOST_BYTES, read_yaml
+from quarterview.config import ComposedConfig
+from quarterview.errors import UserError, unknown, unreadable
+from quarterview.safe_yaml import MAX_YAML_BYTES, read_yaml
 
 # ---------------------------------------------------------------------- pre-training
 
 
 def cifar() -> PretrainConfig:
-    """Small pictures of one size, about 32 pixels: CIFAR and its like, on a laptop.
+    """Small images of equal size, about 32 pixels, such as CIFAR: ViT-tiny/4, on a laptop.
 
     Command::
 
         quarterview pretrain --recipe cifar --data train.parquet --out runs/cifar
 
-    Seen: See docs/results/cifar10.md.
+    Results: docs/results/cifar10.md.
     """
     return PretrainConfig.from_flags(
         model="mae_vit_tiny_patch4",
@@ -38,13 +39,13 @@ def cifar() -> PretrainConfig:
 
 
 def pocket() -> PretrainConfig:
-    """Studies of many runs on two cores: a very small encoder, 64 wide, at 64 pixels.
+    """Studies with many runs on two CPU cores: a very small encoder, 64 wide with 4 blocks, at 64 pixels.
 
     Command::
 
-        quarterview pretrain --recipe pocket --data photos --out runs/photos  # or --base pocket of a study
+        quarterview study mask-ratio --base pocket --data photos --train train --test test --out ratio
 
-    Seen: See docs/results/cpu_studies.md.
+    Results: docs/results/cpu_studies.md.
     """
     return PretrainConfig.from_flags(
         model="mae_vit_64x4x2_patch8",
@@ -59,13 +60,13 @@ def pocket() -> PretrainConfig:
 
 
 def laptop() -> PretrainConfig:
-    """A few thousand photographs, two to eight cores: ViT-tiny at 96 pixels.
+    """A few thousand photographs, two to eight CPU cores: ViT-tiny/8 at 96 pixels.
 
     Command::
 
         quarterview pretrain --recipe laptop --data photos --out runs/photos
 
-    Seen: Not run here: it needs more than two cores.
+    Results: not measured yet.
     """
     return PretrainConfig.from_flags(
         model="mae_vit_tiny_patch8",
@@ -79,13 +80,13 @@ def laptop() -> PretrainConfig:
 
 
 def gpu() -> PretrainConfig:
-    """Ten thousand to a million photographs, one GPU: ViT-small at 224 pixels.
+    """Ten thousand to a million photographs, one GPU: ViT-small/16 at 224 pixels.
 
     Command::
 
         quarterview pretrain --recipe gpu --data photos --out runs/photos
 
-    Seen: Not run here: it needs more than two cores.
+    Results: not measured yet.
     """
     return PretrainConfig.from_flags(
         model="mae_vit_small_patch16",
@@ -98,13 +99,13 @@ def gpu() -> PretrainConfig:
 
 
 def paper_base() -> PretrainConfig:
-    """The paper's ViT-B/16 for ImageNet, headline length (He et al. 2021, table 8).
+    """ViT-B/16 of the MAE paper on ImageNet, 1600 epochs (He et al. 2021, table 8).
 
     Command::
 
         torchrun --nproc-per-node 8 -m quarterview pretrain --recipe paper_base --data IN1K --out runs/b16
 
-    Seen: Not run here: it needs more than two cores.
+    Results: not measured yet.
     """
     return PretrainConfig.from_flags(
         epochs=1600,
@@ -114,13 +115,13 @@ def paper_base() -> PretrainConfig:
 
 
 def paper_large() -> PretrainConfig:
-    """The paper's ViT-L/16, headline length.
+    """ViT-L/16 of the MAE paper on ImageNet, 1600 epochs (He et al. 2021, table 8).
 
     Command::
 
         torchrun --nproc-per-node 8 -m quarterview pretrain --recipe paper_large --data IN1K --out runs/l16
 
-    Seen: Not run here: it needs more than two cores.
+    Results: not measured yet.
     """
     return PretrainConfig.from_flags(
         model="mae_vit_large_patch16",
@@ -131,13 +132,13 @@ def paper_large() -> PretrainConfig:
 
 
 def paper_huge() -> PretrainConfig:
-    """The paper's ViT-H/14, headline length.
+    """ViT-H/14 of the MAE paper on ImageNet, 1600 epochs (He et al. 2021, table 8).
 
     Command::
 
         torchrun --nproc-per-node 8 -m quarterview pretrain --recipe paper_huge --data IN1K --out runs/h14
 
-    Seen: Not run here: it needs more than two cores.
+    Results: not measured yet.
     """
     return PretrainConfig.from_flags(
         model="mae_vit_huge_patch14",
@@ -148,13 +149,13 @@ def paper_huge() -> PretrainConfig:
 
 
 def paper_ablation() -> PretrainConfig:
-    """The default of the paper's ablations: ViT-L/16, 800 epochs, pixels not normalised.
+    """Default of the ablations in the MAE paper: ViT-L/16, 800 epochs, pixels without normalization.
 
     Command::
 
         torchrun --nproc-per-node 8 -m quarterview pretrain --recipe paper_ablation --data IN1K --out r
 
-    Seen: Not run here: it needs more than two cores.
+    Results: not measured yet.
     """
     return PretrainConfig.from_flags(
         model="mae_vit_large_patch16",
@@ -168,15 +169,15 @@ def paper_ablation() -> PretrainConfig:
 
 
 def finetune_small() -> FinetuneConfig:
-    """Small pictures, about 32 pixels, few labels or few epochs: a small batch, a high rate.
+    """Small images, about 32 pixels, with few labels or few epochs: a small batch, a high learning rate.
 
-    Augmentation is mild. With thousands of updates add --mixup 0.8 --cutmix 1.
+    The augmentation is mild. For thousands of steps, add --mixup 0.8 --cutmix 1.
 
     Command::
 
         quarterview finetune RUN --recipe small --train train.parquet --test test.parquet --out runs/tuned
 
-    Seen: Tuned on held-out images of CIFAR-10, from 500 labels: docs/results/cifar10_finetune.md.
+    Results: docs/results/cifar10_finetune.md. Chosen on held-out images of CIFAR-10, with 500 labels.
     """
     return FinetuneConfig.from_flags(
         epochs=20,
@@ -184,7 +185,7 @@ def finetune_small() -> FinetuneConfig:
         lr=0.002,
         warmup_epochs=None,
         randaugment=None,
-        erase=0.0,
+        erase_prob=0.0,
         crop_min=0.4,
         mixup=0.0,
         cutmix=0.0,
@@ -192,61 +193,63 @@ def finetune_small() -> FinetuneConfig:
 
 
 def finetune_base() -> FinetuneConfig:
-    """The paper's fine-tuning of ViT-B (table 9).
+    """Fine-tuning of ViT-B in the MAE paper (He et al. 2021, table 9).
 
     Command::
 
         quarterview finetune RUN --recipe base --train IN1K/train --test IN1K/val --out runs/b16-tuned
 
-    Seen: Not run here: it needs more than two cores.
+    Results: not measured yet.
     """
     return FinetuneConfig.from_flags(
         batch_size=1024,
-        erase=0.0,
+        erase_prob=0.0,
     )
 
 
 def finetune_large() -> FinetuneConfig:
-    """The paper's fine-tuning of ViT-L.
+    """Fine-tuning of ViT-L in the MAE paper (He et al. 2021, table 9).
 
     Command::
 
         quarterview finetune RUN --recipe large --train IN1K/train --test IN1K/val --out runs/l16-tuned
 
-    Seen: Not run here: it needs more than two cores.
+    Results: not measured yet.
     """
     return FinetuneConfig.from_flags(
         batch_size=1024,
-        erase=0.0,
+        erase_prob=0.0,
         epochs=50,
     )
 
 
 def finetune_huge() -> FinetuneConfig:
-    """The paper's fine-tuning of ViT-H.
+    """Fine-tuning of ViT-H in the MAE paper (He et al. 2021, table 9).
 
     Command::
 
         quarterview finetune RUN --recipe huge --train IN1K/train --test IN1K/val --out runs/h14-tuned
 
-    Seen: Not run here: it needs more than two cores.
+    Results: not measured yet.
     """
     return FinetuneConfig.from_flags(
         batch_size=1024,
-        erase=0.0,
+        erase_prob=0.0,
         epochs=50,
         drop_path=0.2,
     )
 
 
 def finetune_official_base() -> FinetuneConfig:
-    """ViT-B as the authors' PyTorch code fine-tunes it from normalised pixels, with random erasing.
+    """Fine-tuning of ViT-B in the official PyTorch code (facebookresearch/mae), with random erasing.
+
+    The pre-training predicts normalized pixels.
 
     Command::
 
         quarterview finetune RUN --recipe official_base --train IN1K/train --test IN1K/val --out b16-tuned
 
-    Seen: Not run here: it needs more than two cores.
+    Results: not measured yet.
     """
     return FinetuneConfig.from_flags(
         batch_size=1024,
@@ -256,13 +259,15 @@ def finetune_official_base() -> FinetuneConfig:
 
 
 def finetune_official_large() -> FinetuneConfig:
-    """ViT-L, likewise.
+    """Fine-tuning of ViT-L in the official PyTorch code (facebookresearch/mae), with random erasing.
+
+    The pre-training predicts normalized pixels.
 
     Command::
 
         quarterview finetune RUN --recipe official_large --train IN1K/train --test IN1K/val --out l16-tuned
 
-    Seen: Not run here: it needs more than two cores.
+    Results: not measured yet.
     """
     return FinetuneConfig.from_flags(
         batch_size=1024,
@@ -272,13 +277,15 @@ def finetune_official_large() -> FinetuneConfig:
 
 
 def finetune_official_huge() -> FinetuneConfig:
-    """ViT-H, likewise.
+    """Fine-tuning of ViT-H in the official PyTorch code (facebookresearch/mae), with random erasing.
+
+    The pre-training predicts normalized pixels.
 
     Command::
 
         quarterview finetune RUN --recipe official_huge --train IN1K/train --test IN1K/val --out h14-tuned
 
-    Seen: Not run here: it needs more than two cores.
+    Results: not measured yet.
     """
     return FinetuneConfig.from_flags(
         batch_size=1024,
@@ -288,16 +295,16 @@ def finetune_official_huge() -> FinetuneConfig:
 
 
 def finetune_scratch_base() -> FinetuneConfig:
-    """The paper's ViT-B from random weights (table 11).
+    """Supervised training of ViT-B from random weights in the MAE paper (He et al. 2021, table 11).
 
     Command::
 
         quarterview finetune scratch --recipe scratch_base --train IN1K/train --test IN1K/val --out b16
 
-    Seen: Not run here: it needs more than two cores.
+    Results: not measured yet.
     """
     return FinetuneConfig.from_flags(
-        erase=0.0,
+        erase_prob=0.0,
         image_size=224,
         batch_size=4096,
         blr=0.0001,
@@ -313,16 +320,16 @@ def finetune_scratch_base() -> FinetuneConfig:
 
 
 def finetune_scratch_large() -> FinetuneConfig:
-    """The paper's ViT-L from random weights.
+    """Supervised training of ViT-L from random weights in the MAE paper (He et al. 2021, table 11).
 
     Command::
 
         quarterview finetune scratch --recipe scratch_large --train IN1K/train --test IN1K/val --out l16
 
-    Seen: Not run here: it needs more than two cores.
+    Results: not measured yet.
     """
     return FinetuneConfig.from_flags(
-        erase=0.0,
+        erase_prob=0.0,
         image_size=224,
         batch_size=4096,
         blr=0.0001,
@@ -339,16 +346,16 @@ def finetune_scratch_large() -> FinetuneConfig:
 
 
 def finetune_scratch_huge() -> FinetuneConfig:
-    """The paper's ViT-H from random weights.
+    """Supervised training of ViT-H from random weights in the MAE paper (He et al. 2021, table 11).
 
     Command::
 
         quarterview finetune scratch --recipe scratch_huge --train IN1K/train --test IN1K/val --out h14
 
-    Seen: Not run here: it needs more than two cores.
+    Results: not measured yet.
     """
     return FinetuneConfig.from_flags(
-        erase=0.0,
+        erase_prob=0.0,
         image_size=224,
         batch_size=4096,
         blr=0.0001,
@@ -374,7 +381,7 @@ RECIPES: dict[str, Callable[[], PretrainConfig]] = {
     "paper_huge": paper_huge,
     "paper_ablation": paper_ablation,
 }
-"""Recipes of ``quarterview pretrain``."""
+"""Recipes of ``quarterview pretrain`` by name."""
 
 FINETUNE_RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     "small": finetune_small,
@@ -388,89 +395,97 @@ FINETUNE_RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     "scratch_large": finetune_scratch_large,
     "scratch_huge": finetune_scratch_huge,
 }
-"""Recipes of ``quarterview finetune``."""
+"""Recipes of ``quarterview finetune`` by name."""
 
-Config = TypeVar("Config", bound=Composed)
+ConfigT = TypeVar("ConfigT", bound=ComposedConfig)
 
 
-def read(name: str) -> PretrainConfig:
-    """The pre-training configuration of a recipe's name, or of a YAML file.
+def read_pretrain_recipe(name: str) -> PretrainConfig:
+    """Return the pre-training recipe of this name, or read a configuration from a YAML file.
 
     Raises:
-        UserError: if there is no such recipe or file, or a field in it is unknown.
+        UserError: if the recipe or file does not exist, or a field in it is unknown or invalid.
     """
-    return RECIPES[name]() if name in RECIPES else read_file(name, PretrainConfig, RECIPES)
+    return RECIPES[name]() if name in RECIPES else read_config_file(name, PretrainConfig, RECIPES)
 
 
-def read_finetune(name: str) -> FinetuneConfig:
-    """The fine-tuning configuration of a recipe's name, or of a YAML file.
+def read_finetune_recipe(name: str) -> FinetuneConfig:
+    """Return the fine-tuning recipe of this name, or read a configuration from a YAML file.
 
     Raises:
-        UserError: if there is no such recipe or file, or a field in it is unknown.
+        UserError: if the recipe or file does not exist, or a field in it is unknown or invalid.
     """
     if name in FINETUNE_RECIPES:
         return FINETUNE_RECIPES[name]()
-    return read_file(name, FinetuneConfig, FINETUNE_RECIPES)
+    return read_config_file(name, FinetuneConfig, FINETUNE_RECIPES)
 
 
-def read_file(name: str, kind: type[Config], table: Mapping[str, object]) -> Config:
-    """The configuration in a YAML file: nested by parts, as ``config.yaml`` of a run is, or flat.
+def read_config_file(name: str, config_class: type[ConfigT], recipes: Mapping[str, object]) -> ConfigT:
+    """Read a configuration from a YAML file: nested by parts, as in the ``config.yaml`` of a run, or flat.
 
     Args:
-        table: the recipes that there are, for the error.
+        recipes: names of the recipes, for error messages.
 
     Raises:
-        UserError: if it cannot be read, or holds something else.
+        UserError: if the file cannot be read, or is not a valid configuration.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
-        raise unknown("recipe", name, [*table, "FILE.yaml"])
+        raise unknown("recipe", name, [*recipes, "FILE.yaml"])
     if not path.is_file():
-        raise UserError(f"recipe {name} does not exist; accepted: {', '.join(table)}, or a YAML file")
+        names = ", ".join(recipes)
+        raise UserError(f"The recipe {name} does not exist. Give one of {names}, or the path of a YAML file.")
     try:
         with path.open("rb") as file:
-            values = read_yaml(file.read(MOST_BYTES + 1))
+            values = read_yaml(file.read(MAX_YAML_BYTES + 1))
     except OSError as error:
-        raise UserError(f"recipe {name} cannot be read: {error}") from None
+        raise unreadable(f"recipe {name}", error) from None
     except ValueError as error:
-        raise UserError(f"recipe {name} is no YAML: {error}") from None
-    return from_values(name, values, kind)
+        raise unreadable(f"recipe {name}", f"not valid YAML: {error}") from None
+    return create_config(f"Recipe {name}", values, config_class)
 
 
-def from_values(name: str, values: object, kind: type[Config]) -> Config:
-    """A configuration from what a YAML file held.
+def create_config(source: str, values: object, config_class: type[ConfigT]) -> ConfigT:
+    """Create a configuration from the content of a YAML file.
+
+    Args:
+        source: names the file at the beginning of error messages.
+        values: the content, which must be a mapping of fields.
 
     Raises:
-        UserError: naming the file, if that is no configuration.
+        UserError: if the content is not a valid configuration.
     """
     if not isinstance(values, dict):
-        raise UserError(f"recipe {name} holds no table of fields; accepted: lines such as `mask_ratio: 0.75`")
+        raise UserError(f"{source}: not a mapping of fields. Write lines such as `mask_ratio: 0.75`.")
     try:
-        flags = kind.flat(values)
-        _check_plain(flags)
-        return kind.from_flags(**{key: as_number(value) for key, value in flags.items()})
+        flags = config_class.flatten(values, warn=True)
+        _check_not_nested(flags)
+        return config_class.from_flags(**{key: parse_yaml_number(value) for key, value in flags.items()})
     except (TypeError, UserError) as error:
-        raise UserError(f"recipe {name}: {error}") from None
+        raise UserError(f"{source}: {error}") from None
 
 
-def _check_plain(flags: Mapping[str, Any]) -> None:
-    """Raises UserError if a value is nested, which YAML's aliases could make endless."""
+def _check_not_nested(flags: Mapping[str, Any]) -> None:
+    """Raise UserError if a value is nested: with aliases of YAML, such a value can be endless."""
     for key, value in flags.items():
         items = value if isinstance(value, list) else [value]
         if any(isinstance(item, list | dict | set) for item in items):
-            raise UserError(f"{key} is nested; accepted: a number, a text, or a list of them")
+            raise UserError(f"The value of {key} is nested. Give a number, a text, or a list of these.")
 
 
-def differences(config: Composed) -> dict[str, Any]:
-    """The flags of a configuration whose values differ from the defaults."""
+def get_changed_flags(config: ComposedConfig) -> dict[str, Any]:
+    """Return the flags of a configuration whose values differ from the defaults of its class."""
     default = type(config)().flags()
     return {name: value for name, value in config.flags().items() if default.get(name) != value}
 
 
-def as_number(value: Any) -> Any:
-    """YAML takes 1e-3 and 5e-1 for texts; nobody who writes them means one."""
+def parse_yaml_number(value: Any) -> Any:
+    """Convert texts such as ``1e-3``, also in a list, to floats; other values are returned unchanged.
+
+    YAML 1.1 reads a number without a decimal point and a signed exponent as a text.
+    """
     if isinstance(value, list):
-        return [as_number(item) for item in value]
+        return [parse_yaml_number(item) for item in value]
     if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
         return float(value)
     return value

@@ -1,41 +1,44 @@
-"""YAML of anyone: read in time and memory that its length bounds."""
+"""Reading of untrusted YAML, in time and memory proportional to its length."""
 
 from typing import Any
 
 import yaml
 
-MOST_BYTES = 1_000_000
-"""Of a text."""
+MAX_YAML_BYTES = 1_000_000
+"""Maximum length of a YAML text."""
 
 
-class _Plain(yaml.SafeLoader):
-    """Without merges: a few lines of them stand for any number of entries, which are made at once.
+class _PlainLoader(yaml.SafeLoader):
+    """A safe loader that rejects merge keys and duplicate keys.
 
-    And without a key that comes twice, of which one would be lost in silence.
+    A few lines of merge keys (<<) can expand to exponentially many entries. PyYAML silently drops all but the
+    last of duplicate keys.
     """
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
-            raise yaml.constructor.ConstructorError(None, None, "merges (<<) are not read", node.start_mark)
-        seen = set[tuple[str, str]]()
+            raise yaml.constructor.ConstructorError(
+                None, None, "merge keys (<<) are not supported", node.start_mark
+            )
+        known = set[tuple[str, str]]()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
-                if (key.tag, key.value) in seen:
+                if (key.tag, key.value) in known:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"{key.value} is there twice", key.start_mark
+                        None, None, f"duplicate key {key.value}", key.start_mark
                     )
-                seen.add((key.tag, key.value))
+                known.add((key.tag, key.value))
 
 
 def read_yaml(text: str | bytes) -> Any:
-    """Plain values of a YAML text.
+    """Parse a YAML text into plain Python values.
 
     Raises:
-        ValueError: if it is none, or too long.
+        ValueError: if the text is not valid YAML, or too long.
     """
-    if len(text) > MOST_BYTES:
-        raise ValueError(f"it is too long; accepted: up to {MOST_BYTES:,} bytes")
+    if len(text) > MAX_YAML_BYTES:
+        raise ValueError(f"it is longer than {MAX_YAML_BYTES:,} bytes")
     try:
-        return yaml.load(text.decode() if isinstance(text, bytes) else text, _Plain)
-    except Exception as error:  # of tags with a wrong value PyYAML raises nearly everything
+        return yaml.load(text.decode() if isinstance(text, bytes) else text, _PlainLoader)
+    except Exception as error:  # PyYAML raises many types for tags with invalid values
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None

@@ -1,28 +1,29 @@
-"""Which version of this package and of others is in use."""
+"""Versions of this package and of other installed packages."""
 
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
-def installed_version(package: str) -> str | None:
-    """The version of an installed package; None if it is not installed."""
+def get_installed_version(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def own_version() -> str:
-    """The version of Quarterview, such as ``0.2.0``.
+def get_quarterview_version() -> str:
+    """Return the version of Quarterview, such as ``0.2.0``.
 
-    Where the sources are on the path and the package is not installed, it is that of the
-    ``pyproject.toml`` beside them, and is followed by ``(not installed)``.
+    If Quarterview is imported from a source tree without being installed, the version is that of
+    ``pyproject.toml``, followed by ``(not installed)``.
     """
-    return installed_version("quarterview") or f"{_source_version()} (not installed)"
+    return get_installed_version("quarterview") or f"{_read_source_version()} (not installed)"
 
 
-def _source_version() -> str:
+def _read_source_version() -> str:
+    """Read the version from the ``pyproject.toml`` of the source tree."""
     try:
         with (Path(__file__).parents[2] / "pyproject.toml").open("rb") as file:
             return tomllib.load(file)["project"]["version"]

@@ -1,4 +1,4 @@
-"""What `quarterview bench` prints follows from what it measures."""
+"""Tests of `quarterview bench`."""
 
 import json
 import math
@@ -7,11 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from quarterview.benchmark.rate import Product, product_rates, products_of, repeat, timed
+from quarterview.benchmark.rate import (
+    MatrixProduct,
+    list_matrix_products,
+    measure_flops_per_s,
+    time_once,
+    time_repeatedly,
+)
 from quarterview.commands.bench import bench
 from quarterview.commands.config import BenchConfig
 from quarterview.errors import UserError
-from quarterview.models.flops import flops
+from quarterview.models.flops import count_flops
 from quarterview.training.console import Console
 
 CPU = torch.device("cpu")
@@ -38,13 +44,13 @@ TINY = {
     ],
     ids=str,
 )
-def test_the_figures_belong_together(tmp_path, changes, images, capsys):
+def test_results_are_consistent(tmp_path, changes, images, capsys):
     config = BenchConfig.from_flags(**{**TINY, **changes}, json=str(tmp_path / "bench.json"))
     found = bench(config, Console(), ["quarterview", "bench"])
     assert found.images_per_s == pytest.approx(8 / found.step_s)
     assert (
         found.flops_per_image
-        == config.method.masks_per_image * flops(config.pretraining().autoencoder()).step
+        == config.method.masks_per_image * count_flops(config.pretraining().autoencoder()).step
     )
     assert found.flops_per_s == pytest.approx(found.flops_per_image * 8 / found.step_s)
     assert found.utilisation == pytest.approx(found.flops_per_s / max(found.products.values()))
@@ -60,36 +66,36 @@ def test_the_figures_belong_together(tmp_path, changes, images, capsys):
     assert written["figures"]["images_per_s"] == found.images_per_s
     assert torch.__version__.startswith(written["versions"]["torch"])
     said = capsys.readouterr().out
-    assert f"{found.images_per_s:,.1f} in batches of 8" in said
-    assert f"achieves {found.utilisation:.0%} of it" in " ".join(said.split())
+    assert f"{found.images_per_s:,.1f} with batch size 8" in said
+    assert f"reaches {found.utilisation:.0%} of it" in " ".join(said.split())
 
 
 @pytest.mark.parametrize("changes", [{"seconds": 0}, {"images": 0}, {"device": "abacus"}], ids=str)
-def test_nonsense_is_refused(changes):
+def test_invalid_values_are_refused(changes):
     with pytest.raises(UserError):
         bench(BenchConfig.from_flags(**{**TINY, **changes}), Console())
 
 
-def test_a_product_is_timed_as_it_runs():
-    """A rate is operations over seconds: of the same product, by hand, within noise."""
-    product = Product(512, 512, 512)
-    rate = product_rates([product], torch.float32, CPU)[product]
+def test_rate_of_a_matrix_product_equals_timing_by_hand():
+    """The rate equals operations per second of the same product, timed by hand, within noise."""
+    product = MatrixProduct(512, 512, 512)
+    rate = measure_flops_per_s([product], torch.float32, CPU)[product]
     left, right = torch.randn(512, 512), torch.randn(512, 512)
-    by_hand = min(timed(lambda: F.linear(left, right), CPU) for _ in range(50))
+    by_hand = min(time_once(lambda: F.linear(left, right), CPU) for _ in range(50))
     assert product.flops == 2 * 512**3
     assert 0.05 < rate * by_hand / product.flops < 1.5
 
 
-def test_the_products_are_those_of_the_layers():
+def test_matrix_products_are_those_of_the_layers():
     config = BenchConfig.from_flags(**TINY)
-    products = products_of(config.pretraining().autoencoder(), batch=8)
-    assert Product(8 * 17, 64, 192) in products
-    assert Product(8 * 65, 128, 32) in products
-    assert Product(4096, 4096, 4096) in products
+    products = list_matrix_products(config.pretraining().autoencoder(), batch_size=8)
+    assert MatrixProduct(8 * 17, 64, 192) in products
+    assert MatrixProduct(8 * 65, 128, 32) in products
+    assert MatrixProduct(4096, 4096, 4096) in products
 
 
-def test_work_is_repeated_for_as_long_as_asked():
+def test_repeat_runs_for_the_given_time():
     calls: list[int] = []
-    times = repeat(lambda: calls.append(1), CPU, seconds=0.0, least=4)
+    times = time_repeatedly(lambda: calls.append(1), CPU, seconds=0.0, min_repeats=4)
     assert len(times) == 4
     assert len(calls) == 5  # once uncounted

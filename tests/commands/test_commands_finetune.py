@@ -1,4 +1,4 @@
-"""Fine-tuning: layer decay, frozen parts, what is loaded, resume, and that it learns."""
+"""Tests of fine-tuning: layer decay, frozen blocks, initial weights, resuming and learning."""
 
 import json
 import shutil
@@ -11,19 +11,26 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from quarterview.commands.config import FinetuneConfig
-from quarterview.commands.finetune import finetune, parameter_table, start_of
+from quarterview.commands.finetune import finetune, list_parameters
+from quarterview.commands.finetune_start import get_initial_config
 from quarterview.data.sources.open import open_source
-from quarterview.data.transforms.crop import normalise, to_float
+from quarterview.data.transforms.crop import normalize, to_float
 from quarterview.errors import UserError
 from quarterview.evaluation.predictions import read_predictions
-from quarterview.models.classifier import Classifier, freeze_all_but
+from quarterview.models.classifier import Classifier, freeze_all_but_last_blocks
 from quarterview.models.config import ClassifierConfig
 from quarterview.models.create import create_model
-from quarterview.models.positions import sincos_2d
+from quarterview.models.positions import get_2d_sincos_pos_embed
 from quarterview.training import checkpoint
-from quarterview.training.optim import layer_decay_groups
-from quarterview.weights.config import count_blocks
-from quarterview.weights.loading import load, load_autoencoder, load_classifier, load_encoder, metadata
+from quarterview.training.optim import param_groups_layer_decay
+from quarterview.weights.config import parse_num_blocks
+from quarterview.weights.loading import (
+    load,
+    load_autoencoder,
+    load_classifier,
+    load_encoder_into,
+    make_metadata,
+)
 
 DEPTH = 3
 BASE = ClassifierConfig("mae_vit_32x3x2_patch4", (16, 16), classes=10)
@@ -54,7 +61,7 @@ def run(tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("runs") / "x"
     checkpoint.save(
-        folder / "checkpoints", 1, {"model": model.state_dict()}, {"step": 1}, metadata(model.config)
+        folder / "checkpoints", 1, {"model": model.state_dict()}, {"step": 1}, make_metadata(model.config)
     )
     return folder
 
@@ -65,7 +72,7 @@ def tuned(run, tmp_path, **options):
 
 
 def weights(folder):
-    return load_file(checkpoint.newest(folder / "checkpoints") / "model.safetensors")
+    return load_file(checkpoint.find_newest(folder / "checkpoints") / "model.safetensors")
 
 
 # ---------------------------------------------------------------------- learning rates
@@ -73,7 +80,7 @@ def weights(folder):
 
 def test_every_parameters_learning_rate_follows_the_formula():
     model = Classifier(BASE)
-    rows = {r["name"]: r for r in parameter_table(model, FinetuneConfig.from_flags(lr=0.5, layer_decay=0.65))}
+    rows = {r["name"]: r for r in list_parameters(model, FinetuneConfig.from_flags(lr=0.5, layer_decay=0.65))}
     assert rows.keys() == dict(model.named_parameters()).keys()
     expected = {
         "cls_token": 0,
@@ -96,9 +103,9 @@ def test_every_parameters_learning_rate_follows_the_formula():
     assert {r["weight_decay"] for n, r in rows.items() if n not in undecayed} == {0.05}
 
 
-def test_the_rates_of_vit_base_at_065_are_the_papers():
+def test_learning_rates_of_vit_base_at_layer_decay_065_equal_the_paper():
     config = ClassifierConfig("mae_vit_4x12x1_patch4", (8, 8), classes=2)
-    table = parameter_table(Classifier(config), FinetuneConfig.from_flags(lr=1.0, layer_decay=0.65))
+    table = list_parameters(Classifier(config), FinetuneConfig.from_flags(lr=1.0, layer_decay=0.65))
     rows = {row["name"]: row["lr"] for row in table}
     assert rows["patch_embed.proj.weight"] == pytest.approx(0.0037, abs=5e-5)
     assert rows["blocks.0.attn.qkv.weight"] == pytest.approx(0.0057, abs=5e-5)
@@ -117,12 +124,12 @@ def test_the_rates_of_vit_base_at_065_are_the_papers():
     ],
 )
 @pytest.mark.parametrize("pool", ["mean", "cls"])
-def test_what_is_trained(blocks, trained, pool):
+def test_blocks_choose_the_trained_parameters(blocks, trained, pool):
     model = Classifier(replace(BASE, pool=pool))
     config = FinetuneConfig.from_flags(blocks=blocks)
-    freeze_all_but(model, count_blocks(blocks))
+    freeze_all_but_last_blocks(model, parse_num_blocks(blocks))
     always = ("head.", "fc_norm." if pool == "mean" else "norm.")
-    rows = parameter_table(model, config)
+    rows = list_parameters(model, config)
     assert {r["name"] for r in rows if r["trained"]} == {
         r["name"] for r in rows if r["name"].startswith((*trained, *always))
     }
@@ -132,8 +139,8 @@ def test_what_is_trained(blocks, trained, pool):
 @pytest.mark.parametrize("blocks", ["0", "0.5", "2", "all"])
 def test_every_trained_parameter_is_in_one_group(blocks):
     model = Classifier(BASE)
-    freeze_all_but(model, count_blocks(blocks))
-    groups = layer_decay_groups(model, 0.05, 0.75, DEPTH)
+    freeze_all_but_last_blocks(model, parse_num_blocks(blocks))
+    groups = param_groups_layer_decay(model, 0.05, 0.75, DEPTH)
     held = [name for group in groups for name in group["names"]]
     assert sorted(held) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
     parameters = dict(model.named_parameters())
@@ -142,11 +149,11 @@ def test_every_trained_parameter_is_in_one_group(blocks):
 
 
 @pytest.mark.parametrize("blocks", ["0", "0.5", "1"])
-def test_frozen_parts_do_not_move_and_the_others_do(run, tmp_path, blocks):
+def test_frozen_parameters_stay_and_others_change(run, tmp_path, blocks):
     tuned(run, tmp_path, blocks=blocks, weight_decay=0.3, ema=0.9)
     before, after = weights(run), weights(tmp_path / "ft")
     model = Classifier(BASE)
-    freeze_all_but(model, float(blocks))
+    freeze_all_but_last_blocks(model, float(blocks))
     for name, parameter in model.named_parameters():
         if name in before:
             assert torch.equal(before[name], after[name]) != parameter.requires_grad, name
@@ -156,9 +163,9 @@ def test_frozen_parts_do_not_move_and_the_others_do(run, tmp_path, blocks):
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
-def test_the_encoder_is_loaded_whole_and_nothing_else(run, pool):
+def test_all_of_the_encoder_is_loaded_and_nothing_else(run, pool):
     model, theirs = Classifier(replace(BASE, pool=pool)), weights(run)
-    load_encoder(model, run)
+    load_encoder_into(model, run)
     state = model.state_dict()
     kept = {n for n in theirs if not n.startswith(("decoder", "mask_token"))}
     if pool == "mean":
@@ -172,26 +179,26 @@ def test_the_encoder_is_loaded_whole_and_nothing_else(run, pool):
 
 
 def test_a_weight_that_is_missing_or_left_over_is_named(run, tmp_path):
-    file = checkpoint.newest(run / "checkpoints") / "model.safetensors"
+    file = checkpoint.find_newest(run / "checkpoints") / "model.safetensors"
     config = load(run).config
     for change in ({"surplus": torch.zeros(1)}, {"blocks.1.norm1.bias": None}):
         state = {k: v for k, v in {**load_file(file), **change}.items() if v is not None}
-        checkpoint.save(tmp_path / "checkpoints", 1, {"model": state}, {"step": 1}, metadata(config))
+        checkpoint.save(tmp_path / "checkpoints", 1, {"model": state}, {"step": 1}, make_metadata(config))
         with pytest.raises(UserError, match=next(iter(change))):
-            load_encoder(Classifier(BASE), tmp_path)
+            load_encoder_into(Classifier(BASE), tmp_path)
 
 
-def test_another_image_size_gets_its_own_positions(run):
+def test_position_embeddings_fit_another_image_size(run):
     model = Classifier(replace(BASE, image_size=(24, 32)))
-    load_encoder(model, run)
-    assert torch.equal(model.pos_embed, sincos_2d(32, (6, 8)))
+    load_encoder_into(model, run)
+    assert torch.equal(model.pos_embed, get_2d_sincos_pos_embed(32, (6, 8)))
 
 
 def test_a_model_that_does_not_fit_is_refused(run):
     with pytest.raises(UserError, match="mae_vit_64x3x2_patch4"):
-        load_encoder(Classifier(replace(BASE, model="mae_vit_64x3x2_patch4")), run)
-    with pytest.raises(UserError, match=r"--cls-tokens 3 was given, but .* has 1\. Remove --cls-tokens"):
-        start_of(FinetuneConfig.from_flags(run=str(run), cls_tokens=3))
+        load_encoder_into(Classifier(replace(BASE, model="mae_vit_64x3x2_patch4")), run)
+    with pytest.raises(UserError, match=r"--cls-tokens 3 differs from the 1 of .*\. Remove --cls-tokens"):
+        get_initial_config(FinetuneConfig.from_flags(run=str(run), cls_tokens=3))
 
 
 def test_logits_equal_timms_with_the_same_weights(run, disturbed):
@@ -212,7 +219,7 @@ def test_logits_equal_timms_with_the_same_weights(run, disturbed):
             torch.testing.assert_close(model(images), vit(images), atol=1e-5, rtol=1e-4)
 
 
-def test_the_mean_leaves_the_cls_token_out(disturbed):
+def test_mean_pooling_excludes_the_cls_token(disturbed):
     model = disturbed(Classifier(BASE)).eval()
     images = torch.randn(2, 3, 16, 16)
     tokens = model.encode(images)
@@ -224,7 +231,7 @@ def test_the_mean_leaves_the_cls_token_out(disturbed):
 # ---------------------------------------------------------------------- a run
 
 
-def test_a_fine_tuned_run_can_be_read_and_says_what_it_found(run, tmp_path):
+def test_a_fine_tuned_run_can_be_loaded_and_has_results(run, tmp_path):
     result = tuned(run, tmp_path)
     assert result.accuracy == result.run.metrics["test_accuracy"]
     saved = json.loads((tmp_path / "ft" / "results" / "finetune.json").read_text())
@@ -233,24 +240,24 @@ def test_a_fine_tuned_run_can_be_read_and_says_what_it_found(run, tmp_path):
     model = load_classifier(tmp_path / "ft")
     assert model.config.classes == 10
     assert isinstance(load(tmp_path / "ft"), Classifier)
-    with pytest.raises(UserError, match="classifier, which cannot reconstruct"):
+    with pytest.raises(UserError, match=r"cannot reconstruct images: its type is .*classifier"):
         load_autoencoder(tmp_path / "ft")
 
 
-def test_the_accuracy_is_the_models_on_the_test_images(run, tmp_path):
+def test_accuracy_equals_that_of_the_loaded_model(run, tmp_path):
     result = tuned(run, tmp_path, steps=8, lr=3e-3)
     model, source = load_classifier(tmp_path / "ft"), open_source("shapes:40:seed=1:size=16", 3)
     images = to_float(torch.stack([source.image(i).pixels for i in range(40)]))
     with torch.no_grad():
-        predicted = model(normalise(images, model.config.mean, model.config.std)).argmax(1)
+        predicted = model(normalize(images, model.config.mean, model.config.std)).argmax(1)
     assert result.accuracy == sum(predicted[i] == source.label(i) for i in range(40)) / 40
     predictions = read_predictions(tmp_path / "ft")
-    assert predictions.images.tolist() == list(range(40))
-    assert predictions.classes.tolist() == predicted.tolist()
+    assert predictions.image_ids.tolist() == list(range(40))
+    assert predictions.class_indices.tolist() == predicted.tolist()
     assert read_predictions(tmp_path) is None
 
 
-def test_an_average_of_the_weights_is_judged_where_there_is_one(run, tmp_path):
+def test_the_moving_average_is_evaluated_if_there_is_one(run, tmp_path):
     result = tuned(run, tmp_path, ema=0.97, steps=8, lr=3e-2)
     source = open_source("shapes:40:seed=1:size=16", 3)
     images = to_float(torch.stack([source.image(i).pixels for i in range(40)]))
@@ -258,7 +265,7 @@ def test_an_average_of_the_weights_is_judged_where_there_is_one(run, tmp_path):
     for name, average in (("test_accuracy", True), ("test_accuracy_last", False)):
         model = load_classifier(tmp_path / "ft", average)
         with torch.no_grad():
-            predicted = model(normalise(images, model.config.mean, model.config.std)).argmax(1)
+            predicted = model(normalize(images, model.config.mean, model.config.std)).argmax(1)
         assert result.run.metrics[name] == (predicted == labels).double().mean()
     assert result.run.metrics["test_accuracy"] != result.run.metrics["test_accuracy_last"]
 
@@ -281,7 +288,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, tmp_path, randaugment):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_resumed_run_needs_its_start_no_more(run, tmp_path):
+def test_a_resumed_run_does_not_need_its_initial_weights(run, tmp_path):
     moved = tmp_path / "start"
     shutil.copytree(run, moved)
     tuned(moved, tmp_path, checkpoint_every=2, keep_checkpoints=9)
@@ -294,12 +301,12 @@ def test_a_resumed_run_needs_its_start_no_more(run, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train": ("shapes:60:seed=3:size=16",)}, "train: another set of images"),
-        ({"test": ("shapes:40:seed=3:size=16",)}, "--test is another set"),
+        ({"train": ("shapes:60:seed=3:size=16",)}, "train: the images differ"),
+        ({"test": ("shapes:40:seed=3:size=16",)}, "--test has other images"),
         ({"smoothing": 0.2}, "smoothing: was 0.1, now 0.2"),
     ],
 )
-def test_a_run_goes_on_with_the_same_images_alone(run, tmp_path, change, message):
+def test_a_run_resumes_only_with_the_same_images(run, tmp_path, change, message):
     tuned(run, tmp_path, checkpoint_every=2, keep_checkpoints=9)
     doomed = tmp_path / "ft" / "checkpoints" / "step-00000004"
     doomed.rename(doomed.with_name(".removed-x"))
@@ -307,7 +314,7 @@ def test_a_run_goes_on_with_the_same_images_alone(run, tmp_path, change, message
         tuned(run, tmp_path, checkpoint_every=2, keep_checkpoints=9, **change)
 
 
-def test_unreadable_test_images_are_told_and_not_counted(run, tmp_path, capsys):
+def test_unreadable_test_images_are_reported_and_not_counted(run, tmp_path, capsys):
     listed = []
     for i in range(12):
         path = tmp_path / f"{i}.png"
@@ -329,7 +336,7 @@ def test_one_class_is_refused(run, tmp_path):
         tuned(run, tmp_path, train=(str(tmp_path / "x.npz"),), test=(str(tmp_path / "x.npz"),))
 
 
-def test_a_result_that_a_kill_prevented_is_written_by_the_same_command(run, tmp_path):
+def test_a_missing_result_of_a_killed_run_is_written_on_resume(run, tmp_path):
     first = tuned(run, tmp_path)
     file = tmp_path / "ft" / "results" / "finetune.json"
     before = json.loads(file.read_text())
@@ -340,22 +347,22 @@ def test_a_result_that_a_kill_prevented_is_written_by_the_same_command(run, tmp_
     assert after["data"] == before["data"]
 
 
-def test_few_labels_are_equally_many_a_class_and_the_same_again(run, tmp_path):
+def test_labels_are_balanced_and_reproducible(run, tmp_path):
     result = tuned(run, tmp_path, labels=20)
     saved = json.loads((tmp_path / "ft" / "results" / "finetune.json").read_text())
     assert saved["data"]["train_images"] == 20
     assert result.run.step == 4
 
 
-def test_scratch_takes_the_same_recipe(tmp_path):
+def test_scratch_uses_the_same_recipe(tmp_path):
     result = tuned("scratch", tmp_path, model="mae_vit_32x3x2_patch4", image_size=16)
     assert result.accuracy is not None
-    with pytest.raises(UserError, match="scratch says nothing"):
+    with pytest.raises(UserError, match="scratch, so the network must be given"):
         tuned("scratch", tmp_path / "b")
 
 
 def test_it_learns(tmp_path):
-    """To tell noisy pictures apart by their colour."""
+    """Fine-tuning learns to classify noisy images by their color."""
     generator = np.random.default_rng(0)
     for name, count in (("train", 400), ("test", 100)):
         labels = np.arange(count) % 5
@@ -382,13 +389,13 @@ def test_it_learns(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"blocks": "2.5"}, "--blocks 2.5 is not accepted"),
-        ({"blocks": "-1"}, "--blocks -1 is not accepted"),
-        ({"blocks": "most"}, "--blocks most is not accepted"),
-        ({"blocks": "4"}, "4 blocks of 3"),
-        ({"blocks": ("1", "2")}, "several runs"),
+        ({"blocks": "2.5"}, "--blocks is 2.5. Give all"),
+        ({"blocks": "-1"}, "--blocks is -1. Give all"),
+        ({"blocks": "most"}, "--blocks is most. Give all"),
+        ({"blocks": "4"}, "--blocks is 4, and the model has 3 blocks"),
+        ({"blocks": ("1", "2")}, "several values"),
         ({"layer_decay": 0.0}, "--layer-decay 0.0 is out of range"),
-        ({"batch_size": 15}, "--batch-size 15 leaves an image without one to mix with"),
+        ({"batch_size": 15}, "--batch-size is 15, but mixup and CutMix mix images in pairs"),
         ({"crop_min": 0.0}, "--crop-min 0.0 is out of range"),
         ({"randaugment": "strong"}, "rand-m9-mstd0.5-inc1"),
         ({"labels": 1}, "--labels 1 is out of range"),
@@ -397,12 +404,12 @@ def test_it_learns(tmp_path):
         ({"crop_pct": 0.0}, "--crop-pct 0.0 is out of range"),
     ],
 )
-def test_wrong_requests_say_what_is_accepted(run, tmp_path, options, message):
+def test_invalid_flags_are_refused(run, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         tuned(run, tmp_path, **options)
 
 
-def test_randaugment_of_other_than_rgb_is_refused_at_once(tmp_path):
+def test_randaugment_needs_rgb_images(tmp_path):
     network = {"model": "mae_vit_32x3x2_patch4", "image_size": 16, "in_chans": 1}
-    with pytest.raises(UserError, match=r"RGB.*takes 1 channel"):
+    with pytest.raises(UserError, match=r"RGB.*has 1 channel"):
         tuned("scratch", tmp_path, **network, randaugment="rand-m9-mstd0.5-inc1")

@@ -1,4 +1,4 @@
-"""Small tar shards for tests: made by Python's tarfile, served over HTTP, found by their index."""
+"""Small tar shards for tests, written with Python's tarfile, and an HTTP server for them."""
 
 import functools
 import http.server
@@ -19,7 +19,7 @@ def png(level: int, side: int = 16) -> bytes:
 
 
 def shard(path: Path, entries: Iterable[tuple[str, bytes]], kind: int = tarfile.GNU_FORMAT) -> Path:
-    """A tar file of regular members."""
+    """Write a tar file of regular members."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=kind) as tar:
         for name, content in entries:
@@ -30,15 +30,15 @@ def shard(path: Path, entries: Iterable[tuple[str, bytes]], kind: int = tarfile.
 
 
 def shards(folder: Path, counts: Iterable[int], side: int = 16) -> Path:
-    """Shards 000.tar … of so many labelled images each, every image of its own level."""
+    """Write shards 000.tar … with `counts` labeled images each, every image with its own gray level."""
     level = 0
-    for number, count in enumerate(counts):
+    for index, count in enumerate(counts):
         entries = []
-        for place in range(count):
-            entries.append((f"{place:06d}.png", png(level % 256, side)))
-            entries.append((f"{place:06d}.cls", str(level % 7).encode()))
+        for i in range(count):
+            entries.append((f"{i:06d}.png", png(level % 256, side)))
+            entries.append((f"{i:06d}.cls", str(level % 7).encode()))
             level += 1
-        shard(folder / f"{number:03d}.tar", entries)
+        shard(folder / f"{index:03d}.tar", entries)
     return folder
 
 
@@ -47,7 +47,7 @@ class RangeHandler(http.server.SimpleHTTPRequestHandler):
 
     serves_ranges = True
     failures = 0
-    """How many requests are still to fail."""
+    """The number of requests that will fail next."""
 
     def do_GET(self) -> None:
         cls = type(self)
@@ -80,12 +80,12 @@ class RangeHandler(http.server.SimpleHTTPRequestHandler):
             super().do_HEAD()
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Suppress the log."""
 
 
 @contextmanager
 def served(folder: Path, serves_ranges: bool = True) -> Iterator[tuple[str, http.server.ThreadingHTTPServer]]:
-    """A folder at a URL of this machine, and its server, whose `requests` are what was asked for."""
+    """Serve a folder over HTTP. Yields its URL and the server, whose `requests` lists the requests."""
     kind = type("Handler", (RangeHandler,), {"serves_ranges": serves_ranges, "failures": 0})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(kind, directory=str(folder)))
     server.requests, server.kind = [], kind

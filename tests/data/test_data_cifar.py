@@ -7,18 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quarterview.data.sources.cifar import Cifar, read_cifar
+from quarterview.data.sources.cifar import CifarSplit, read_cifar
 from quarterview.errors import UserError
 
 DATA = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
 NAMES = {"label_names": ["cat", "dog"]}
 
 
-def read(folder: Path, *batches: bytes, names: bytes | None = None) -> Cifar:
+def read(folder: Path, *batches: bytes, names: bytes | None = None) -> CifarSplit:
     (folder / "names").write_bytes(pickle.dumps(NAMES, protocol=2) if names is None else names)
     paths = []
-    for number, batch in enumerate(batches):
-        paths.append(folder / f"batch_{number}")
+    for index, batch in enumerate(batches):
+        paths.append(folder / f"batch_{index}")
         paths[-1].write_bytes(batch)
     return read_cifar(paths, "labels", folder / "names", "label_names")
 
@@ -28,19 +28,19 @@ def batch(data: object = DATA, labels: object = (0, 1, 1, 0)) -> bytes:
     return pickle.dumps({"data": data, "labels": labels}, protocol=2)
 
 
-def test_batches_follow_one_another(tmp_path):
+def test_batches_are_concatenated(tmp_path):
     images, labels, classes = read(tmp_path, batch(), batch(DATA[:1], (1,)))
     assert np.array_equal(images, np.concatenate([DATA, DATA[:1]]).reshape(5, 3, 32, 32))
     assert labels == [0, 1, 1, 0, 1]
     assert classes == ["cat", "dog"]
 
 
-def test_arrays_stored_by_column(tmp_path):
+def test_fortran_order_arrays(tmp_path):
     images, _, _ = read(tmp_path, batch(np.asfortranarray(DATA)))
     assert np.array_equal(images.reshape(4, 3072), DATA)
 
 
-def test_pickles_of_python_2_and_of_the_older_numpy(tmp_path):
+def test_pickles_of_python_2_and_numpy_1(tmp_path):
     # as Python 2 wrote it: str objects of bytes (U), numpy.core, and no _codecs
     raw = DATA[:1].tobytes()
     array = (
@@ -62,20 +62,20 @@ class Hostile:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_nothing_is_executed(tmp_path, protocol):
+def test_pickles_execute_no_code(tmp_path, protocol):
     target = tmp_path / "executed"
     hostile = pickle.dumps({"data": DATA, "labels": [0, 1, 1, 0], "more": Hostile(target)}, protocol)
     with pytest.raises(
-        UserError, match=r"batch_0 as part of CIFAR: it asks for posix\.system|it asks for numpy"
+        UserError, match=r"batch_0 as a file of CIFAR: it refers to posix\.system|it refers to numpy"
     ):
         read(tmp_path, hostile)
-    with pytest.raises(UserError, match=r"it asks for posix\.system"):
+    with pytest.raises(UserError, match=r"it refers to posix\.system"):
         read(tmp_path, batch(), names=pickle.dumps(Hostile(target), protocol))
     assert not target.exists()
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "invalid",
     [
         batch(DATA[:, :3000]),
         batch(DATA.astype(np.uint16)),
@@ -88,15 +88,15 @@ def test_nothing_is_executed(tmp_path, protocol):
         b"",
     ],
 )
-def test_what_is_no_batch(tmp_path, wrong):
+def test_invalid_batches_are_refused(tmp_path, invalid):
     with pytest.raises(UserError, match="batch_0"):
-        read(tmp_path, wrong)
+        read(tmp_path, invalid)
 
 
-def test_missing_files_and_names(tmp_path):
+def test_missing_files_and_class_names_are_refused(tmp_path):
     with pytest.raises(UserError, match="missing"):
         read_cifar([tmp_path / "missing"], "labels", tmp_path / "names", "label_names")
-    with pytest.raises(UserError, match="a list label_names"):
+    with pytest.raises(UserError, match="no list label_names"):
         read(tmp_path, batch(), names=pickle.dumps({"other": []}, protocol=2))
 
 

@@ -17,7 +17,7 @@ from quarterview.errors import UserError
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """A folder with one set of each kind."""
+    """Return a folder with one data set of each type."""
     file = io.BytesIO()
     Image.new("RGB", (4, 3)).save(file, "PNG")
     for folder in ("photos", "shards"):
@@ -44,7 +44,7 @@ def root(tmp_path) -> Path:
         ("shards/train-*.parquet", ParquetSource, 2),
     ],
 )
-def test_what_a_path_is(root, spec, kind, length):
+def test_source_type_of_a_path(root, spec, kind, length):
     source = open_source(str(root / spec), 3)
     assert isinstance(source, kind)
     assert len(source) == length
@@ -61,7 +61,7 @@ def test_what_a_path_is(root, spec, kind, length):
         ("shapes:seed=1", (10_000, 1, 32)),
     ],
 )
-def test_shapes(spec, settings):
+def test_shapes_specs(spec, settings):
     source = open_source(spec, 3)
     assert isinstance(source, ShapesSource)
     assert (source.count, source.seed, source.size) == settings
@@ -70,15 +70,15 @@ def test_shapes(spec, settings):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("shapes:many", "'many' in 'shapes:many'; accepted: a whole number"),
-        ("shapes:10:sead=1", "unknown setting of shapes 'sead'.*Did you mean 'seed'"),
-        ("shapes:10:20", "unknown setting of shapes '20'"),
-        ("torchvision", "accepted: torchvision:NAME"),
-        ("torchvision:STL10:train:more", "accepted: torchvision:NAME"),
-        ("torchvision:STL11", "unknown torchvision set 'STL11'.*Did you mean 'STL10'"),
+        ("shapes:many", "'many' in 'shapes:many' is not a whole number"),
+        ("shapes:10:sead=1", "Unknown setting of shapes 'sead'.*Did you mean 'seed'"),
+        ("shapes:10:20", "Unknown setting of shapes '20'"),
+        ("torchvision", "Give torchvision:NAME"),
+        ("torchvision:STL10:train:more", "Give torchvision:NAME"),
+        ("torchvision:STL11", "Unknown torchvision .*'STL11'.*Did you mean 'STL10'"),
     ],
 )
-def test_specs_that_cannot_be_read(spec, message):
+def test_invalid_specs_are_refused(spec, message):
     with pytest.raises(UserError, match=message):
         open_source(spec, 3)
 
@@ -86,28 +86,28 @@ def test_specs_that_cannot_be_read(spec, message):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("foto", r"foto does not exist: \S+ holds 'photos'; accepted: a folder"),
-        ("phtoos/dogs/a.png", r"holds 'photos'"),
-        ("zzzzzzzz", r"holds no 'zzzzzzzz'"),
-        ("photos/a.png", r"is a single image; accepted: the folder that holds it, \S+photos"),
-        ("shards/README.md", r"by its suffix '\.md'; accepted: a folder"),
+        ("foto", r"foto does not exist; \S+ contains 'photos'\. Give a folder"),
+        ("phtoos/dogs/a.png", r"contains 'photos'"),
+        ("zzzzzzzz", r"contains no 'zzzzzzzz'"),
+        ("photos/a.png", r"is a single image\. Give the folder that contains it, \S+photos"),
+        ("shards/README.md", r"unknown suffix '\.md'\. Give a folder"),
         ("photos/*.png", r"does not exist"),
     ],
 )
-def test_paths_that_are_nothing_to_read(root, spec, message):
+def test_unreadable_paths_are_refused_with_a_suggestion(root, spec, message):
     with pytest.raises(UserError, match=message):
         open_source(str(root / spec), 3)
 
 
-def test_a_folder_with_images_beside_its_parquet_is_one_of_images(root):
+def test_folder_with_images_and_parquet_is_a_folder_of_images(root):
     (root / "shards" / "a.png").write_bytes((root / "photos" / "a.png").read_bytes())
     assert isinstance(open_source(str(root / "shards"), 3), FolderSource)
 
 
-def test_several_specs_follow_one_another(root):
+def test_several_specs_are_concatenated(root):
     both = open_sources([str(root / "photos"), "shapes:5"], 3)
     assert len(both) == 6
     assert both.name(5) == "shapes seed 0, image 4"
     assert isinstance(open_sources(["shapes:5"], 3), ShapesSource)
-    with pytest.raises(UserError, match="no images are named"):
+    with pytest.raises(UserError, match="No images are given"):
         open_sources([], 3)

@@ -28,7 +28,7 @@ def png(level: int) -> bytes:
 
 
 def write(path: Path, levels: range, features: dict | None = None, column: str = "img") -> Path:
-    """A shard as the Hub has it: structures of bytes and path, and labels that are the levels modulo 2."""
+    """Write a shard as on the Hub: structs of bytes and path, and labels that are the levels modulo 2."""
     images = [{"bytes": png(level), "path": f"{level}.png"} for level in levels]
     table = pa.table({column: images, "label": pa.array([level % 2 for level in levels], pa.int64())})
     if features is not None:
@@ -68,7 +68,7 @@ def test_shards_of_a_folder_or_a_glob_come_in_the_order_of_their_names(tmp_path)
     assert levels_of(ParquetSource(tmp_path, 3)) == [0, 1, 2, 3, 4]
     write(tmp_path / "test-00000-of-00001.parquet", range(9))
     assert levels_of(ParquetSource(tmp_path / "train-*.parquet", 3)) == [0, 1, 2, 3, 4]
-    with pytest.raises(UserError, match="several sets: test, train"):
+    with pytest.raises(UserError, match="several data sets: test, train"):
         ParquetSource(tmp_path, 3)
 
 
@@ -77,7 +77,7 @@ def test_binary_columns(tmp_path):
     source = ParquetSource(tmp_path / "a.parquet", 3)
     assert int(source.image(0).pixels[0, 0, 0]) == 7
     assert source.label(0) is None
-    for index, reason in ((1, "no image"), (2, "not a readable image")):
+    for index, reason in ((1, "no image"), (2, "not an image in one of the formats")):
         with pytest.raises(BadSampleError, match=reason):
             source.image(index)
 
@@ -86,10 +86,10 @@ def test_which_of_several_binary_columns(tmp_path):
     pq.write_table(pa.table({"mask": [b""], "image": [png(7)]}), tmp_path / "a.parquet")
     assert levels_of(ParquetSource(tmp_path / "a.parquet", 3)) == [7]
     pq.write_table(pa.table({"mask": [b""], "photo": [png(7)]}), tmp_path / "b.parquet")
-    with pytest.raises(UserError, match=r"2 columns that could be the images, .* photo \(binary\)"):
+    with pytest.raises(UserError, match=r"2 columns that could hold the images, .* photo \(binary\)"):
         ParquetSource(tmp_path / "b.parquet", 3)
     pq.write_table(pa.table({"text": ["no image"]}), tmp_path / "c.parquet")
-    with pytest.raises(UserError, match="0 columns that could be the images"):
+    with pytest.raises(UserError, match="0 columns that could hold the images"):
         ParquetSource(tmp_path / "c.parquet", 3)
 
 
@@ -100,7 +100,7 @@ def test_missing_and_negative_labels_are_none(tmp_path):
     assert [source.label(i) for i in range(3)] == [None, None, 4]
 
 
-def test_what_cannot_be_read(tmp_path):
+def test_unreadable_files(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 but not really")
     with pytest.raises(UserError, match="as Parquet"):
         ParquetSource(tmp_path / "a.parquet", 3)
@@ -120,7 +120,7 @@ def test_shards_that_do_not_fit_together(tmp_path):
         ParquetSource(tmp_path, 3)
 
 
-def test_the_table_stays_behind_when_the_source_travels(tmp_path):
+def test_the_pickled_source_does_not_contain_the_table(tmp_path):
     levels = range(3)
     source = ParquetSource(write(tmp_path / "a.parquet", levels), 3)
     small = len(pickle.dumps(source))
@@ -142,7 +142,7 @@ def test_the_fingerprint_follows_the_shards(tmp_path):
 
 
 def grouped(path: Path, sizes: list[int]) -> Path:
-    """A file of row groups of so many noisy images, of about 3 KiB each, labelled in order."""
+    """Write a file with row groups of `sizes` noise images, of about 3 KiB each, labeled in order."""
     first = 0
     generator = np.random.default_rng(0)
     schema = pa.schema({"image": pa.binary(), "label": pa.uint8()})
@@ -159,66 +159,68 @@ def grouped(path: Path, sizes: list[int]) -> Path:
     return path
 
 
-def test_row_groups_are_read_when_they_are_asked_for_and_few_are_held(tmp_path, monkeypatch):
+def test_row_groups_are_read_on_demand_and_cached_up_to_the_limit(tmp_path, monkeypatch):
     for shard, sizes in (("a", [5, 3]), ("b", [1, 7, 4])):
         grouped(tmp_path / f"{shard}.parquet", sizes)
     table = pa.concat_tables([pq.read_table(tmp_path / f"{shard}.parquet") for shard in "ab"])
-    monkeypatch.setattr(parquet, "HELD_BYTES", 30_000)
+    monkeypatch.setattr(parquet, "MAX_CACHED_BYTES", 30_000)
     source = ParquetSource(tmp_path / "*.parquet", 3)
-    read, real = [], ParquetSource._read
+    read, real = [], ParquetSource._read_column
     monkeypatch.setattr(
-        ParquetSource, "_read", lambda self, *args: read.append(args[1:]) or real(self, *args)
+        ParquetSource, "_read_column", lambda self, *args: read.append(args[1:]) or real(self, *args)
     )
     assert source.shard_starts().tolist() == [0, 5, 8, 9, 16, 20]
     for index in np.random.default_rng(0).permutation(20).tolist():
-        assert source._file(index) == table["image"][index].as_py()
+        assert source._read_image(index) == table["image"][index].as_py()
         assert source.label(index) == table["label"][index].as_py()
-        assert source._bytes_held() <= 30_000
+        assert source._count_cached_bytes() <= 30_000
     assert len(read) > 7  # some more than once
     read.clear()
     for index in range(20):
-        source._file(index)
+        source._read_image(index)
     assert len(read) <= 5
     assert all(len(args) == 2 for args in read)  # a row group at a time
-    (told,) = source.remarks()
-    assert "--shuffle shards" in told
-    for wrong in (-1, 20):
+    (remark,) = source.remarks()
+    assert "--shuffle shards" in remark
+    for out_of_range in (-1, 20):
         with pytest.raises(IndexError):
-            source.image(wrong)
+            source.image(out_of_range)
 
 
-def test_a_set_that_can_be_held_is_read_once(tmp_path, monkeypatch):
+def test_a_data_set_that_fits_the_cache_is_read_once(tmp_path, monkeypatch):
     source = ParquetSource(grouped(tmp_path / "a.parquet", [5, 3, 9]), 3)
-    read, real = [], ParquetSource._read
+    read, real = [], ParquetSource._read_column
     monkeypatch.setattr(
-        ParquetSource, "_read", lambda self, *args: read.append(args[1:]) or real(self, *args)
+        ParquetSource, "_read_column", lambda self, *args: read.append(args[1:]) or real(self, *args)
     )
     for index in 2 * np.random.default_rng(0).permutation(17).tolist():
-        source._file(index)
+        source._read_image(index)
     assert len(read) == 3
     assert source.remarks() == []
 
 
 def test_shuffling_by_shards_reads_each_row_group_once_an_epoch(tmp_path, monkeypatch):
     source = ParquetSource(grouped(tmp_path / "a.parquet", [6] * 12), 3)
-    monkeypatch.setattr(parquet, "HELD_BYTES", 2 * 6 * 3200 + 2000)  # two of them
+    monkeypatch.setattr(parquet, "MAX_CACHED_BYTES", 2 * 6 * 3200 + 2000)  # two of them
     stream = ShardedStream(source.shard_starts(), 0, 0, 2)
-    read, real = [], ParquetSource._read
-    monkeypatch.setattr(ParquetSource, "_read", lambda self, *args: read.append(args[2]) or real(self, *args))
-    for index in stream.at(torch.arange(stream.trained))[1].tolist():
-        source._file(index)
+    read, real = [], ParquetSource._read_column
+    monkeypatch.setattr(
+        ParquetSource, "_read_column", lambda self, *args: read.append(args[2]) or real(self, *args)
+    )
+    for index in stream.get_samples(torch.arange(stream.num_train))[1].tolist():
+        source._read_image(index)
     assert sorted(read) == list(range(12))
 
 
-# ---------------------------------------------------------------------- elsewhere
+# ---------------------------------------------------------------------- remote files
 
 
 def test_parquet_is_read_over_http_by_ranges(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_files, "_WAITS", ())
+    monkeypatch.setattr(shard_files, "_RETRY_DELAYS", ())
     folder = tmp_path / "s"
     folder.mkdir()
-    for number in range(2):
-        grouped(folder / f"train-{number}.parquet", [40, 40, 40])
+    for index in range(2):
+        grouped(folder / f"train-{index}.parquet", [40, 40, 40])
     local = ParquetSource(folder, 3)
     with served(tmp_path) as (url, server):
         source = open_source(f"{url}/s/train-{{0..1}}.parquet", 3)
@@ -231,22 +233,24 @@ def test_parquet_is_read_over_http_by_ranges(tmp_path, monkeypatch):
         copy = pickle.loads(pickle.dumps(source))
         assert copy.image(170).pixels.equal(local.image(170).pixels)
         assert [copy.label(i) for i in (0, 170, 239)] == [local.label(i) for i in (0, 170, 239)]
-        ranges = [list(map(int, asked[6:].split("-"))) for path, asked in server.requests if "-1" in path]
+        ranges = [
+            list(map(int, byte_range[6:].split("-"))) for path, byte_range in server.requests if "-1" in path
+        ]
         size = (folder / "train-1.parquet").stat().st_size
         read = sum(end - begin + 1 for begin, end in ranges)
         assert read < size / 3 + 3 * 65536  # a row group; and the footer, of which Arrow reads 64 KiB, twice
 
-        kept = open_source(f"{url}/s/train-{{0..1}}.parquet", 3, ShardCache(tmp_path / "copies", 1 << 30))
+        cached = open_source(f"{url}/s/train-{{0..1}}.parquet", 3, ShardCache(tmp_path / "copies", 1 << 30))
         for index in range(0, 240, 7):
-            assert kept.image(index).pixels.equal(local.image(index).pixels)
+            assert cached.image(index).pixels.equal(local.image(index).pixels)
         assert len(list((tmp_path / "copies").rglob("*.shard"))) == 2
         server.kind.failures = 10**6
         with pytest.raises(RunError, match="503"):
             pickle.loads(pickle.dumps(source)).image(0)
-        assert pickle.loads(pickle.dumps(kept)).image(0).pixels.equal(local.image(0).pixels)
+        assert pickle.loads(pickle.dumps(cached)).image(0).pixels.equal(local.image(0).pixels)
         server.kind.failures = 0
         (folder / "train-0.parquet").write_bytes(b"PAR1, but not really")
-        with pytest.raises(UserError, match=r"cannot read http\S+ as Parquet"):
+        with pytest.raises(UserError, match=r"Cannot read http\S+ as Parquet"):
             open_source(f"{url}/s/train-0.parquet", 3)
     with pytest.raises(UserError, match=r"no \.parquet file at"):
         open_source(f"file://{tmp_path}/t/*.parquet", 3)

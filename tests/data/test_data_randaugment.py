@@ -1,4 +1,4 @@
-"""RandAugment, random erasing, and what the loader does with them and with labels."""
+"""RandAugment, random erasing, and their use by the loader, with labels."""
 
 import random
 
@@ -9,22 +9,26 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
 from quarterview import rng
-from quarterview.data.cache import load_all
+from quarterview.data.cache import load_cached_dataset
 from quarterview.data.config import RANDAUGMENT, AugmentConfig
 from quarterview.data.loader import Loader
 from quarterview.data.sampler import SampleStream
 from quarterview.data.sources.open import open_source
-from quarterview.data.sources.subset import Subset, subset
-from quarterview.data.transforms.crop import random_crops
-from quarterview.data.transforms.randaugment import check_policy, erase, randaugment
+from quarterview.data.sources.subset import Subset, select_subset
+from quarterview.data.transforms.crop import draw_random_crops
+from quarterview.data.transforms.randaugment import (
+    apply_randaugment,
+    apply_random_erasing,
+    check_randaugment_policy,
+)
 from quarterview.errors import UserError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.25, 0.25)
 PIXELS = torch.randint(0, 256, (3, 24, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_randaugment_is_timms_under_the_key():
-    mine = randaugment(PIXELS, RANDAUGMENT, MEAN, 1, 2, 3)
+def test_randaugment_is_timms_with_seeded_generators():
+    mine = apply_randaugment(PIXELS, RANDAUGMENT, MEAN, 1, 2, 3)
     theirs = rand_augment_transform(
         RANDAUGMENT,
         {"translate_const": 9, "img_mean": (128, 102, 76), "interpolation": Image.Resampling.BICUBIC},
@@ -37,7 +41,9 @@ def test_randaugment_is_timms_under_the_key():
 def test_randaugment_differs_by_sample_and_epoch_and_leaves_the_generators_alone():
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     made = {
-        randaugment(PIXELS, RANDAUGMENT, MEAN, 0, e, i).numpy().tobytes() for e in (0, 1) for i in range(8)
+        apply_randaugment(PIXELS, RANDAUGMENT, MEAN, 0, e, i).numpy().tobytes()
+        for e in (0, 1)
+        for i in range(8)
     }
     assert len(made) > 10
     assert states[0] == random.getstate()
@@ -45,38 +51,38 @@ def test_randaugment_differs_by_sample_and_epoch_and_leaves_the_generators_alone
     assert torch.equal(states[2], torch.get_rng_state())
 
 
-def test_randaugment_wants_colour_pictures():
+def test_randaugment_needs_8_bit_rgb_images():
     for pixels in (PIXELS[:1], PIXELS.float()):
         with pytest.raises(UserError, match="8-bit RGB"):
-            randaugment(pixels, RANDAUGMENT, MEAN, 0, 0, 0)
+            apply_randaugment(pixels, RANDAUGMENT, MEAN, 0, 0, 0)
 
 
-def test_erasing_fills_one_rectangle_with_noise_in_so_many_images():
+def test_random_erasing_fills_one_rectangle_with_noise_with_the_given_probability():
     images, ids = torch.full((4000, 3, 16, 16), 9.0), torch.arange(4000)
-    made = erase(images, 0.25, 0, ids * 0, ids)
-    gone = (made != 9).any(1)  # [B, H, W]
-    share = gone.flatten(1).any(1)
-    assert 0.23 < share.float().mean() < 0.27
-    areas = gone[share].flatten(1).float().mean(1)
+    made = apply_random_erasing(images, 0.25, 0, ids * 0, ids)
+    erased = (made != 9).any(1)  # [B, H, W]
+    is_erased = erased.flatten(1).any(1)
+    assert 0.23 < is_erased.float().mean() < 0.27
+    areas = erased[is_erased].flatten(1).float().mean(1)
     assert areas.min() >= 0.01
     assert areas.max() <= 0.36
-    for one in gone[share][:200]:
+    for one in erased[is_erased][:200]:
         assert torch.equal(one, one.any(1)[:, None] & one.any(0))
     noise = made[made != 9]
     assert abs(noise.mean()) < 0.05
     assert abs(noise.std() - 1) < 0.05
 
 
-def test_erasing_depends_on_the_sample_alone():
+def test_random_erasing_depends_only_on_the_sample():
     images, ids = torch.randn(32, 3, 16, 16), torch.arange(32)
-    whole = erase(images, 0.5, 3, ids % 2, ids)
-    assert torch.equal(whole[10:20], erase(images[10:20], 0.5, 3, ids[10:20] % 2, ids[10:20]))
-    assert torch.equal(erase(images, 0.0, 3, ids, ids), images)
+    whole = apply_random_erasing(images, 0.5, 3, ids % 2, ids)
+    assert torch.equal(whole[10:20], apply_random_erasing(images[10:20], 0.5, 3, ids[10:20] % 2, ids[10:20]))
+    assert torch.equal(apply_random_erasing(images, 0.0, 3, ids, ids), images)
 
 
 def loader(source, augment, cached=False, labels=None, workers=0):
     stream = SampleStream(len(source), 0, 5)
-    held = load_all(source, torch.device("cpu"), 1 << 30, 1, lambda _: None) if cached else None
+    cache = load_cached_dataset(source, torch.device("cpu"), 1 << 30, 1, lambda _: None) if cached else None
     return Loader(
         source,
         stream,
@@ -85,7 +91,7 @@ def loader(source, augment, cached=False, labels=None, workers=0):
         STD,
         torch.device("cpu"),
         workers,
-        held,
+        cache,
         lambda _: None,
         augment,
         labels,
@@ -93,8 +99,8 @@ def loader(source, augment, cached=False, labels=None, workers=0):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_labels_are_those_of_the_pictures_shown(tmp_path, cached):
-    """Also where a broken image is replaced by another one."""
+def test_labels_are_those_of_the_loaded_images(tmp_path, cached):
+    """The label of a replacement is that of the replacement, not of the broken sample."""
     for i in range(12):
         folder = tmp_path / f"class{i % 3}"
         folder.mkdir(exist_ok=True)
@@ -102,53 +108,57 @@ def test_labels_are_those_of_the_pictures_shown(tmp_path, cached):
     (tmp_path / "class1" / "4.png").write_bytes(b"broken")
     source = open_source(str(tmp_path), 3)
     labels = torch.tensor([source.label(i) for i in range(12)])
-    plain = AugmentConfig(crop_min=0.5, randaugment=None, erase=0.0)
+    plain = AugmentConfig(crop_min=0.5, randaugment=None, erase_prob=0.0)
     made = loader(source, plain, cached, labels)
-    shown, replaced = [], 0
-    for batch in made.batches([range(s, s + 6) for s in range(0, 48, 6)]):
+    loaded, replaced = [], 0
+    for batch in made.iter_batches([range(s, s + 6) for s in range(0, 48, 6)]):
         values = batch.images[:, 0, 0, 0] * STD[0] + MEAN[0]
         assert torch.equal((values * 255 / 20).round().long() - 1, batch.labels)
-        shown += batch.labels.tolist()
+        loaded += batch.labels.tolist()
         replaced += int((labels[batch.ids] != batch.labels).sum())
-    assert len(shown) == 48
+    assert len(loaded) == 48
     assert replaced > 0
 
 
-def test_batches_with_randaugment_are_the_same_by_any_number_of_workers():
+def test_batches_with_randaugment_do_not_depend_on_the_number_of_workers():
     source = open_source("shapes:24:size=20", 3)
     labels = torch.tensor([source.label(i) for i in range(24)])
     parts = [range(s, s + 8) for s in range(0, 32, 8)]
-    one, two = (list(loader(source, AugmentConfig(), False, labels, w).batches(parts)) for w in (0, 2))
+    one, two = (list(loader(source, AugmentConfig(), False, labels, w).iter_batches(parts)) for w in (0, 2))
     for a, b in zip(one, two, strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)
 
 
-def test_the_smallest_crop_is_what_was_asked_for():
+def test_scale_bounds_the_area_of_crops():
     sizes, ids = torch.tensor([[64, 64]]).expand(50, 2), torch.arange(50)
-    least = [
-        float((random_crops(0, ids * 0, ids, sizes, scale=(share, 1.0))[0][:, 2:].prod(1) / 64**2).min())
-        for share in (0.08, 1.0)
+    min_areas = [
+        float(
+            (
+                draw_random_crops(0, ids * 0, ids, sizes, scale=(min_scale, 1.0))[0][:, 2:].prod(1) / 64**2
+            ).min()
+        )
+        for min_scale in (0.08, 1.0)
     ]
-    assert least[0] < 0.2
-    assert least[1] > 0.7  # only the aspect ratio takes something away
+    assert min_areas[0] < 0.2
+    assert min_areas[1] > 0.7  # only the aspect ratio reduces the area
 
 
-def test_a_subset_is_a_source_of_its_own():
+def test_a_subset_is_a_source():
     source = open_source("shapes:20:size=16", 3)
-    part = subset(source, [7, 3, 11])
+    part = select_subset(source, [7, 3, 11])
     assert len(part) == 3
     assert torch.equal(part.image(1).pixels, source.image(3).pixels)
     assert torch.equal(part.images(torch.tensor([2, 0]))[1], source.image(7).pixels)
     assert part.label(2) == source.label(11)
     assert part.name(0) == source.name(7)
-    assert part.fingerprint() != subset(source, [7, 3, 12]).fingerprint() != source.fingerprint()
-    assert subset(source, range(20)) is source
+    assert part.fingerprint() != select_subset(source, [7, 3, 12]).fingerprint() != source.fingerprint()
+    assert select_subset(source, range(20)) is source
     assert isinstance(part, Subset)
 
 
-@pytest.mark.parametrize(("name", "wrong"), [("erase", 1.5), ("crop_min", 0.0)])
-def test_wrong_settings_are_refused(name, wrong):
+@pytest.mark.parametrize(("name", "wrong"), [("erase_prob", 1.5), ("crop_min", 0.0)])
+def test_invalid_values_are_rejected(name, wrong):
     with pytest.raises(
         UserError, match=rf"^--{name.replace('_', '-')} {wrong} is out of range\. Give a number"
     ):
@@ -156,12 +166,14 @@ def test_wrong_settings_are_refused(name, wrong):
 
 
 @pytest.mark.parametrize("policy", ["rand-m-q5", "auto"])
-def test_wrong_policies_are_refused(policy):
-    with pytest.raises(UserError, match=f"{policy}.*accepted"):
-        check_policy(policy)
+def test_invalid_policies_are_rejected(policy):
+    with pytest.raises(
+        UserError, match=rf"--randaugment is {policy}\. Give a policy of timm, such as rand-m9"
+    ):
+        check_randaugment_policy(policy)
 
 
-def test_none_is_no_policy():
+def test_none_disables_randaugment():
     assert AugmentConfig(randaugment="none").randaugment is None
     assert AugmentConfig().randaugment == RANDAUGMENT
-    check_policy(RANDAUGMENT)
+    check_randaugment_policy(RANDAUGMENT)

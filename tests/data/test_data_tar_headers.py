@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quarterview.data.sources.files import printable
-from quarterview.data.sources.tar_headers import BLOCK, Faults, Member, is_header_of, members, named
-from quarterview.data.sources.tar_index import chunked, scan
+from quarterview.data.sources.files import to_printable
+from quarterview.data.sources.tar_headers import BLOCK, Faults, Member, is_header_of, iter_members, parse_name
+from quarterview.data.sources.tar_index import make_chunked_reader, scan_shard
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
 
-def written(entries: list[tuple[str, bytes, bytes]], kind: int) -> bytes:
-    """A tar file of members: name, type, content."""
+def write_tar(entries: list[tuple[str, bytes, bytes]], kind: int) -> bytes:
+    """Return the bytes of a tar file of members, each a name, a type and a content."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=kind, errors="surrogateescape") as tar:
         for name, member_type, content in entries:
@@ -28,10 +28,10 @@ def written(entries: list[tuple[str, bytes, bytes]], kind: int) -> bytes:
     return file.getvalue()
 
 
-def found(data: bytes, chunk: int = 1) -> tuple[list[Member], Faults]:
+def list_members(data: bytes, chunk: int = 1) -> tuple[list[Member], Faults]:
     faults = Faults()
-    read = chunked(lambda offset, length: data[offset : offset + length], len(data), chunk)
-    return list(members(read, len(data), faults)), faults
+    read = make_chunked_reader(lambda offset, length: data[offset : offset + length], len(data), chunk)
+    return list(iter_members(read, len(data), faults)), faults
 
 
 def by_tarfile(data: bytes) -> list[tuple[str, int, int]]:
@@ -42,7 +42,7 @@ def by_tarfile(data: bytes) -> list[tuple[str, int, int]]:
 def ours(data: bytes, chunk: int = 1) -> list[tuple[str, int, int]]:
     return [
         (member.name.decode("utf-8", "surrogateescape"), member.block * BLOCK, member.size)
-        for member in found(data, chunk)[0]
+        for member in list_members(data, chunk)[0]
     ]
 
 
@@ -66,34 +66,36 @@ def test_members_are_those_of_tarfile(kind, entries, chunk):
     kept = [(name, t, content if t == tarfile.REGTYPE else b"") for name, t, content in entries]
     if kind == "ustar":
         kept = [(name[:60], t, content) for name, t, content in kept]
-    data = written(kept, FORMATS[kind])
+    data = write_tar(kept, FORMATS[kind])
     assert ours(data, chunk) == by_tarfile(data)
-    for member in found(data)[0]:
+    for member in list_members(data)[0]:
         header = data[(member.block - 1) * BLOCK : member.block * BLOCK]
         assert is_header_of(header, member.size)
-        assert member.is_long or named(header) == member.name
+        assert member.has_long_name or parse_name(header) == member.name
 
 
-def test_names_longer_than_a_header_holds_are_whole():
+def test_names_longer_than_a_header_field_are_complete():
     name = "folder/" * 30 + "é" * 40 + ".jpg"
     for kind in ("gnu", "pax"):
-        (member,), faults = found(written([(name, tarfile.REGTYPE, b"abc")], FORMATS[kind]))
-        assert (member.name.decode(), member.size, member.is_long) == (name, 3, True)
+        (member,), faults = list_members(write_tar([(name, tarfile.REGTYPE, b"abc")], FORMATS[kind]))
+        assert (member.name.decode(), member.size, member.has_long_name) == (name, 3, True)
         assert not faults.counts
-    (member,), faults = found(written([("a" * 5000, tarfile.REGTYPE, b""), ("b", tarfile.REGTYPE, b"")], 1))
+    (member,), faults = list_members(
+        write_tar([("a" * 5000, tarfile.REGTYPE, b""), ("b", tarfile.REGTYPE, b"")], 1)
+    )
     assert member.name == b"b"
     assert faults.counts == {"names of more than 4096 bytes": 1}
 
 
-def test_everything_but_files_is_counted():
+def test_everything_but_regular_files_is_counted():
     kinds = {
         **{tarfile.LNKTYPE: "hard links", tarfile.SYMTYPE: "symbolic links", tarfile.FIFOTYPE: "named pipes"},
         **{tarfile.CHRTYPE: "character devices", tarfile.BLKTYPE: "block devices"},
         **{tarfile.GNUTYPE_SPARSE: "sparse files", b"Z": "members of an unknown kind"},
     }
-    entries = [(f"{place}.jpg", kind, b"") for place, kind in enumerate(kinds)]
+    entries = [(f"{i}.jpg", kind, b"") for i, kind in enumerate(kinds)]
     entries += [("folder", tarfile.DIRTYPE, b""), ("good.jpg", tarfile.REGTYPE, b"abc")]
-    (member,), faults = found(written(entries, tarfile.GNU_FORMAT))
+    (member,), faults = list_members(write_tar(entries, tarfile.GNU_FORMAT))
     assert member.name == b"good.jpg"
     assert faults.counts == dict.fromkeys(kinds.values(), 1)
     assert faults.examples["hard links"] == ["0.jpg"]
@@ -103,7 +105,7 @@ TWO = [("a.jpg", tarfile.REGTYPE, b"a" * 700), ("b.jpg", tarfile.REGTYPE, b"b" *
 
 
 def with_size(data: bytes, field: bytes, offset: int = 0) -> bytes:
-    """With another size in a header, whose checksum is made right."""
+    """Replace the size in a header, and correct its checksum."""
     header = bytearray(data[offset : offset + BLOCK])
     header[124:136] = field
     header[148:156] = b" " * 8
@@ -116,62 +118,62 @@ def with_size(data: bytes, field: bytes, offset: int = 0) -> bytes:
     [
         (b"77777777777\0", "cut off before its end"),
         (b"\x80" + b"\xff" * 11, "cut off before its end"),
-        (b"\xff" * 11 + b"\xfe", "damaged header, and nothing after it is read"),
-        (b"-0000000001\0", "damaged header, and nothing after it is read"),
-        (b"89999999999\0", "damaged header, and nothing after it is read"),
-        (b"00_00000_00\0", "damaged header, and nothing after it is read"),
+        (b"\xff" * 11 + b"\xfe", "damaged header; the rest of the shard is not read"),
+        (b"-0000000001\0", "damaged header; the rest of the shard is not read"),
+        (b"89999999999\0", "damaged header; the rest of the shard is not read"),
+        (b"00_00000_00\0", "damaged header; the rest of the shard is not read"),
     ],
 )
-def test_sizes_that_lie(field, kind):
+def test_wrong_sizes(field, kind):
     second = 3 * BLOCK
-    data = with_size(written(TWO, tarfile.USTAR_FORMAT), field, second)
-    (member,), faults = found(data)
+    data = with_size(write_tar(TWO, tarfile.USTAR_FORMAT), field, second)
+    (member,), faults = list_members(data)
     assert member.name == b"a.jpg"
     assert faults.counts == {kind: 1}
 
 
-def test_a_size_in_base_256_that_is_true_is_taken():
-    data = with_size(written(TWO, tarfile.GNU_FORMAT), b"\x80" + (700).to_bytes(11, "big"))
+def test_a_correct_size_in_base_256_is_accepted():
+    data = with_size(write_tar(TWO, tarfile.GNU_FORMAT), b"\x80" + (700).to_bytes(11, "big"))
     assert ours(data) == by_tarfile(data)
     assert len(ours(data)) == 2
 
 
-def test_a_size_that_pax_and_header_tell_differently_is_no_image():
+def test_contradictory_sizes_in_pax_and_header_are_a_fault():
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         info = tarfile.TarInfo("a.jpg")
         info.size, info.pax_headers = 700, {"size": "20"}
         tar.addfile(info, io.BytesIO(b"x" * 700))
-    _, faults = found(file.getvalue())
-    assert "sizes on which two headers disagree" in faults.counts
+    _, faults = list_members(file.getvalue())
+    assert "contradictory sizes in two headers" in faults.counts
 
 
 @pytest.mark.parametrize("cut", [3 * BLOCK + 10, 4 * BLOCK + 20, 6 * BLOCK, 0])
-def test_a_cut_tail_leaves_what_is_before_it(cut):
-    data = written(TWO, tarfile.USTAR_FORMAT)[:cut]
-    held, faults = found(data)
-    assert [member.name for member in held] == [b"a.jpg", b"b.jpg"][: {0: 0, 6 * BLOCK: 2}.get(cut, 1)]
+def test_a_truncated_archive_keeps_the_members_before_the_cut(cut):
+    data = write_tar(TWO, tarfile.USTAR_FORMAT)[:cut]
+    listed, faults = list_members(data)
+    assert [member.name for member in listed] == [b"a.jpg", b"b.jpg"][: {0: 0, 6 * BLOCK: 2}.get(cut, 1)]
     (kind,) = faults.counts
     assert ("cut off" in kind) == (cut > 0)
 
 
 def test_a_damaged_header_ends_the_reading():
-    data = bytearray(written(TWO, tarfile.USTAR_FORMAT))
+    data = bytearray(write_tar(TWO, tarfile.USTAR_FORMAT))
     data[3 * BLOCK + 5] ^= 1
-    held, faults = found(bytes(data))
-    assert [member.name for member in held] == [b"a.jpg"]
-    assert faults.examples == {"damaged header, and nothing after it is read": ["byte 1536"]}
+    listed, faults = list_members(bytes(data))
+    assert [member.name for member in listed] == [b"a.jpg"]
+    assert faults.examples == {"damaged header; the rest of the shard is not read": ["byte 1536"]}
 
 
-def test_archives_that_were_joined_are_told():
-    one = written([("a.jpg", tarfile.REGTYPE, bytes(2 << 20))], tarfile.USTAR_FORMAT)
-    held, faults = found(one + one)
-    assert len(held) == 1
-    assert "bytes after the mark of the end, which are not read" in faults.counts
+def test_concatenated_archives_are_a_fault():
+    one = write_tar([("a.jpg", tarfile.REGTYPE, bytes(2 << 20))], tarfile.USTAR_FORMAT)
+    listed, faults = list_members(one + one)
+    assert len(listed) == 1
+    assert "bytes after the end-of-archive mark, not read" in faults.counts
 
 
-def test_names_for_people_hold_nothing_that_a_terminal_obeys():
-    assert printable(b"caf\xe9\x1b[31m\n\xc3\xa9.jpg") == "caf\\xe9\\x1b[31m\\né.jpg"
+def test_printable_names_contain_no_control_characters():
+    assert to_printable(b"caf\xe9\x1b[31m\n\xc3\xa9.jpg") == "caf\\xe9\\x1b[31m\\né.jpg"
 
 
 SOUND = [
@@ -188,35 +190,35 @@ SOUND = [
 def test_no_mutation_of_a_tar_file_crashes_hangs_or_allocates_without_bound(data):
     kind = data.draw(st.sampled_from(sorted(FORMATS.values())))
     sound = SOUND if kind else [(name[-60:], *rest) for name, *rest in SOUND]
-    content = bytearray(written(sound, kind))
+    content = bytearray(write_tar(sound, kind))
     for _ in range(data.draw(st.integers(1, 8))):
-        place = data.draw(st.integers(0, 12 * BLOCK))
+        position = data.draw(st.integers(0, 12 * BLOCK))
         patch = data.draw(
             st.one_of(st.binary(min_size=1, max_size=12), st.just(b"7" * 11), st.just(b"\x80" * 12))
         )
-        content[place : place + len(patch)] = patch
+        content[position : position + len(patch)] = patch
     if data.draw(st.booleans()):
         offset = data.draw(st.integers(0, 8)) * BLOCK  # a header that is consistent though its fields lie
         fixed = with_size(bytes(content), data.draw(st.binary(min_size=12, max_size=12)), offset)
         content = bytearray(fixed)
     content = content[: data.draw(st.integers(0, len(content)))]
-    asked: list[int] = []
+    read_lengths: list[int] = []
 
     def read(offset: int, length: int) -> bytes:
-        asked.append(length)
+        read_lengths.append(length)
         return bytes(content[offset : offset + length])
 
     began = time.process_time()
-    index = scan(chunked(read, len(content), 4096), len(content))
+    index = scan_shard(make_chunked_reader(read, len(content), 4096), len(content))
     assert time.process_time() - began < 1.0
-    assert max(asked, default=0) <= len(content)
-    assert len(asked) <= len(content) // BLOCK + 8
+    assert max(read_lengths, default=0) <= len(content)
+    assert len(read_lengths) <= len(content) // BLOCK + 8
     for row in index.samples:
         assert int(row["block"]) * BLOCK + int(row["bytes"]) <= len(content)
 
 
 def test_an_extension_of_a_gigabyte_is_not_read(tmp_path):
-    data = written([("x" * 200, tarfile.REGTYPE, b"a" * 700)], tarfile.GNU_FORMAT)
+    data = write_tar([("x" * 200, tarfile.REGTYPE, b"a" * 700)], tarfile.GNU_FORMAT)
     path = tmp_path / "a.tar"
     path.write_bytes(with_size(data, b"%011o\0" % (1 << 30)))
     with path.open("r+b") as file:
@@ -228,6 +230,6 @@ def test_an_extension_of_a_gigabyte_is_not_read(tmp_path):
             file.seek(offset)
             return file.read(length)
 
-        scan(chunked(read, path.stat().st_size, 4096), path.stat().st_size)
+        scan_shard(make_chunked_reader(read, path.stat().st_size, 4096), path.stat().st_size)
     assert tracemalloc.get_traced_memory()[1] < 5 << 20
     tracemalloc.stop()

@@ -1,4 +1,4 @@
-"""Runs on tar shards, from a disk and over HTTP: the same whoever reads them, and however often they stop."""
+"""Runs on tar shards give the same weights from a disk and over HTTP, with workers, and when interrupted."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ STEPS = 10
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(shard_files, "_WAITS", (0.0,))
+    monkeypatch.setattr(shard_files, "_RETRY_DELAYS", (0.0,))
 
 
 def tiny(out: Path, data: str, **changes) -> qv.PretrainConfig:
@@ -38,7 +38,7 @@ def tiny(out: Path, data: str, **changes) -> qv.PretrainConfig:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    loaded = checkpoint.load(checkpoint.newest(run / "checkpoints"))
+    loaded = checkpoint.load(checkpoint.find_newest(run / "checkpoints"))
     assert loaded.state["step"] == STEPS
     return loaded.tensors["model"]
 
@@ -49,15 +49,15 @@ def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> 
 
 @pytest.fixture
 def updates(monkeypatch) -> list[tuple[list[int], list[int]]]:
-    """The epochs and the samples of every update, of whatever run."""
-    real, seen = Trainer._update, []
+    """Record the epochs and the sample ids of every update of every run."""
+    real, updates_seen = Trainer._run_update, []
 
     def update(self, batch):
         real(self, batch)
-        seen.append((batch.epochs.tolist(), batch.ids.tolist()))
+        updates_seen.append((batch.epochs.tolist(), batch.ids.tolist()))
 
-    monkeypatch.setattr(Trainer, "_update", update)
-    return seen
+    monkeypatch.setattr(Trainer, "_run_update", update)
+    return updates_seen
 
 
 def test_a_run_is_the_same_from_a_disk_from_a_server_with_workers_and_in_parts(
@@ -77,7 +77,7 @@ def test_a_run_is_the_same_from_a_disk_from_a_server_with_workers_and_in_parts(
         assert_equal(weights(tmp_path / "remote"), expected)
         assert len(server.requests) > 7
 
-        real, stops = Trainer._update, {3: f"{folder}/*.tar", 7: spec}
+        real, stops = Trainer._run_update, {3: f"{folder}/*.tar", 7: spec}
         updates.clear()
 
         def update(self, batch):
@@ -85,49 +85,49 @@ def test_a_run_is_the_same_from_a_disk_from_a_server_with_workers_and_in_parts(
             if stops.pop(self.step, None):
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        monkeypatch.setattr(Trainer, "_update", update)
+        monkeypatch.setattr(Trainer, "_run_update", update)
         for data, changes in ((spec, remote), (f"{folder}/*.tar", {"workers": 2}), (spec, {})):
             qv.pretrain(tiny(tmp_path / "parts", data, **changes))
     assert updates == whole
     assert_equal(weights(tmp_path / "parts"), expected)
 
 
-def assert_samples_of(seen: list[tuple[list[int], list[int]]], folder: Path) -> None:
-    """Each training image once in the first epoch, in the order of the stream."""
+def assert_samples_of(updates_seen: list[tuple[list[int], list[int]]], folder: Path) -> None:
+    """Check that the first epoch has each training image once, in the order of the stream."""
     source = open_source(str(folder), 3)
     stream = ShardedStream(source.shard_starts(), 4, 0, 2)
-    epochs, ids = stream.at(torch.arange(STEPS * 16))
-    assert [one for row in seen for one in row[0]] == epochs.tolist()
-    assert [one for row in seen for one in row[1]] == ids.tolist()
-    held = set(stream.held_out().tolist())
-    assert Counter(ids[epochs == 0].tolist()) == Counter(set(range(len(source))) - held)
+    epochs, ids = stream.get_samples(torch.arange(STEPS * 16))
+    assert [one for row in updates_seen for one in row[0]] == epochs.tolist()
+    assert [one for row in updates_seen for one in row[1]] == ids.tolist()
+    held_out = set(stream.get_held_out_ids().tolist())
+    assert Counter(ids[epochs == 0].tolist()) == Counter(set(range(len(source))) - held_out)
 
 
-def test_the_order_is_settled_at_the_first_start(tmp_path):
+def test_the_order_is_fixed_at_the_first_start(tmp_path):
     folder = shards(tmp_path / "s", COUNTS)
     auto = {"shuffle": "auto", "steps": 2, "checkpoint_every": 2}
     qv.pretrain(tiny(tmp_path / "run", f"file://{folder}", **auto))
-    state = checkpoint.load(checkpoint.newest(tmp_path / "run" / "checkpoints")).state
+    state = checkpoint.load(checkpoint.find_newest(tmp_path / "run" / "checkpoints")).state
     assert state["resolved"]["shuffle"] == "shards"
     assert qv.pretrain(tiny(tmp_path / "run", str(folder), **auto)).status == "complete"  # it was copied here
     for other in ({"shuffle": "full"}, {"shuffle_shards": 3}):
         with pytest.raises(UserError, match=next(iter(other))):
             qv.pretrain(tiny(tmp_path / "run", str(folder), **{**auto, **other}))
     qv.pretrain(tiny(tmp_path / "local", str(folder), **auto))
-    state = checkpoint.load(checkpoint.newest(tmp_path / "local" / "checkpoints")).state
+    state = checkpoint.load(checkpoint.find_newest(tmp_path / "local" / "checkpoints")).state
     assert state["resolved"]["shuffle"] == "full"
 
 
-def test_oddities_are_told_and_packing_takes_shards(tmp_path, capsys):
+def test_faults_are_printed_and_shards_can_be_packed(tmp_path, capsys):
     from quarterview.cli import run
 
     folder = shards(tmp_path / "s", (6, 6))
     cut = (folder / "001.tar").read_bytes()[:4640]
     (folder / "001.tar").write_bytes(cut)
     assert run(["pack", f"{folder}/*.tar", "--out", str(tmp_path / "store"), "--workers", "0"]) == 0
-    said = capsys.readouterr().out
-    assert "indexing 2 of 2 tar shards" in said
-    assert "1 in tar shards: cut off before its end (001.tar: 000002.png" in said
+    output = capsys.readouterr().out
+    assert "Indexing 2 of 2 tar shards" in output
+    assert "1 in tar shards: cut off before its end (001.tar: 000002.png" in output
     store, source = open_source(str(tmp_path / "store"), 3), open_source(str(folder), 3)
     assert [store.name(i) for i in range(len(store))] == [source.name(i) for i in range(len(source))]
     assert [store.label(i) for i in range(len(store))] == [source.label(i) for i in range(len(source))]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quarterview.data.sources.torchvision_sets import SETS, TorchvisionSource
+from quarterview.data.sources.torchvision_sets import DATASETS, TorchvisionSource
 from quarterview.errors import UserError
 
 
@@ -23,14 +23,14 @@ def random_bytes(*shape: int) -> np.ndarray:
 
 
 def write_cifar10(root: Path, **more: object) -> np.ndarray:
-    """The folder as the archive unpacks, with two images a batch; returns those of training."""
+    """Write the folder of the unpacked archive, two images per batch, and return the training images."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(exist_ok=True)
     data = random_bytes(12, 3072)
-    for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
-        rows = data[2 * number : 2 * number + 2]
+    for index, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        rows = data[2 * index : 2 * index + 2]
         (folder / name).write_bytes(
-            pickle.dumps({"data": rows, "labels": [number, 9 - number], **more}, protocol=2)
+            pickle.dumps({"data": rows, "labels": [index, 9 - index], **more}, protocol=2)
         )
     names = {"label_names": [f"class {i}" for i in range(10)]}
     (folder / "batches.meta").write_bytes(pickle.dumps(names, protocol=2))
@@ -71,7 +71,7 @@ class Hostile:
 
 def test_a_hostile_cifar_executes_nothing(root):
     write_cifar10(root, filenames=Hostile(root / "executed"))
-    with pytest.raises(UserError, match=r"data_batch_1 .* it asks for posix\.system"):
+    with pytest.raises(UserError, match=r"data_batch_1 .* it refers to posix\.system"):
         TorchvisionSource("CIFAR10", 3)
     assert not (root / "executed").exists()
 
@@ -99,7 +99,7 @@ def test_mnist(root, channels):
     assert source.classes[3] == "3 - three"
 
 
-def test_usps_has_no_names_for_its_classes(root):
+def test_usps_has_no_class_names(root):
     line = " ".join(["10", *(f"{i}:{-1.0}" for i in range(1, 257))])
     (root / "usps.bz2").write_bytes(bz2.compress(f"{line}\n".encode()))
     source = TorchvisionSource("USPS", 1)
@@ -124,7 +124,7 @@ def test_sets_of_image_files(root):
     assert [int(source.image(i).pixels[0, 0, 0]) for i in range(2)] == [0, 1]
 
 
-def test_sources_travel_without_their_images(root):
+def test_the_pickled_source_does_not_contain_images(root):
     images = write_mnist(root)
     source = TorchvisionSource("MNIST", 1)
     text = pickle.dumps(source)
@@ -137,19 +137,21 @@ def test_sources_travel_without_their_images(root):
 def test_unknown_sets_and_splits():
     with pytest.raises(UserError, match="Did you mean 'CIFAR10'"):
         TorchvisionSource("CIFAR11", 3)
-    with pytest.raises(UserError, match=r"unknown split of STL10 'unlabelled'.*'unlabeled'"):
+    with pytest.raises(UserError, match=r"Unknown split of STL10 'unlabelled'.*'unlabeled'"):
         TorchvisionSource("stl10", 3, "unlabelled")
 
 
 @pytest.mark.parametrize("name", ["MNIST", "CIFAR10", "DTD"])
-def test_what_can_neither_be_found_nor_fetched(root, monkeypatch, name):
+def test_a_missing_data_set_that_cannot_be_downloaded(root, monkeypatch, name):
     (root / "file").write_text("no folder")
     monkeypatch.setenv("QUARTERVIEW_DATA", str(root / "file" / "data"))  # nothing can be written there
-    with pytest.raises(UserError, match=f"the set {name} is not in .*file/data and could not be fetched: "):
+    with pytest.raises(
+        UserError, match=f"The data set {name} is not in .*file/data, and the download failed: "
+    ):
         TorchvisionSource(name, 3)
 
 
 def test_every_set_is_one_of_torchvision():
     datasets = pytest.importorskip("torchvision.datasets")
-    assert all(hasattr(datasets, name) for name in SETS)
-    assert all(splits for splits in SETS.values())
+    assert all(hasattr(datasets, name) for name in DATASETS)
+    assert all(splits for splits in DATASETS.values())

@@ -1,4 +1,4 @@
-"""The configurations of evaluation: their flags, their markers, and that they need no torch."""
+"""Configurations of evaluation: flags, markers, and import without torch."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from quarterview.commands.config import (
     ReconstructCommandConfig,
     RobustnessCommandConfig,
 )
-from quarterview.config import MAY_CHANGE, PATH, field_specs
+from quarterview.config import MAY_CHANGE, PATH, get_field_specs
 from quarterview.errors import UserError
 from quarterview.evaluation.config import OnlineProbeConfig
 
@@ -25,31 +25,31 @@ COMPOSED = (
 )
 
 
-@pytest.mark.parametrize("kind", COMPOSED)
-def test_flags_are_unique_and_have_help(kind):
-    names = [name for part in kind().parts().values() for name in field_specs(type(part))]
+@pytest.mark.parametrize("config_class", COMPOSED)
+def test_flags_are_unique_and_have_help(config_class):
+    names = [name for part in config_class().parts().values() for name in get_field_specs(type(part))]
     assert [name for name, count in Counter(names).items() if count > 1] == []
-    assert [name for name, spec in kind().specs().items() if not spec.help] == []
-    assert "run" in kind().marked(PATH)
-    assert kind.from_plain(kind().to_plain()) == kind()
+    assert [name for name, spec in config_class().specs().items() if not spec.help] == []
+    assert "run" in config_class().flags_marked(PATH)
+    assert config_class.from_dict(config_class().to_dict()) == config_class()
 
 
-def test_configurations_need_no_torch():
+def test_configurations_do_not_import_torch():
     script = "import sys, quarterview.commands.config; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False"]
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert process.stdout.split() == ["False"]
 
 
-def test_what_is_probed_may_change_when_a_run_is_resumed():
-    assert all(MAY_CHANGE in spec.markers for spec in field_specs(OnlineProbeConfig).values())
+def test_the_probe_may_change_when_a_run_is_resumed():
+    assert all(MAY_CHANGE in spec.markers for spec in get_field_specs(OnlineProbeConfig).values())
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         ("knn", "RUN is missing"),
         ("linear --protocol paper", "RUN is missing"),
-        ("knn RUN --k 0", "--k 0 is no number of neighbours"),
+        ("knn RUN --k 0", "--k is 0. Give one or more numbers, each at least 1"),
         ("linear RUN --epochs 0", "--epochs 0"),
         ("knn RUN --crop-pct 2", "--crop-pct 2"),
         ("robustness", "RUN is missing"),
@@ -59,9 +59,9 @@ def test_what_is_probed_may_change_when_a_run_is_resumed():
         ("reconstruct", "RUN is missing"),
     ],
 )
-def test_wrong_flags_end_with_2_and_a_reason(words, said, capsys):
-    assert cli.run(words.split()) == 2
-    assert said in " ".join(capsys.readouterr().err.split())
+def test_invalid_flags_exit_with_code_2_and_a_message(arguments, message, capsys):
+    assert cli.run(arguments.split()) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_every_flag_reaches_the_configuration():

@@ -1,4 +1,4 @@
-"""Embeddings: what is in the shards, and that no kill can be seen in them."""
+"""Embeddings: content of the shards, and identical bytes after kills."""
 
 import json
 import multiprocessing
@@ -15,17 +15,17 @@ import pytest
 import torch
 from PIL import Image
 
-from quarterview.data.loader import central
+from quarterview.data.loader import resized_center_crop
 from quarterview.data.sources.open import open_source
-from quarterview.data.transforms.crop import normalise, to_float
+from quarterview.data.transforms.crop import normalize, to_float
 from quarterview.errors import RunError, UserError
 from quarterview.evaluation.config import EmbedConfig
-from quarterview.evaluation.embed import embed, shard_ranges
+from quarterview.evaluation.embed import compute_shard_ranges, embed
 from quarterview.models.create import create_model
 from quarterview.training import checkpoint
-from quarterview.weights.loading import load, metadata, read
+from quarterview.weights.loading import load, make_metadata, read_weights
 
-# A server that has imported everything and run nothing forks the processes that are killed here.
+# A fork server that has imported the package, but not used it, forks the processes that are killed.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["quarterview.evaluation.embed"])
 
@@ -38,13 +38,13 @@ def run(tmp_path):
     small = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "image_size": 16}
     model = create_model("mae_vit_32x2x2_patch8", **small, mean=MEAN, std=STD)
     folder = tmp_path / "run" / "checkpoints"
-    checkpoint.save(folder, 1, {"model": model.state_dict()}, {"step": 1}, metadata(model.config))
+    checkpoint.save(folder, 1, {"model": model.state_dict()}, {"step": 1}, make_metadata(model.config))
     return tmp_path / "run"
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """Forty pictures of two classes, three of which cannot be read."""
+    """Forty images of two classes, three of which are unreadable."""
     generator = np.random.default_rng(0)
     for i in range(40):
         folder = tmp_path / "photos" / "ab"[i % 2]
@@ -62,7 +62,7 @@ def config(run, data, out, **changes):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """All that a folder shows."""
+    """The content of all files that are not hidden, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 
@@ -71,14 +71,14 @@ def column(folder: Path, name: str) -> list:
     return [value for shard in shards for value in pq.read_table(shard).column(name).to_pylist()]
 
 
-# ---------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------- content
 
 
-def expected(model, source, ids, features, block):
-    """Tokens by the model's own parts, in float32."""
-    pixels = torch.stack([central(source.image(i).pixels, (16, 16)) for i in ids])
+def compute_reference(model, source, ids, features, block):
+    """Features computed with the layers of the model, in float32."""
+    pixels = torch.stack([resized_center_crop(source.image(i).pixels, (16, 16)) for i in ids])
     with torch.no_grad():
-        images = normalise(to_float(pixels), MEAN, STD)
+        images = normalize(to_float(pixels), MEAN, STD)
         x = model.patch_embed(model.patchify(images)) + model.pos_embed[:, 1:]
         x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], dim=1)  # its position is 0
         for module in model.blocks[:block]:
@@ -104,15 +104,15 @@ def test_the_rows_are_the_readable_images_in_order(run, photos, tmp_path, featur
     assert ids == sorted(ids)
     assert column(out, "name") == [source.name(i) for i in ids]
     assert column(out, "label") == [source.label(i) for i in ids]
-    found = np.array(column(out, "embedding"))
-    assert found.shape == (37, *shape)
-    reference = expected(model, source, ids, features, block)
-    assert np.abs(found - reference).max() < 0.06  # bf16 where the machine has it
-    assert np.corrcoef(found.ravel(), reference.ravel())[0, 1] > 0.999
-    kind = pq.read_schema(out / record["shards"][0]).field("embedding").type
-    while pa.types.is_fixed_size_list(kind):
-        kind = kind.value_type
-    assert kind == {"float32": pa.float32(), "float16": pa.float16()}[dtype]
+    embeddings = np.array(column(out, "embedding"))
+    assert embeddings.shape == (37, *shape)
+    reference = compute_reference(model, source, ids, features, block)
+    assert np.abs(embeddings - reference).max() < 0.06  # bf16 if the machine supports it
+    assert np.corrcoef(embeddings.ravel(), reference.ravel())[0, 1] > 0.999
+    arrow_type = pq.read_schema(out / record["shards"][0]).field("embedding").type
+    while pa.types.is_fixed_size_list(arrow_type):
+        arrow_type = arrow_type.value_type
+    assert arrow_type == {"float32": pa.float32(), "float16": pa.float16()}[dtype]
 
     assert record == json.loads((out / "embed.json").read_text())
     assert record["complete"]
@@ -121,7 +121,7 @@ def test_the_rows_are_the_readable_images_in_order(run, photos, tmp_path, featur
     assert all(row["reason"] and row["name"] == source.name(row["id"]) for row in record["unreadable"])
     assert record["classes"] == ["a", "b"]
     assert record["settings"]["data_fingerprint"] == source.fingerprint()
-    assert record["settings"]["weights"] == read(next(run.rglob("model.safetensors"))).digest
+    assert record["settings"]["weights"] == read_weights(next(run.rglob("model.safetensors"))).digest
     assert sorted(files(out)) == ["embed.json", *record["shards"]]
     assert [pq.read_metadata(out / name).num_rows for name in record["shards"]] == [
         sum(16 * i <= sample < 16 * (i + 1) for sample in ids) for i in range(3)
@@ -140,22 +140,22 @@ def test_images_without_labels_have_none(run, tmp_path):
 
 def test_shards_cover_every_image_once():
     for images, size in [(1, 1), (7, 3), (16, 16), (17, 16), (100, 1000)]:
-        ranges = shard_ranges(images, size)
+        ranges = compute_shard_ranges(images, size)
         assert [i for ids in ranges.values() for i in ids] == list(range(images))
         assert list(ranges) == sorted(ranges)
         assert all(name.endswith(f"-of-{len(ranges):05d}.parquet") for name in ranges)
 
 
-# ---------------------------------------------------------------------- again
+# ---------------------------------------------------------------------- repeated commands
 
 
-def test_progress_is_told_shard_by_shard(run, photos, tmp_path):
-    told = []
-    embed(config(run, photos, tmp_path / "out"), lambda *counts: told.append(counts))
-    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+def test_progress_is_reported_after_each_shard(run, photos, tmp_path):
+    calls = []
+    embed(config(run, photos, tmp_path / "out"), lambda *counts: calls.append(counts))
+    assert calls == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
-def test_again_is_nothing_and_a_lost_shard_comes_back_the_same(run, photos, tmp_path):
+def test_a_repeated_command_changes_nothing_and_restores_a_deleted_shard(run, photos, tmp_path):
     out = tmp_path / "out"
     embed(config(run, photos, out))
     before, times = files(out), {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
@@ -167,88 +167,88 @@ def test_again_is_nothing_and_a_lost_shard_comes_back_the_same(run, photos, tmp_
     assert files(out) == before
 
 
-def test_other_settings_or_weights_are_refused_and_named(run, photos, tmp_path):
+def test_different_settings_or_weights_are_refused_and_named(run, photos, tmp_path):
     out = tmp_path / "out"
     embed(config(run, photos, out))
     before = files(out)
     for changes, message in [
-        ({"features": "cls"}, "features mean there, cls here"),
-        ({"block": 1}, "block None there, 1 here"),
-        ({"dtype": "float16"}, "dtype float32 there, float16 here"),
-        ({"shard_size": 8}, "shard_size 16 there, 8 here"),
-        ({"data": ("shapes:40",)}, r"data_fingerprint .* there"),
+        ({"features": "cls"}, "features was mean and is now cls"),
+        ({"block": 1}, "block was None and is now 1"),
+        ({"dtype": "float16"}, "dtype was float32 and is now float16"),
+        ({"shard_size": 8}, "shard_size was 16 and is now 8"),
+        ({"data": ("shapes:40",)}, r"data_fingerprint was .* and is now "),
     ]:
         with pytest.raises(UserError, match=message):
             embed(replace(config(run, photos, out), **changes))
     file = next(run.rglob("model.safetensors"))
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(UserError, match=r"weights .* there, .* here; accepted"):
+    with pytest.raises(UserError, match=r"weights was .* and is now .*\. Give the same settings"):
         embed(config(run, photos, out))
     assert files(out) == before
 
 
-def test_requests_that_cannot_be_met(run, photos, tmp_path):
+def test_invalid_requests_are_refused(run, photos, tmp_path):
     with pytest.raises(UserError, match="--block 3 is more than the 2 blocks"):
         embed(config(run, photos, tmp_path / "out", block=3))
     with pytest.raises(UserError, match="--shard-size 0"):
         config(run, photos, tmp_path / "out", shard_size=0)
-    with pytest.raises(UserError, match="holds other things, such as a"):
+    with pytest.raises(UserError, match="has other files, such as a"):
         embed(config(run, photos, photos))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.png").write_bytes(b"none")
-    with pytest.raises(UserError, match="none of the images"):
+    with pytest.raises(UserError, match="None of the images"):
         embed(config(run, tmp_path / "broken", tmp_path / "out"))
     (tmp_path / "out" / "embed.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         embed(config(run, photos, tmp_path / "out"))
 
 
-def test_numbers_that_do_not_fit_are_never_written(run, photos, tmp_path):
+def test_embeddings_that_are_not_finite_or_do_not_fit_are_never_written(run, photos, tmp_path):
     file = next(run.rglob("model.safetensors"))
     model = load(run)
     for scale, dtype, error in [(1e6, "float16", UserError), (float("nan"), "float32", RunError)]:
         model.norm.bias.data.fill_(scale)
-        checkpoint.save(file.parents[1], 1, {"model": model.state_dict()}, {}, metadata(model.config))
-        with pytest.raises(error, match=r"float16|no number"):
+        checkpoint.save(file.parents[1], 1, {"model": model.state_dict()}, {}, make_metadata(model.config))
+        with pytest.raises(error, match=r"float16|not finite"):
             embed(config(run, photos, tmp_path / dtype, dtype=dtype))
         assert not list((tmp_path / dtype).glob("*.parquet"))
 
 
-# ---------------------------------------------------------------------- killed
+# ---------------------------------------------------------------------- kills
 
 
-def life(settings: EmbedConfig) -> None:
+def run_embed(settings: EmbedConfig) -> None:
     torch.set_num_threads(1)
     embed(settings)
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_the_bytes_are_the_same(run, photos, tmp_path):
+def test_the_bytes_are_the_same_after_repeated_kills(run, photos, tmp_path):
     changes = {"shard_size": 6, "batch_size": 4, "features": "tokens"}
     embed(config(run, photos, tmp_path / "whole", **changes))
-    whole, dice, killed, seen = files(tmp_path / "whole"), random.Random(0), 0, set()
+    whole, generator, num_killed, file_counts = files(tmp_path / "whole"), random.Random(0), 0, set()
     parts = tmp_path / "parts"
     for _ in range(40):
-        have = len(list(parts.glob("*.parquet")))
-        process = CONTEXT.Process(target=life, args=(config(run, photos, parts, **changes),))
+        before = len(list(parts.glob("*.parquet")))
+        process = CONTEXT.Process(target=run_embed, args=(config(run, photos, parts, **changes),))
         process.start()
-        until = time.monotonic() + 60
-        while process.is_alive() and len(list(parts.glob("*.parquet"))) < have + dice.randint(1, 4):
-            assert time.monotonic() < until
+        deadline = time.monotonic() + 60
+        while process.is_alive() and len(list(parts.glob("*.parquet"))) < before + generator.randint(1, 4):
+            assert time.monotonic() < deadline
             time.sleep(0.001)
-        time.sleep(dice.uniform(0, 0.01))
+        time.sleep(generator.uniform(0, 0.01))
         process.kill()
         process.join(60)
         assert process.exitcode in (-signal.SIGKILL, 0)
-        killed += process.exitcode != 0
-        now = files(parts)
-        assert all(whole[name] == content for name, content in now.items() if name.endswith(".parquet"))
-        seen.add(len(now))
+        num_killed += process.exitcode != 0
+        current = files(parts)
+        assert all(whole[name] == content for name, content in current.items() if name.endswith(".parquet"))
+        file_counts.add(len(current))
         if process.exitcode == 0:
             break
-    assert killed >= 3
-    assert len(seen) >= 3
+    assert num_killed >= 3
+    assert len(file_counts) >= 3
     embed(config(run, photos, parts, **changes))
     assert files(parts) == whole
     assert not list(parts.glob("*.partial"))

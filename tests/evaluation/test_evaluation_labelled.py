@@ -1,4 +1,4 @@
-"""A training and a test set of labelled images: what is refused, what is chosen, what is recorded."""
+"""Labelled training and test sets: checks, choice of images, and description."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from quarterview.errors import UserError
-from quarterview.evaluation.labelled import choose_labelled, open_split, read_labels
+from quarterview.evaluation.labelled import choose_labeled, open_split, read_labels
 
 
 def folder(path, *classes):
@@ -22,60 +22,60 @@ def arrays(path, labels):
     return (str(path),)
 
 
-def test_a_split_knows_its_classes_and_its_record(tmp_path):
+def test_a_split_has_classes_and_a_description(tmp_path):
     train, test = folder(tmp_path / "a", "cat", "dog"), folder(tmp_path / "b", "cat", "dog")
     split = open_split(train, test, 3)
-    assert (split.num_classes, split.classes, split.class_names) == (2, 2, ("cat", "dog"))
+    assert (split.num_classes, split.num_train_classes, split.class_names) == (2, 2, ("cat", "dog"))
     assert split.train_labels.tolist() == split.test_labels.tolist() == [0, 0, 1, 1]
-    assert torch.equal(split.choose(2, 5), choose_labelled(split.train_labels, 2, 5))
+    assert torch.equal(split.choose_labeled(2, 5), choose_labeled(split.train_labels, 2, 5))
     fingerprints = [source.fingerprint() for source in (split.train, split.test)]
-    assert split.record(3) == {
+    assert split.describe(3) == {
         "train": {"specs": list(train), "fingerprint": fingerprints[0], "images": 4, "labelled": 3},
         "test": {"specs": list(test), "fingerprint": fingerprints[1], "images": 4},
     }
-    assert split.record()["train"]["labelled"] == 4
+    assert split.describe()["train"]["labelled"] == 4
 
 
-def test_classes_without_names_are_numbers(tmp_path):
+def test_classes_without_names_are_counted_by_label(tmp_path):
     split = open_split(arrays(tmp_path / "a.npz", [0, 3, 3]), arrays(tmp_path / "b.npz", [1, 5]), 3)
-    assert (split.num_classes, split.classes, split.class_names) == (6, 2, None)
+    assert (split.num_classes, split.num_train_classes, split.class_names) == (6, 2, None)
 
 
-def test_different_classes_are_named_with_their_sets(tmp_path):
+def test_different_classes_are_refused_with_their_names_and_sets(tmp_path):
     cats = folder(tmp_path / "cats", "cat", "dog", "fox")
-    for other, said in (
+    for other, message in (
         (("cat", "emu"), r"'dog', 'fox' only in --train .*cats; 'emu' only in --test .*other"),
         (("cat", "dog"), r"'fox' only in --train .*cats\."),
         (tuple("abcdefgh"), r"'a', 'b', 'c', 'd', 'e' and 3 more only in --test"),
     ):
         test = folder(tmp_path / f"other{len(other)}{other[1]}", *other)
-        with pytest.raises(UserError, match=f"have different classes: .*{said}"):
+        with pytest.raises(UserError, match=f"have different classes: .*{message}"):
             open_split(cats, test, 3)
     with pytest.raises(UserError, match=r"--probe-train .* and --probe-test .* have different classes"):
         open_split(cats, test, 3, ("--probe-train", "--probe-test"))
 
 
-def test_labels_that_a_classifier_cannot_have_are_refused(tmp_path):
+def test_labels_that_do_not_fit_a_classifier_are_refused(tmp_path):
     good = arrays(tmp_path / "good.npz", [0, 1, 2])
     with pytest.raises(UserError, match=r"--train .*one.npz has images of one class only"):
         open_split(arrays(tmp_path / "one.npz", [3, 3]), good, 3)
-    for train, test, said in (
+    for train, test, message in (
         (
             folder(tmp_path / "named", "cat", "dog"),
             good,
-            r"--test .* has the label 2, and there are 2 classes",
+            r"--test .* has the label 2, but there are 2 classes",
         ),
         ((), good, "--train is missing"),
         (good, (), "--test is missing"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             open_split(train, test, 3)
     np.save(tmp_path / "none.npy", np.zeros((4, 8, 8, 3), np.uint8))
     with pytest.raises(UserError, match="no labels"):
         open_split(good, (str(tmp_path / "none.npy"),), 3)
 
 
-def test_labels_below_0_are_refused():
+def test_negative_labels_are_refused():
     class Negative:
         classes, __len__, label = None, lambda self: 3, lambda self, i: i - 1
 
@@ -83,7 +83,7 @@ def test_labels_below_0_are_refused():
         read_labels(Negative(), "--train a")
 
 
-def test_a_classifier_that_exists_must_have_these_classes(tmp_path):
+def test_an_existing_classifier_must_have_the_same_classes(tmp_path):
     train, test = folder(tmp_path / "a", "cat", "dog"), folder(tmp_path / "b", "cat", "dog")
     named = open_split(train, test, 3)
     named.check_classifier(2, ("cat", "dog"))
@@ -92,26 +92,26 @@ def test_a_classifier_that_exists_must_have_these_classes(tmp_path):
         named.check_classifier(2, ("cat", "emu"))
     with pytest.raises(UserError, match=r"class 0 is 'cat' in --train and 'dog' in the classifier"):
         named.check_classifier(2, ("dog", "cat"))
-    numbers = open_split(arrays(tmp_path / "a.npz", [0, 1]), arrays(tmp_path / "b.npz", [0, 4]), 3)
-    with pytest.raises(UserError, match=r"--test has the label 4, and there are 3 classes"):
-        numbers.check_classifier(3)
-    numbers.check_classifier(5, tuple("abcde"))
+    numbered = open_split(arrays(tmp_path / "a.npz", [0, 1]), arrays(tmp_path / "b.npz", [0, 4]), 3)
+    with pytest.raises(UserError, match=r"--test has the label 4, but there are 3 classes"):
+        numbered.check_classifier(3)
+    numbered.check_classifier(5, tuple("abcde"))
 
 
 @pytest.mark.parametrize("count", [10, 25, 60, None])
 def test_labelled_images_are_balanced_and_keyed(count):
     labels = torch.arange(100) % 5
-    chosen = choose_labelled(labels, count, seed=3)
+    chosen = choose_labeled(labels, count, seed=3)
     assert len(chosen.unique()) == len(chosen) == (count or 100)
     per_class = labels[chosen].bincount()
     assert per_class.max() - per_class.min() <= 1
-    assert torch.equal(chosen, choose_labelled(labels, count, seed=3))
+    assert torch.equal(chosen, choose_labeled(labels, count, seed=3))
     if count is not None:
-        assert not torch.equal(chosen, choose_labelled(labels, count, seed=4))
-        larger = choose_labelled(labels, count + 10, seed=3)
-        assert set(chosen.tolist()) < set(larger.tolist())  # more labels contain fewer
+        assert not torch.equal(chosen, choose_labeled(labels, count, seed=4))
+        larger = choose_labeled(labels, count + 10, seed=3)
+        assert set(chosen.tolist()) < set(larger.tolist())  # a larger choice contains a smaller one
 
 
 def test_more_labels_than_images_is_an_error():
-    with pytest.raises(UserError, match="at most 4"):
-        choose_labelled(torch.zeros(4, dtype=torch.int64), 5, 0)
+    with pytest.raises(UserError, match=r"--labels 5 is more than the 4 images\. Give at most 4"):
+        choose_labeled(torch.zeros(4, dtype=torch.int64), 5, 0)

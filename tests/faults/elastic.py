@@ -33,8 +33,8 @@ rendezvous, and it has not said yet how many ranks it brings; at ``_start_worker
 
 
 def note_and_hold(folder: Path) -> None:
-    """Write down ``[step, rank, ranks]`` before every step, and wait at some."""
-    real, gone = Trainer._update, folder / "lost"
+    """Record ``[step, rank, ranks]`` before every step, and wait at some."""
+    real, gone = Trainer._run_update, folder / "lost"
 
     def update(self: Trainer, batch: object) -> None:
         world = self.world
@@ -49,7 +49,7 @@ def note_and_hold(folder: Path) -> None:
             time.sleep(1)  # alone because the other machine is late: do not end before it has come
         real(self, batch)
 
-    Trainer._update = update
+    Trainer._run_update = update
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Processes for the tests of faults: ranks that train together, forked from one that has imported all.
+"""Processes for the fault tests: ranks that train together, forked from a process that imported everything.
 
 The setup of docs/reliability.md: width 64, depth 2, 256 generated images, float32, one thread, gloo.
 """
@@ -66,7 +66,7 @@ def _rank(
 def begin(
     given: qv.PretrainConfig, size: int, log: Path, prepare: Prepare | None = None
 ) -> list[BaseProcess]:
-    """Start `size` ranks of a run; what each says goes to ``log/rank0.out``, …"""
+    """Start `size` ranks of a run, with their output in ``log/rank0.out``, …"""
     log.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -80,7 +80,7 @@ def begin(
 
 
 def end(processes: list[BaseProcess], seconds: float = 300.0) -> list[int | None]:
-    """The exit codes of processes, of which none may live longer than that."""
+    """Wait for processes and return their exit codes; fail after `seconds`."""
     try:
         for process in processes:
             process.join(seconds)
@@ -92,19 +92,19 @@ def end(processes: list[BaseProcess], seconds: float = 300.0) -> list[int | None
 
 
 def train(given: qv.PretrainConfig, size: int, log: Path, prepare: Prepare | None = None) -> list[int | None]:
-    """Train on so many ranks until all of them end."""
+    """Train on `size` ranks and return their exit codes."""
     return end(begin(given, size, log, prepare))
 
 
 def said(log: Path, rank: int = 0) -> str:
-    """What a rank has printed, and the error that it ended with."""
+    """Return the output of a rank, with the error that it ended with."""
     path = log / f"rank{rank}.out"
     return path.read_text() if path.exists() else ""
 
 
 @contextlib.contextmanager
 def killing(processes: list[BaseProcess]) -> Iterator[None]:
-    """Whatever happens within, no process is left."""
+    """Kill the processes at the end of this context."""
     try:
         yield
     finally:
@@ -114,15 +114,15 @@ def killing(processes: list[BaseProcess]) -> Iterator[None]:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a run's newest checkpoint: weights, optimiser, moving average."""
-    newest = checkpoint.newest(folder / "checkpoints")
+    """Return all tensors of a run's newest checkpoint: weights, optimizer state, moving average."""
+    newest = checkpoint.find_newest(folder / "checkpoints")
     assert newest is not None
     loaded = checkpoint.load(newest)
     return {f"{kind}/{name}": t for kind, named in loaded.tensors.items() for name, t in named.items()}
 
 
 def different(one: Path, two: Path) -> list[str]:
-    """The names of the tensors that are not bit-equal in the newest checkpoints of two runs."""
+    """Return the names of tensors that are not bit-equal in the newest checkpoints of two runs."""
     a, b = tensors(one), tensors(two)
     assert a.keys() == b.keys()
     return [name for name in a if not torch.equal(a[name], b[name])]

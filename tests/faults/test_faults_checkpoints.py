@@ -1,4 +1,5 @@
-"""Checkpoints that are interrupted, damaged or do not fit: rows 1, 4, 5 and 6 of docs/reliability.md."""
+"""Tests of interrupted and damaged checkpoints and of full disks: rows 1, 4, 5 and 6 of
+docs/reliability.md."""
 
 import os
 import random
@@ -18,19 +19,19 @@ from quarterview.errors import RunError, UserError
 from quarterview.training import checkpoint
 from quarterview.training.metric_writers import read_metrics as metrics
 from quarterview.training.trainer import Trainer
-from quarterview.training.writer import Writer
+from quarterview.training.writer import CheckpointWriter
 
 
 def once_at(step: int, act) -> None:
-    """Do something in this process after an update."""
-    real = Trainer._update
+    """Call a function in this process after an update."""
+    real = Trainer._run_update
 
     def update(self, batch):
         real(self, batch)
         if self.step == step:
             act()
 
-    Trainer._update = update
+    Trainer._run_update = update
 
 
 def terminate() -> None:
@@ -47,14 +48,14 @@ def terminated_at_12(rank: int, log: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """A run that nothing disturbs."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("alone")
     assert train(config(folder / "run"), 1, folder) == [0]
     return folder / "run"
 
 
-def test_7_and_5_and_8_steps_are_20(tmp_path, alone):
-    """Both stops lie in the first epoch, which is 15 and a half steps long."""
+def test_a_run_stopped_twice_equals_an_uninterrupted_run(tmp_path, alone):
+    """Both stops are in the first epoch, which has 15.5 steps."""
     for part, prepare in enumerate([terminated_at_7, terminated_at_12, None]):
         codes = train(config(tmp_path / "run", workers=part), 1, tmp_path, prepare)
         assert codes == [75 if prepare else 0], said(tmp_path)
@@ -62,7 +63,7 @@ def test_7_and_5_and_8_steps_are_20(tmp_path, alone):
     assert [row["loss"] for row in metrics(tmp_path / "run")] == [row["loss"] for row in metrics(alone)]
 
 
-def test_asked_to_stop_a_run_has_saved_and_gone_within_ten_seconds(tmp_path):
+def test_a_stopped_run_saves_and_ends_within_ten_seconds(tmp_path):
     processes = begin(config(tmp_path / "run", steps=100_000, checkpoint_every=90_000), 1, tmp_path)
     with killing(processes):
         wait_for_row(tmp_path / "run", 3)
@@ -70,8 +71,8 @@ def test_asked_to_stop_a_run_has_saved_and_gone_within_ten_seconds(tmp_path):
         os.kill(processes[0].pid, signal.SIGTERM)
         assert end(processes, 60) == [75]
     assert time.monotonic() - began < 10
-    step = checkpoint.steps(tmp_path / "run" / "checkpoints")[-1]
-    assert f"stopped by SIGTERM after step {step}" in said(tmp_path)
+    step = checkpoint.list_steps(tmp_path / "run" / "checkpoints")[-1]
+    assert f"Stopped by SIGTERM after step {step}" in said(tmp_path)
 
 
 def wait_for_row(folder: Path, step: int) -> None:
@@ -85,35 +86,35 @@ def wait_for_row(folder: Path, step: int) -> None:
 
 
 def keep_saving(folder: Path) -> None:
-    """Checkpoints of 4 MB, one after the other, until killed."""
-    writer = Writer(folder, 2, None, {})
+    """Save checkpoints of 4 MB, one after the other, until killed."""
+    writer = CheckpointWriter(folder, 2, None, {})
     for step in range(1, 100_000):
         tensors = {"model": {"a": torch.full((1000, 1000), float(step))}}
         writer.save(step, tensors, {"step": step})
 
 
 @pytest.mark.slow
-def test_killed_at_20_random_points_of_a_save_the_newest_checkpoint_is_whole(tmp_path):
+def test_the_newest_checkpoint_is_complete_after_kills_during_a_save(tmp_path):
     dice = random.Random(0)
     for life in range(20):
         process = CONTEXT.Process(target=keep_saving, args=(tmp_path,))
         process.start()
         try:
             until = time.monotonic() + 300
-            before = checkpoint.newest(tmp_path)
-            while checkpoint.newest(tmp_path) in (None, before):
+            before = checkpoint.find_newest(tmp_path)
+            while checkpoint.find_newest(tmp_path) in (None, before):
                 assert time.monotonic() < until
                 time.sleep(0.001)
             time.sleep(dice.uniform(0, 0.05))
         finally:
             process.kill()
             process.join()
-        newest = checkpoint.newest(tmp_path)
+        newest = checkpoint.find_newest(tmp_path)
         assert newest is not None
-        checkpoint.check(newest)
+        checkpoint.verify(newest)
         loaded = checkpoint.load(newest)
         assert bool((loaded.tensors["model"]["a"] == loaded.state["step"]).all()), life
-        for path in checkpoint.steps(tmp_path):  # the next life begins at step 1
+        for path in checkpoint.list_steps(tmp_path):  # the next life begins at step 1
             checkpoint._remove(tmp_path / f"step-{path:08d}")
 
 
@@ -158,7 +159,7 @@ DAMAGES += [leave_a_file_out_of_the_sums, name_a_device_in_the_sums]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, damage):
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, capsys, damage):
     for step in (10, 15):
         checkpoint.save(
             tmp_path / "checkpoints",
@@ -169,17 +170,17 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, dam
         )
     newest = tmp_path / "checkpoints" / "step-00000015"
     damage(newest)
-    found, lines = checkpoint.newest_whole(tmp_path / "checkpoints")
+    found, lines = checkpoint.find_newest_undamaged(tmp_path / "checkpoints")
     assert found == newest.with_name("step-00000010")
-    assert "step-00000015 is damaged (" in lines[0]
-    assert "set aside as damaged-step-00000015, and the run goes on from step-00000010" in lines[0]
+    assert "step-00000015 is damaged: " in lines[0]
+    assert "renamed to damaged-step-00000015, and the run resumes from step-00000010" in lines[0]
     assert (tmp_path / "checkpoints" / "last").resolve() == found.resolve()
     assert (tmp_path / "checkpoints" / "damaged-step-00000015").is_dir()
-    assert checkpoint.newest_whole(tmp_path / "checkpoints") == (found, [])  # said once
+    assert checkpoint.find_newest_undamaged(tmp_path / "checkpoints") == (found, [])  # said once
 
 
 @pytest.mark.slow
-def test_a_run_with_a_damaged_checkpoint_ends_as_it_would_have(tmp_path, alone):
+def test_a_run_with_a_damaged_checkpoint_equals_an_undamaged_run(tmp_path, alone):
     assert train(config(tmp_path / "run"), 1, tmp_path, terminated_at_12) == [75]
     flip_a_bit(tmp_path / "run" / "checkpoints" / "step-00000012")
     assert train(config(tmp_path / "run"), 1, tmp_path) == [0]
@@ -187,25 +188,25 @@ def test_a_run_with_a_damaged_checkpoint_ends_as_it_would_have(tmp_path, alone):
     assert different(tmp_path / "run", alone) == []
 
 
-def test_when_all_are_damaged_none_is_moved(tmp_path):
+def test_no_checkpoint_is_renamed_if_all_are_damaged(tmp_path):
     for step in (10, 15):
         path = checkpoint.save(tmp_path, step, {"model": {"a": torch.rand(99)}}, {"step": step}, {})
         os.truncate(path / "model.safetensors", 50)
     with pytest.raises(UserError, match="step-00000015 is damaged"):
-        checkpoint.newest_whole(tmp_path)
-    assert checkpoint.steps(tmp_path) == [10, 15]
+        checkpoint.find_newest_undamaged(tmp_path)
+    assert checkpoint.list_steps(tmp_path) == [10, 15]
 
 
-def test_checkpoints_without_sums_are_read_too(tmp_path):
+def test_checkpoints_without_checksums_are_read(tmp_path):
     for step in (10, 15):
         path = checkpoint.save(tmp_path, step, {"model": {"a": torch.rand(99)}}, {"step": step}, {})
         (path / "SHA256SUMS").unlink()
-    assert checkpoint.newest_whole(tmp_path) == (path, [])
+    assert checkpoint.find_newest_undamaged(tmp_path) == (path, [])
     os.truncate(path / "model.safetensors", 50)
-    assert checkpoint.newest_whole(tmp_path)[0] == tmp_path / "step-00000010"
+    assert checkpoint.find_newest_undamaged(tmp_path)[0] == tmp_path / "step-00000010"
 
 
-def test_the_sums_are_those_of_sha256sum(tmp_path):
+def test_checksums_equal_those_of_sha256sum(tmp_path):
     path = checkpoint.save(tmp_path, 1, {"model": {"a": torch.rand(99)}}, {}, {})
     command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
     done = subprocess.run(command, cwd=path, capture_output=True, check=True)
@@ -230,32 +231,35 @@ def limited_at_7(rank: int, log: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_file_that_may_not_be_so_large_stops_the_run_and_harms_nothing(tmp_path, alone, size):
+def test_a_file_size_limit_stops_the_run_and_keeps_checkpoints(tmp_path, alone, size):
     folder = tmp_path / "run"
     codes = train(config(folder), size, tmp_path, limited_at_7)
     assert codes == [1] * size
     text = " ".join(said(tmp_path).split())
-    assert f"the checkpoint of step 10 could not be written to {folder / 'checkpoints'}: it takes " in text
-    assert " bytes (" in text
-    assert checkpoint.steps(folder / "checkpoints") == [5]
+    assert "The checkpoint of step 10, " in text
+    assert f" bytes, could not be written to {folder / 'checkpoints'}: " in text
+    assert checkpoint.list_steps(folder / "checkpoints") == [5]
     assert not list((folder / "checkpoints").glob(".partial*"))
-    checkpoint.check(folder / "checkpoints" / "last")
+    checkpoint.verify(folder / "checkpoints" / "last")
     if size == 1:
         assert train(config(folder), 1, tmp_path) == [0]
         assert different(folder, alone) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")
-def test_a_full_disk_is_told_before_anything_is_written(tmp_path):
+def test_a_full_disk_is_reported_before_writing(tmp_path):
     mounted = ["mount", "-t", "tmpfs", "-o", "size=3m", "quarterview-test", str(tmp_path)]
     if subprocess.run(mounted, capture_output=True, check=False).returncode:
         pytest.skip("nothing may be mounted here")
     try:
         tensors = {"model": {"a": torch.rand(400, 1000)}}
         checkpoint.save(tmp_path, 1, tensors, {}, {})
-        with pytest.raises(RunError, match=r"it takes 1,600,000 bytes \([\d,]+ bytes are free\); make room"):
+        with pytest.raises(
+            RunError,
+            match=r"1,600,000 bytes, could not be written to .*: only [\d,]+ bytes are free\.",
+        ):
             checkpoint.save(tmp_path, 2, tensors, {}, {})
-        assert checkpoint.newest_whole(tmp_path) == (tmp_path / "step-00000001", [])
+        assert checkpoint.find_newest_undamaged(tmp_path) == (tmp_path / "step-00000001", [])
         assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-00000001"]
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
@@ -264,12 +268,12 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path):
 # ---------------------------------------------------------------------- behind training
 
 
-def test_a_checkpoint_is_of_the_step_it_was_taken_at(tmp_path, monkeypatch):
+def test_a_checkpoint_has_the_state_of_its_step(tmp_path, monkeypatch):
     real, go = checkpoint.save_file, Event()
     monkeypatch.setattr(checkpoint, "save_file", lambda *arguments: (go.wait(60), real(*arguments)))
-    writer, weights = Writer(tmp_path, 2, None, {"k": "v"}), torch.ones(5)
+    writer, weights = CheckpointWriter(tmp_path, 2, None, {"k": "v"}), torch.ones(5)
     writer.save(1, {"model": {"a": weights}}, {"step": 1})
-    assert checkpoint.steps(tmp_path) == []  # it is not waited for
+    assert checkpoint.list_steps(tmp_path) == []  # it is not waited for
     weights += 1
     go.set()
     writer.finish()
@@ -277,9 +281,9 @@ def test_a_checkpoint_is_of_the_step_it_was_taken_at(tmp_path, monkeypatch):
     assert not writer.has_failed
 
 
-def test_what_could_not_be_written_is_told_at_the_next_save(tmp_path):
+def test_a_failed_write_is_raised_at_the_next_save(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
-    writer = Writer(tmp_path / "checkpoints", 2, None, {})
+    writer = CheckpointWriter(tmp_path / "checkpoints", 2, None, {})
     writer.save(1, {"model": {"a": torch.ones(5)}}, {})
     while not writer.has_failed:
         time.sleep(0.01)
@@ -288,21 +292,24 @@ def test_what_could_not_be_written_is_told_at_the_next_save(tmp_path):
     writer.finish()  # once
 
 
-def test_some_are_kept_for_good(tmp_path):
+def test_keep_every_keeps_checkpoints(tmp_path):
     run = config(tmp_path / "run", steps=10, checkpoint_every=4, keep_every=3, keep_checkpoints=1)
     assert qv.pretrain(run).status == "complete"
-    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [3, 6, 9, 10]
+    assert checkpoint.list_steps(tmp_path / "run" / "checkpoints") == [3, 6, 9, 10]
 
 
-def test_an_interrupted_save_is_told(tmp_path, capsys):
+def test_an_interrupted_save_is_reported(tmp_path, capsys):
     run = config(tmp_path / "run", steps=6)
-    once = Trainer._update
+    once = Trainer._run_update
     try:
         once_at(3, terminate)
         assert qv.pretrain(run).status == "SIGTERM"
     finally:
-        Trainer._update = once
+        Trainer._run_update = once
     (tmp_path / "run" / "checkpoints" / ".partial-step-00000005").mkdir()
     assert qv.pretrain(run).status == "complete"
-    assert "a save of step-00000005 was interrupted; it is left out" in capsys.readouterr().out
+    assert (
+        "The checkpoint step-00000005 is incomplete because its saving was interrupted. It is ignored"
+        in capsys.readouterr().out
+    )
     assert STEPS > 6

@@ -1,4 +1,4 @@
-"""A short search of every door, the same each time, finds nothing."""
+"""A short reproducible fuzzing run of every entry point."""
 
 import json
 import subprocess
@@ -12,20 +12,20 @@ FUZZ = Path(__file__).parents[2] / "benchmarks" / "fuzz.py"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("door", "runs"), [("images", 5000), ("tar", 20000), ("weights", 2000), ("configuration", 2000)]
+    ("target", "runs"), [("images", 5000), ("tar", 20000), ("weights", 2000), ("configuration", 2000)]
 )
-def test_a_short_search_finds_nothing(tmp_path, door, runs):
-    pytest.importorskip("atheris", reason="there is none for this machine")
+def test_a_short_fuzzing_run_finds_no_bug(tmp_path, target, runs):
+    pytest.importorskip("atheris", reason="atheris is not available for this machine")
     command = [
         sys.executable,
         FUZZ,
-        door,
+        target,
         "--runs",
         str(runs),
         "--seed",
         "3",
         "--findings",
-        tmp_path / "found",
+        tmp_path / "findings",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Broken images by the thousand leave no memory behind, and enormous ones are refused at once."""
+"""Tests that broken images leak no memory, and that enormous ones are refused at once."""
 
 import io
 import multiprocessing
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quarterview.data.decode import croppable_file, decode
+from quarterview.data.decode import decode, open_croppable_file
 from quarterview.data.sources.base import BadSampleError
 from quarterview.errors import UserError
 
@@ -21,7 +21,7 @@ CONTEXT.set_forkserver_preload(["quarterview.commands.pretrain", "torch.utils.te
 
 
 def in_a_fresh_process(work, *arguments) -> float:
-    """What `work` returns in a process that has imported everything and done nothing."""
+    """Return the result of `work` in a new process that imported everything."""
     reader, writer = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=answer, args=(writer, work, *arguments))
     process.start()
@@ -37,12 +37,12 @@ def answer(writer, work, *arguments) -> None:
 
 
 def resident() -> float:
-    """MiB of memory that this process has."""
+    """Return the resident memory of this process in MiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
 
 def reserved_at_most() -> float:
-    """MiB of addresses that this process ever had: what it allocated, touched or not."""
+    """Return the peak virtual memory of this process in MiB."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmPeak:")[1].split()[0]) / 2**10
 
@@ -51,7 +51,7 @@ def reserved_at_most() -> float:
 
 
 def sound_files() -> list[bytes]:
-    """Every decoder's files: JPEG, PNG, WebP, TIFF, GIF, BMP, PPM, eight bits and sixteen."""
+    """Valid files of every decoder: JPEG, PNG, WebP, TIFF, GIF, BMP, PPM, with 8 and 16 bits."""
     noise = np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
     colour, deep = Image.fromarray(noise), Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
     kinds = [(colour, form, {}) for form in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM")]
@@ -66,7 +66,7 @@ def sound_files() -> list[bytes]:
 
 
 def malformed(files: list[bytes], dice: random.Random) -> bytes:
-    """One of the files, cut, with bits flipped, or both."""
+    """Return one of the files truncated, with bits flipped, or both."""
     data = bytearray(dice.choice(files))
     for _ in range(dice.choice((0, 1, 20))):
         data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
@@ -74,7 +74,7 @@ def malformed(files: list[bytes], dice: random.Random) -> bytes:
 
 
 def growth(count: int) -> float:
-    """MiB that so many malformed files leave behind, the first few hundred not counted."""
+    """Return the growth of memory in MiB by decoding malformed files, after the first few hundred."""
     files, dice = sound_files(), random.Random(0)
     before = 0.0
     for number in range(-300, count):
@@ -85,18 +85,18 @@ def growth(count: int) -> float:
             if number % 2:
                 decode(data, 3)
             else:
-                croppable_file(data, 3).crop((20, 20, 80, 90), (16, 16))
+                open_croppable_file(data, 3).crop((20, 20, 80, 90), (16, 16))
         except (BadSampleError, UserError):
             pass
     return resident() - before
 
 
-def test_hundreds_of_malformed_images_leave_no_memory_behind():
+def test_hundreds_of_malformed_images_leak_no_memory():
     assert in_a_fresh_process(growth, 400) < 20
 
 
 @pytest.mark.slow
-def test_five_thousand_malformed_images_leave_less_than_50_mb_behind():
+def test_five_thousand_malformed_images_leak_less_than_50_mb():
     assert in_a_fresh_process(growth, 5000) < 50
 
 
@@ -122,7 +122,7 @@ def saved(form: str, mode: str = "RGB") -> bytearray:
 
 
 def enormous() -> dict[str, bytes]:
-    """Small files of every format whose headers say 30,000 × 30,000 pixels."""
+    """Small files of every format whose headers claim 30,000 × 30,000 pixels."""
     sides = struct.pack(">HH", SIDE, SIDE)
     jpeg = bytes(saved("JPEG")).replace(struct.pack(">HH", 48, 64), sides)
     grey = bytes(saved("JPEG", "L")).replace(struct.pack(">HH", 48, 64), sides)
@@ -142,10 +142,10 @@ def enormous() -> dict[str, bytes]:
 
 
 def refused(data: bytes) -> tuple[list[str], float, float]:
-    """What is said of a file, and the seconds of work and MiB of addresses that it takes to say it."""
+    """Return the error for a file, and the CPU seconds and MiB of virtual memory until it is raised."""
     decode(bytes(saved("PNG")), 3)  # Pillow makes itself ready
     reserved, began, said = reserved_at_most(), time.process_time(), []
-    for make in (decode, croppable_file):
+    for make in (decode, open_croppable_file):
         try:
             make(data, 3)
             said.append("taken")
@@ -155,16 +155,16 @@ def refused(data: bytes) -> tuple[list[str], float, float]:
 
 
 @pytest.mark.parametrize("kind", enormous())
-def test_an_enormous_header_is_refused_at_once_and_unallocated(kind):
+def test_an_image_header_of_enormous_size_is_refused_without_allocation(kind):
     said, seconds, mebibytes = in_a_fresh_process(refused, enormous()[kind])
-    expected = "megapixels accepted"
+    expected = "more than 128 megapixels"
     assert all(expected in reason for reason in said), said
     assert seconds < 1
     assert mebibytes < 64
 
 
 def scans(count: int) -> bytes:
-    """A progressive JPEG file with its last scan again and again: few bytes, and time for all pixels."""
+    """A progressive JPEG file with its last scan repeated, each of which takes time for all pixels."""
     file = io.BytesIO()
     Image.new("L", (512, 512), 90).save(file, "JPEG", progressive=True)
     data = file.getvalue()
@@ -172,8 +172,8 @@ def scans(count: int) -> bytes:
     return data[:start] + data[start:-2] * count + data[-2:]
 
 
-def test_a_jpeg_file_of_endless_scans_is_refused():
+def test_a_jpeg_file_with_too_many_scans_is_refused():
     assert decode(scans(100), 1).pixels.shape == (1, 512, 512)
-    for make in (decode, croppable_file):
+    for make in (decode, open_croppable_file):
         with pytest.raises(BadSampleError, match="scans"):
             make(scans(2000), 1)

@@ -1,4 +1,4 @@
-"""A worker that dies, and images that change, while a run is at work."""
+"""Tests of killed workers and of images that change during a run."""
 
 import multiprocessing
 import os
@@ -39,7 +39,7 @@ FLAGS = (
 
 @pytest.fixture
 def photos(tmp_path):
-    """256 small pictures."""
+    """256 small images."""
     folder = tmp_path / "photos"
     folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, 20, 24, 3), dtype=np.uint8)
@@ -49,8 +49,8 @@ def photos(tmp_path):
 
 
 def hold(out: Path) -> None:
-    """Wait in step 25 for ``out.go``, beside the workers, which go on."""
-    real = Trainer._update
+    """Wait in step 25 for the file ``out.go``, while the workers continue."""
+    real = Trainer._run_update
 
     def update(self, batch):
         if self.step == 25:
@@ -59,11 +59,11 @@ def hold(out: Path) -> None:
                 time.sleep(0.01)
         real(self, batch)
 
-    Trainer._update = update
+    Trainer._run_update = update
 
 
 def life(data: Path, out: Path, said: Path, held: bool) -> None:
-    """The command, in a process of its own that leads a group."""
+    """Run the command in a process that leads a process group."""
     os.setpgid(0, 0)
     if held:
         hold(out)
@@ -93,7 +93,7 @@ def children(pid: int) -> list[int]:
 
 
 def group(leader: int) -> list[int]:
-    """The processes of a group that are still there."""
+    """Return the running processes of a group."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -106,15 +106,15 @@ def group(leader: int) -> list[int]:
 
 
 def assert_same(one: Path, two: Path) -> None:
-    """Weights and optimiser, to the bit, and the losses."""
-    first, second = (checkpoint.load(checkpoint.newest(run / "checkpoints")) for run in (one, two))
+    """Check that weights, optimizer state and losses of two runs are equal."""
+    first, second = (checkpoint.load(checkpoint.find_newest(run / "checkpoints")) for run in (one, two))
     assert first.state["step"] == second.state["step"] == STEPS
     for kind, named in first.tensors.items():
         assert all(torch.equal(named[name], second.tensors[kind][name]) for name in named)
     assert [row["loss"] for row in metrics(one)] == [row["loss"] for row in metrics(two)]
 
 
-def test_a_killed_worker_ends_the_run_at_once_and_it_resumes_the_same(tmp_path, photos):
+def test_a_killed_worker_ends_the_run_which_resumes_exactly(tmp_path, photos):
     out = tmp_path / "run"
     process = begin(photos, out, held=True)
     wait_for(out.with_suffix(".held").exists, process)
@@ -129,10 +129,10 @@ def test_a_killed_worker_ends_the_run_at_once_and_it_resumes_the_same(tmp_path, 
     assert process.exitcode == 1
     assert group(process.pid) == []
     said = " ".join(out.with_suffix(".said").read_text().split())
-    assert "a process that decodes images died (" in said  # and then what was noticed first
-    assert "the same command goes on" in said
+    assert "A process that decodes images died (" in said  # and then what was noticed first
+    assert "Repeat the command to continue from what was saved." in said
     assert "Traceback" not in said
-    assert checkpoint.steps(out / "checkpoints")[-1] < STEPS
+    assert checkpoint.list_steps(out / "checkpoints")[-1] < STEPS
 
     for folder in (out, tmp_path / "whole"):
         process = begin(photos, folder)
@@ -142,7 +142,7 @@ def test_a_killed_worker_ends_the_run_at_once_and_it_resumes_the_same(tmp_path, 
 
 
 @pytest.mark.slow
-def test_no_worker_outlives_a_killed_run(tmp_path, photos):
+def test_workers_end_with_a_killed_run(tmp_path, photos):
     process = begin(photos, tmp_path / "run", held=True)
     wait_for((tmp_path / "run.held").exists, process)
     assert len(group(process.pid)) == 3
@@ -158,7 +158,7 @@ def test_no_worker_outlives_a_killed_run(tmp_path, photos):
 
 
 def harm(how: str, path: Path) -> None:
-    """Replace an image by another of the same size, shorten it, or take it away."""
+    """Replace an image by another of the same size, truncate it, or remove it."""
     if how == "replaced":
         other = path.with_name("other")
         other.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -172,7 +172,7 @@ def harm(how: str, path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["replaced", "shortened", "removed"])
 @pytest.mark.parametrize("kind", ["folder", "list"])
-def test_an_image_changed_since_it_was_found_is_a_bad_sample(tmp_path, photos, how, kind):
+def test_an_image_changed_during_a_run_is_a_bad_sample(tmp_path, photos, how, kind):
     listed = tmp_path / "list.txt"
     listed.write_text("".join(f"photos/{path.name}\n" for path in sorted(photos.iterdir())))
     source = FolderSource(photos, 3) if kind == "folder" else ListSource(listed, 3)
@@ -185,7 +185,7 @@ def test_an_image_changed_since_it_was_found_is_a_bad_sample(tmp_path, photos, h
     assert source.image(8).pixels.shape == (3, 20, 24)
 
 
-def test_a_folder_that_vanishes_under_a_run_ends_it_with_reasons(tmp_path, photos):
+def test_a_folder_removed_during_a_run_ends_it_with_an_error(tmp_path, photos):
     out = tmp_path / "run"
     process = begin(photos, out)
     wait_for((out / "checkpoints" / "step-00000010").exists, process)
@@ -194,14 +194,12 @@ def test_a_folder_that_vanishes_under_a_run_ends_it_with_reasons(tmp_path, photo
     assert process.exitcode == 1
     assert group(process.pid) == []
     said = " ".join(out.with_suffix(".said").read_text().split())
-    assert (
-        "and 32 others in its place could not be read" in said or "images are broken, which is more" in said
-    )
+    assert "nor any of 32 replacements" in said or "images are broken, which is more" in said
     assert "No such file" in said
 
 
 def table(path: Path, level: int) -> None:
-    """A Parquet file of pictures of one grey."""
+    """Write a Parquet file of images of one gray value."""
     import io
 
     file = io.BytesIO()
@@ -218,11 +216,11 @@ def test_a_table_changed_before_it_is_read_stops_the_run(tmp_path, how):
         table(path, 200)
     else:
         harm(how, path)
-    with pytest.raises(RunError, match=r"x\.parquet was changed, replaced or removed while this was running"):
+    with pytest.raises(RunError, match=r"x\.parquet was changed, replaced or removed during the run"):
         source.image(0)
 
 
-def test_a_table_that_was_read_is_held(tmp_path):
+def test_a_table_that_was_read_stays_in_memory(tmp_path):
     table(tmp_path / "x.parquet", 10)
     source = ParquetSource(tmp_path / "x.parquet", 1)
     assert source.image(0).pixels.max() == 10
@@ -240,11 +238,11 @@ def test_a_mapped_array_that_changes_stops_the_run_and_does_not_crash_it(tmp_pat
         os.truncate(path, 1000)  # what is mapped behind it would end the process
     else:
         harm(how, path)
-    with pytest.raises(RunError, match=r"x\.npy was changed, replaced or removed while this was running"):
+    with pytest.raises(RunError, match=r"x\.npy was changed, replaced or removed during the run"):
         source.image(3999)
 
 
-def test_a_changed_set_is_refused_on_resume(tmp_path, photos):
+def test_changed_images_are_refused_on_resume(tmp_path, photos):
     values = {
         **{"model": "mae_vit_32x1x1_patch4", "image_size": 16, "decoder_width": 32, "decoder_depth": 1},
         **{"decoder_heads": 1, "batch_size": 16, "holdout": 0, "workers": 0, "precision": "fp32"},
@@ -252,7 +250,5 @@ def test_a_changed_set_is_refused_on_resume(tmp_path, photos):
     }
     qv.pretrain(qv.PretrainConfig.from_flags(**values, steps=1))
     (photos / "003.png").rename(photos / "another.png")
-    with pytest.raises(
-        qv.UserError if hasattr(qv, "UserError") else ValueError, match="another set of images"
-    ):
+    with pytest.raises(qv.UserError if hasattr(qv, "UserError") else ValueError, match="the images differ"):
         qv.pretrain(qv.PretrainConfig.from_flags(**values, steps=1))

@@ -1,4 +1,4 @@
-"""Denoising: the noise is what it should be, everything is seen, and the clean picture is the truth."""
+"""Tests of denoising: the noise, the input without masks, and the clean image as the target."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from quarterview.data.loader import Batch
 from quarterview.errors import UserError
 from quarterview.methods import config as configs
-from quarterview.methods.denoising import Denoising, normal
+from quarterview.methods.denoising import Denoising, draw_normal
 from quarterview.models.create import create_model
 
 
@@ -27,7 +27,7 @@ def batch():
 
 def test_the_noise_is_standard_normal():
     ids = torch.arange(400)
-    x = normal(0, "noise", ids * 0, ids, 501)
+    x = draw_normal(0, "noise", ids * 0, ids, 501)
     assert x.shape == (400, 501)
     assert abs(float(x.mean())) < 0.01
     assert abs(float(x.std()) - 1) < 0.01
@@ -40,19 +40,19 @@ def test_the_noise_is_standard_normal():
 
 
 @given(st.integers(0, 2**31), st.integers(0, 50), st.lists(st.integers(0, 10**9), min_size=1, unique=True))
-def test_the_noise_belongs_to_the_sample(seed, epoch, ids):
+def test_the_noise_depends_on_the_sample_only(seed, epoch, ids):
     ids = torch.tensor(ids)
-    together = normal(seed, "noise", torch.full_like(ids, epoch), ids, 12)
+    together = draw_normal(seed, "noise", torch.full_like(ids, epoch), ids, 12)
     for row, one in zip(together, ids, strict=True):
-        assert torch.equal(normal(seed, "noise", torch.tensor([epoch]), one[None], 12)[0], row)
+        assert torch.equal(draw_normal(seed, "noise", torch.tensor([epoch]), one[None], 12)[0], row)
     assert together.isfinite().all()
 
 
-def test_the_loss_is_the_error_against_the_clean_picture(batch):
+def test_the_loss_is_the_error_against_the_clean_image(batch):
     model = make(norm_pix_loss=False)
     method = Denoising(model, 3, 0.7)
-    noisy = batch.images + 0.7 * normal(3, "noise", batch.epochs, batch.ids, 192).view_as(batch.images)
-    tokens = model.encode(noisy)  # everything is seen
+    noisy = batch.images + 0.7 * draw_normal(3, "noise", batch.epochs, batch.ids, 192).view_as(batch.images)
+    tokens = model.encode(noisy)  # all patches are visible
     x = model.decoder_embed(tokens) + model.decoder_pos_embed
     for block in model.decoder_blocks:
         x = block(x)
@@ -61,19 +61,19 @@ def test_the_loss_is_the_error_against_the_clean_picture(batch):
     torch.testing.assert_close(method(batch).loss, expected)
 
 
-def test_the_mask_token_has_no_part_in_it(batch):
+def test_the_mask_token_is_not_used(batch):
     model = make()
     Denoising(model, 0, 1.0)(batch).loss.backward()
     assert model.mask_token.grad is None or not model.mask_token.grad.any()
     assert model.patch_embed.proj.weight.grad.any()
 
 
-def test_more_noise_hides_more(batch):
+def test_more_noise_gives_a_higher_loss(batch):
     losses = [Denoising(make(norm_pix_loss=False), 0, d)(batch).loss.item() for d in (0.01, 30.0)]
     assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("noise", [0.0, -1.0, 101.0])
-def test_impossible_noise_is_refused(noise):
-    with pytest.raises(UserError, match=f"^--noise {noise} is out of range. Give a number above 0 and"):
-        configs.Denoising(noise=noise)
+def test_invalid_noise_is_an_error(noise):
+    with pytest.raises(UserError, match=f"^--noise-std {noise} is out of range. Give a number above 0 and"):
+        configs.DenoisingConfig(noise_std=noise)

@@ -1,4 +1,4 @@
-"""The cross decoder, against the same written out slowly, and by what must hold of it."""
+"""Tests of the CrossMAE decoder: comparison with a slow reference implementation, and invariants."""
 
 import copy
 import math
@@ -16,7 +16,7 @@ from quarterview.models.config import parse_model_name
 from quarterview.models.create import create_model
 from quarterview.models.cross_decoder import CrossAttention, CrossDecoder
 from quarterview.models.mae import MAEConfig, MaskedAutoencoder
-from quarterview.models.vit import recompute_blocks
+from quarterview.models.vit import enable_grad_checkpointing
 
 SMALL = {
     "model": "mae_vit_32x3x4_patch4",
@@ -42,10 +42,10 @@ def some_images(model: MaskedAutoencoder, batch: int = 3, seed: int = 1) -> Tens
 
 def some_noise(model: MaskedAutoencoder, batch: int = 3, seed: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return model.mask_noise(torch.rand(batch, model.uniforms_needed, generator=generator))
+    return model.mask_noise(torch.rand(batch, model.num_mask_uniforms, generator=generator))
 
 
-# ---------------------------------------------------------------------- the same, slowly
+# ---------------------------------------------------------------------- slow reference implementation
 
 
 def slow_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -58,13 +58,13 @@ def slow_linear(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 def slow_attention(attention: CrossAttention, x: Tensor, source: Tensor) -> Tensor:
-    """Of one image: [Q, E] looks at [T, D], a head at a time."""
+    """Cross-attention of one image from x [Q, E] to source [T, D], one head at a time."""
     width = x.shape[1]
-    size = width // attention.heads
+    size = width // attention.num_heads
     query, both = slow_linear(attention.q, x), slow_linear(attention.kv, source)
     key, value = both[:, :width], both[:, width:]
     seen = []
-    for head in range(attention.heads):
+    for head in range(attention.num_heads):
         part = slice(head * size, (head + 1) * size)
         scores = torch.einsum("qe,te->qt", query[:, part], key[:, part]) / math.sqrt(size)
         weights = scores.exp() / scores.exp().sum(dim=1, keepdim=True)
@@ -72,14 +72,16 @@ def slow_attention(attention: CrossAttention, x: Tensor, source: Tensor) -> Tens
     return slow_linear(attention.proj, torch.cat(seen, dim=1))
 
 
-def slow_prediction(model: MaskedAutoencoder, image: Tensor, hidden: Tensor, wanted: list[int]) -> Tensor:
-    """Of the wanted patches of one image [C, H, W] whose hidden patches, bool [L], are not seen: [Q, P]."""
+def slow_prediction(
+    model: MaskedAutoencoder, image: Tensor, masked: Tensor, pred_indices: list[int]
+) -> Tensor:
+    """The predictions [Q, P] of some patches of one image [C, H, W], given its mask, bool [L]."""
     embedded = model.patch_embed.proj(image[None]).flatten(2)[0].T + model.pos_embed[0, 1:]
-    layers = [torch.cat([model.cls_token[0], embedded[~hidden]])]
+    layers = [torch.cat([model.cls_token[0], embedded[~masked]])]
     for block in model.blocks:
         layers.append(block(layers[-1][None])[0])
     layers[-1] = slow_norm(model.norm, layers[-1])
-    x = torch.stack([model.mask_token[0, 0] + model.decoder_pos_embed[0, 1 + i] for i in wanted])
+    x = torch.stack([model.mask_token[0, 0] + model.decoder_pos_embed[0, 1 + i] for i in pred_indices])
     decoder = model.decoder_blocks
     for i, block in enumerate(decoder):
         source = torch.zeros_like(layers[0])
@@ -94,25 +96,25 @@ def slow_prediction(model: MaskedAutoencoder, image: Tensor, hidden: Tensor, wan
 
 def slow_loss(model: MaskedAutoencoder, images: Tensor, mask: Tensor, predicted: Tensor) -> Tensor:
     errors = []
-    for image, hidden, wanted in zip(images, mask, predicted.tolist(), strict=True):
-        pred = slow_prediction(model, image, hidden, wanted)
-        truth = model.patchify(image[None])[0][wanted]
+    for image, masked, pred_indices in zip(images, mask, predicted.tolist(), strict=True):
+        pred = slow_prediction(model, image, masked, pred_indices)
+        truth = model.patchify(image[None])[0][pred_indices]
         truth = (truth - truth.mean(-1, keepdim=True)) / (truth.var(-1, keepdim=True) + 1e-6).sqrt()
         errors += list((pred - truth).square().mean(dim=1))
     return torch.stack(errors).mean()
 
 
 @pytest.mark.parametrize("share", [1.0, 0.4])
-def test_predictions_loss_and_gradients_are_those_of_the_slow_one(disturbed, share):
-    model = disturbed(make(predict_share=share))
+def test_predictions_loss_and_gradients_equal_the_slow_reference(disturbed, share):
+    model = disturbed(make(predict_ratio=share))
     images, noise = some_images(model), some_noise(model)
     other = copy.deepcopy(model)
     out = model(images, noise=noise)
-    assert out.predicted.shape == (3, round(18 * share))
+    assert out.pred_indices.shape == (3, round(18 * share))
     for row in range(3):
-        pred = slow_prediction(other, images[row], out.mask[row], out.predicted[row].tolist())
+        pred = slow_prediction(other, images[row], out.mask[row], out.pred_indices[row].tolist())
         torch.testing.assert_close(out.pred[row], pred, rtol=1e-5, atol=1e-5)
-    expected = slow_loss(other, images, out.mask, out.predicted)
+    expected = slow_loss(other, images, out.mask, out.pred_indices)
     torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-6)
     out.loss.backward()
     expected.backward()
@@ -123,10 +125,10 @@ def test_predictions_loss_and_gradients_are_those_of_the_slow_one(disturbed, sha
             torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-# ---------------------------------------------------------------------- what hidden patches do not do
+# ---------------------------------------------------------------------- independence of masked patches
 
 
-def test_hidden_pixels_change_no_prediction(disturbed):
+def test_masked_pixels_do_not_change_predictions(disturbed):
     model = disturbed(make())
     images, noise = some_images(model), some_noise(model)
     out = model(images, noise=noise)
@@ -143,22 +145,22 @@ def test_hidden_pixels_change_no_prediction(disturbed):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [0.05, 0.25, 0.5, 0.999])
-def test_a_part_has_the_numbers_it_has_among_all(disturbed, kind, share):
-    model = disturbed(make(predict_share=share, mask=kind))
+def test_predicting_a_part_gives_the_same_values_as_predicting_all(disturbed, kind, share):
+    model = disturbed(make(predict_ratio=share, mask=kind))
     images, noise = some_images(model), some_noise(model)
     some, every = model.train()(images, noise=noise), model.eval()(images, noise=noise)
     assert torch.equal(some.mask, every.mask)
-    assert every.predicted.shape == (3, 18)
-    assert some.predicted.shape == (3, max(1, round(18 * share)))
+    assert every.pred_indices.shape == (3, 18)
+    assert some.pred_indices.shape == (3, max(1, round(18 * share)))
     for row in range(3):
-        places = torch.searchsorted(every.predicted[row], some.predicted[row])
-        assert torch.equal(every.predicted[row][places], some.predicted[row])
-        torch.testing.assert_close(some.pred[row], every.pred[row][places], rtol=1e-5, atol=1e-6)
-    truth = model.target(images, model.patchify(images), some.predicted)
+        positions = torch.searchsorted(every.pred_indices[row], some.pred_indices[row])
+        assert torch.equal(every.pred_indices[row][positions], some.pred_indices[row])
+        torch.testing.assert_close(some.pred[row], every.pred[row][positions], rtol=1e-5, atol=1e-6)
+    truth = model.target(images, model.patchify(images), some.pred_indices)
     torch.testing.assert_close(some.loss, (some.pred - truth).square().mean())
 
 
-def test_the_order_of_queries_and_of_what_they_look_at_does_not_matter():
+def test_the_order_of_queries_and_source_tokens_does_not_matter():
     torch.manual_seed(0)
     decoder = CrossDecoder(24, 2, 3, parse_model_name("mae_vit_32x4x4_patch4"))
     x, layers = torch.randn(2, 7, 24), [torch.randn(2, 9, 32) for _ in range(5)]
@@ -181,7 +183,7 @@ def test_each_block_reads_its_own_mixture_of_all_layers(block):
     torch.testing.assert_close(sources[0], expected)
 
 
-def test_the_last_layer_is_what_encode_gives(disturbed):
+def test_the_last_layer_is_the_output_of_encode(disturbed):
     model = disturbed(make())
     images, seen = some_images(model), []
     model.decoder_blocks.register_forward_pre_hook(lambda _, args: seen.extend(args[1]))
@@ -193,58 +195,58 @@ def test_the_last_layer_is_what_encode_gives(disturbed):
     torch.testing.assert_close(seen[0][:, 1:], model.patch_embed(embedded) + positions)
 
 
-# ---------------------------------------------------------------------- which are predicted
+# ---------------------------------------------------------------------- choice of the predicted patches
 
 
 @given(st.sampled_from(KINDS), st.floats(0.01, 1.0), st.integers(0, 999))
-def test_a_part_of_the_hidden_patches_is_predicted_as_many_in_every_row(kind, share, seed):
-    patches, kept = 30, 11
+def test_every_row_predicts_the_same_number_of_masked_patches(kind, share, seed):
+    patches, num_visible = 30, 11
     generator = torch.Generator().manual_seed(seed)
-    uniforms = torch.rand(4, masking.uniforms_needed(kind, patches), generator=generator)
+    uniforms = torch.rand(4, masking.count_mask_uniforms(kind, patches), generator=generator)
     noise = masking.mask_noise(kind, uniforms, (5, 6), 0.63)
-    hidden = masking.split(masking.mask_from_noise(noise, kept), kept)[1]
-    chosen = masking.lowest(hidden, noise, share)
+    masked = masking.split_indices(masking.mask_from_noise(noise, num_visible), num_visible)[1]
+    chosen = masking.select_lowest_noise(masked, noise, share)
     assert chosen.shape == (4, max(1, round(share * 19)))
-    for row, all_hidden in zip(chosen.tolist(), hidden.tolist(), strict=True):
+    for row, all_masked in zip(chosen.tolist(), masked.tolist(), strict=True):
         assert row == sorted(set(row))
-        assert set(row) <= set(all_hidden)
+        assert set(row) <= set(all_masked)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "given"])
-def test_every_hidden_patch_is_predicted_equally_often(kind):
+def test_every_masked_patch_is_predicted_equally_often(kind):
     rows, share = 4000, 1 / 3
-    model = make(mask="random" if kind == "given" else kind, predict_share=share, mask_ratio=0.5)
+    model = make(mask="random" if kind == "given" else kind, predict_ratio=share, mask_ratio=0.5)
     if kind == "given":
         mask, noise = (torch.arange(24) >= 12).expand(rows, -1), None
     else:
         noise = some_noise(model, rows)
         mask = masking.mask_from_noise(noise, 12)
-    predicted = model._choose_predicted(masking.split(mask, 12)[1], noise)
+    predicted = model._select_pred_indices(masking.split_indices(mask, 12)[1], noise)
     chosen = torch.zeros(rows, 24).scatter(1, predicted, 1.0)
     assert chosen.sum(dim=1).tolist() == [4.0] * rows
-    hidden = mask.sum(dim=0)
-    often = chosen.sum(dim=0)[hidden > 0] / hidden[hidden > 0]
-    error = (share * (1 - share) / hidden[hidden > 0]).sqrt()
+    masked = mask.sum(dim=0)
+    often = chosen.sum(dim=0)[masked > 0] / masked[masked > 0]
+    error = (share * (1 - share) / masked[masked > 0]).sqrt()
     assert float(((often - share).abs() / error).max()) < 5
 
 
-def test_patches_that_top_up_a_block_mask_are_predicted_as_often_as_those_in_blocks():
-    """They are those of the highest noise of all that no block hides, so the noise itself would tell."""
-    generator, patches, kept = torch.Generator().manual_seed(0), 24 * 24, 57
-    uniforms = torch.rand(1000, masking.uniforms_needed("block", patches), generator=generator)
+def test_patches_that_fill_up_a_block_mask_are_predicted_as_often_as_those_in_blocks():
+    """The noise that chooses the filled-up patches must not be the noise that chooses the predicted ones."""
+    generator, patches, num_visible = torch.Generator().manual_seed(0), 24 * 24, 57
+    uniforms = torch.rand(1000, masking.count_mask_uniforms("block", patches), generator=generator)
     noise = masking.mask_noise("block", uniforms, (24, 24), 0.9)
-    mask = masking.mask_from_noise(noise, kept)
-    blocks = masking._block_mask(uniforms[:, patches:-patches], (24, 24), patches - kept)
+    mask = masking.mask_from_noise(noise, num_visible)
+    blocks = masking._make_block_mask(uniforms[:, patches:-patches], (24, 24), patches - num_visible)
     assert not bool((blocks & ~mask).any())
-    predicted = masking.lowest(masking.split(mask, kept)[1], noise, 0.5)
+    predicted = masking.select_lowest_noise(masking.split_indices(mask, num_visible)[1], noise, 0.5)
     chosen = torch.zeros(1000, patches).scatter(1, predicted, 1.0)
     extra = mask & ~blocks
     assert int(extra.sum()) > 100
     assert float(chosen[extra].mean()) == pytest.approx(0.5, abs=5 * 0.5 / int(extra.sum()) ** 0.5)
 
 
-def test_reconstruct_predicts_all_in_either_mode(disturbed):
-    model = disturbed(make(predict_share=0.2))
+def test_reconstruct_predicts_all_masked_patches_in_both_modes(disturbed):
+    model = disturbed(make(predict_ratio=0.2))
     images, mask = some_images(model), masking.mask_from_noise(some_noise(model), 6)
     training, evaluation = (model.train(mode).reconstruct(images, mask=mask) for mode in (True, False))
     assert torch.equal(training, evaluation)
@@ -253,7 +255,7 @@ def test_reconstruct_predicts_all_in_either_mode(disturbed):
     assert float((before[mask] - after[mask]).abs().amax(dim=1).min()) > 0
 
 
-# ---------------------------------------------------------------------- numbers, names, precision
+# ---------------------------------------------------------------------- parameters and precision
 
 
 @torch.no_grad()
@@ -287,12 +289,14 @@ def test_the_number_of_parameters(width, depth):
     attention = (width * width + width) + (2 * width * encoder + 2 * width) + (width * width + width)
     mlp = 8 * width * width + 5 * width
     numbers = 4 * 4 * 5
-    ends = width + 25 * width + 2 * width + width * numbers + numbers  # token, positions, norm, prediction
+    ends = (
+        width + 25 * width + 2 * width + width * numbers + numbers
+    )  # mask token, positions, norm, prediction layer
     expected = depth * (norms + attention + mlp) + depth * (1 + 3) + ends
     assert sum(p.numel() for p in decoder) == expected
 
 
-def test_the_encoder_has_the_names_that_it_always_has():
+def test_the_encoder_has_the_usual_parameter_names():
     cross, standard = make().state_dict(), make(decoder="standard").state_dict()
     assert {n for n in cross if not n.startswith("decoder")} == {
         n for n in standard if not n.startswith("decoder")
@@ -307,7 +311,7 @@ def test_the_encoder_has_the_names_that_it_always_has():
 
 
 def test_a_step_in_bf16_is_finite_and_close_to_float32(disturbed):
-    model = disturbed(make(predict_share=0.5))
+    model = disturbed(make(predict_ratio=0.5))
     images, noise = some_images(model, batch=8), some_noise(model, batch=8)
     exact = model(images, noise=noise)
     with torch.autocast("cpu", torch.bfloat16):
@@ -320,15 +324,15 @@ def test_a_step_in_bf16_is_finite_and_close_to_float32(disturbed):
 
 @pytest.mark.parametrize(("predicted", "times"), [(147, 1.48), (49, 3.76)])
 def test_the_default_decoder_of_vit_base_costs_less(predicted, times):
-    """Of ViT-B/16 at 224 pixels, by products; all hidden patches, or a quarter of all patches."""
+    """FLOPs of ViT-B/16 at 224 pixels, predicting all masked patches, or a quarter of all patches."""
 
-    def cost(decoder: str, wanted: int) -> int:
+    def cost(decoder: str, num_predicted: int) -> int:
         with torch.device("meta"):
             model = create_model("mae_vit_base_patch16", decoder=decoder)
             patches = torch.empty(1, 196, 768)
-            visible, hidden, some = (torch.empty(1, n, dtype=torch.int64) for n in (49, 147, wanted))
+            visible, masked, some = (torch.empty(1, n, dtype=torch.int64) for n in (49, 147, num_predicted))
         with FlopCounterMode(display=False) as whole, torch.no_grad():
-            model.predict(patches, visible, hidden, some)
+            model.predict(patches, visible, masked, some)
         with FlopCounterMode(display=False) as encoder, torch.no_grad():
             model.forward_blocks(model.embed(patches, visible))
         return whole.get_total_flops() - encoder.get_total_flops()
@@ -336,7 +340,7 @@ def test_the_default_decoder_of_vit_base_costs_less(predicted, times):
     assert cost("standard", 147) / cost("cross", predicted) == pytest.approx(times, rel=0.02)
 
 
-# ---------------------------------------------------------------------- what is not accepted
+# ---------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -344,43 +348,46 @@ def test_the_default_decoder_of_vit_base_costs_less(predicted, times):
     [
         (
             {"decoder": "crossed"},
-            "unknown value of --decoder: 'crossed'; accepted: standard, cross. Did you mean 'cross'",
-        ),
-        ({"decoder_depth": 0}, "a cross decoder of 0 blocks sees nothing .* accepted: 1 or more"),
-        ({"encoder_mask_tokens": True}, "mask tokens in the encoder, and a cross decoder"),
-        ({"predict_all": True}, "visible patches cannot be predicted by a cross decoder"),
-        (
-            {"predict_share": 0.0},
-            "--predict-share 0.0 is out of range. Give a number above 0 and of at most 1",
+            r"--decoder:? 'crossed'\. Did you mean 'cross'\? Give one of: standard, cross",
         ),
         (
-            {"predict_share": 1.1},
-            "--predict-share 1.1 is out of range. Give a number above 0 and of at most 1",
+            {"decoder_depth": 0},
+            "--decoder-depth 0 is not supported with --decoder cross. Give a depth of at least 1",
+        ),
+        ({"encoder_mask_tokens": True}, "--encoder-mask-tokens is not supported with --decoder cross"),
+        ({"predict_all": True}, "--predict-all is not supported with --decoder cross"),
+        (
+            {"predict_ratio": 0.0},
+            "--predict-ratio 0.0 is out of range. Give a number above 0 and of at most 1",
         ),
         (
-            {"decoder": "standard", "predict_share": 0.5},
-            "0.5 with the standard decoder, in which hidden patches look at one another.*--decoder cross",
+            {"predict_ratio": 1.1},
+            "--predict-ratio 1.1 is out of range. Give a number above 0 and of at most 1",
+        ),
+        (
+            {"decoder": "standard", "predict_ratio": 0.5},
+            "--predict-ratio 0.5 is not supported with --decoder standard. .*use --decoder cross",
         ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_what_makes_no_sense_is_an_error(changes, message):
+def test_contradictory_configurations_are_errors(changes, message):
     with pytest.raises(UserError, match=message):
         make(**changes)
 
 
 def test_the_papers_decoder_is_the_default():
     assert MAEConfig().decoder == "standard"
-    assert MAEConfig().predict_share == 1
+    assert MAEConfig().predict_ratio == 1
 
 
-def test_recomputed_blocks_change_nothing(disturbed):
+def test_grad_checkpointing_does_not_change_gradients(disturbed):
     model = disturbed(make())
     images, noise = some_images(model), some_noise(model)
-    found = []
+    results = []
     for again in (False, True):
         if again:
-            recompute_blocks(model)
+            enable_grad_checkpointing(model)
         trained = [p for p in model.parameters() if p.requires_grad]
-        found.append(torch.autograd.grad(model(images, noise=noise).loss, trained))
-    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+        results.append(torch.autograd.grad(model(images, noise=noise).loss, trained))
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))

@@ -1,4 +1,4 @@
-"""Fused blocks and several cls tokens, against the same written out, and by what must hold of them."""
+"""Tests of fused blocks (MFF) and several cls tokens: comparison with formulas, and invariants."""
 
 import pytest
 import torch
@@ -7,10 +7,10 @@ from torch import Tensor
 from quarterview.errors import UserError
 from quarterview.models.classifier import Classifier, ClassifierConfig
 from quarterview.models.config import MAEConfig, ViTConfig
-from quarterview.models.create import create_model, fresh_model
-from quarterview.models.fusion import Fusion
+from quarterview.models.create import create_mae, create_model
+from quarterview.models.fusion import MultiLevelFusion
 from quarterview.models.mae import MaskedAutoencoder
-from quarterview.models.vit import VisionTransformer, recompute_blocks
+from quarterview.models.vit import VisionTransformer, enable_grad_checkpointing
 
 SMALL = {
     "model": "mae_vit_32x4x2_patch4",
@@ -47,11 +47,11 @@ def disturb_fusion(model: MaskedAutoencoder) -> MaskedAutoencoder:
     return model
 
 
-# ---------------------------------------------------------------------- the fusion by itself
+# ---------------------------------------------------------------------- MultiLevelFusion alone
 
 
-def test_the_fusion_is_the_weighted_sum_of_its_formula():
-    fusion = Fusion(2, (1, 3))
+def test_the_fusion_equals_its_formula():
+    fusion = MultiLevelFusion(2, (1, 3))
     with torch.no_grad():
         fusion.projections["1"].weight.copy_(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))  # swaps
         fusion.projections["1"].bias.copy_(torch.tensor([10.0, 0.0]))
@@ -63,7 +63,7 @@ def test_the_fusion_is_the_weighted_sum_of_its_formula():
 
 
 def test_the_weights_start_equal_and_sum_to_one():
-    fusion = Fusion(8, (1, 2, 5))
+    fusion = MultiLevelFusion(8, (1, 2, 5))
     torch.testing.assert_close(fusion.weights, torch.full((4,), 0.25))
     with torch.no_grad():
         fusion.logits.add_(torch.randn(4))
@@ -74,7 +74,7 @@ def test_the_weights_start_equal_and_sum_to_one():
 
 
 @pytest.mark.parametrize("way", ["standard", "mask tokens", "all", "head"])
-def test_the_decoder_is_given_the_sum_after_the_norm(disturbed, way):
+def test_the_decoder_reads_the_fused_sum_after_the_norm(disturbed, way):
     model = disturb_fusion(disturbed(make(fused_blocks=(1, 3), **WAYS[way])))
     outputs, normed = [], []
     for block in model.blocks:
@@ -99,10 +99,10 @@ def test_features_are_those_of_the_last_block(disturbed):
     assert not torch.allclose(first.pred, second.pred)
 
 
-def test_all_weights_begin_as_they_do_without():
+def test_initial_weights_are_the_same_with_and_without_fusion():
     for seed in (0, 1):
         plain, fused = (
-            fresh_model(MAEConfig(**SMALL, fused_blocks=blocks), seed).state_dict() for blocks in ((), (2, 3))
+            create_mae(MAEConfig(**SMALL, fused_blocks=blocks), seed).state_dict() for blocks in ((), (2, 3))
         )
         extra = {name for name in fused if name not in plain}
         assert extra == {
@@ -112,12 +112,12 @@ def test_all_weights_begin_as_they_do_without():
         assert all(torch.equal(value, fused[name]) for name, value in plain.items())
 
 
-def test_without_earlier_blocks_nothing_is_there():
+def test_without_fused_blocks_there_is_no_fusion_module():
     assert make().decoder_fusion is None
     assert not any("fusion" in name for name in make().state_dict())
 
 
-def test_all_the_weight_on_the_last_block_is_a_model_without_fusion(disturbed):
+def test_all_weight_on_the_last_block_equals_a_model_without_fusion(disturbed):
     plain, fused = disturbed(make()), disturbed(make(fused_blocks=(1, 3)))
     with torch.no_grad():
         fused.decoder_fusion.logits.copy_(torch.tensor([-200.0, -200.0, 0.0]))
@@ -131,11 +131,11 @@ def test_all_the_weight_on_the_last_block_is_a_model_without_fusion(disturbed):
 def test_gradients_reach_the_projections_and_the_blocks_before_them(recomputing):
     model = make(fused_blocks=(1, 3)).train()
     if recomputing:
-        recompute_blocks(model)
+        enable_grad_checkpointing(model)
     model(some_images(), noise=some_noise()).loss.backward()
     for name, parameter in model.decoder_fusion.named_parameters():
         assert parameter.grad.abs().sum() > 0, name
-    # By the shortcut alone: the last block's own way is closed.
+    # The last block gets weight 0, so gradients can only flow through the fusion.
     model.zero_grad()
     with torch.no_grad():
         model.decoder_fusion.logits.copy_(torch.tensor([0.0, -200.0, -200.0]))
@@ -144,7 +144,7 @@ def test_gradients_reach_the_projections_and_the_blocks_before_them(recomputing)
     assert not any(p.grad is not None and p.grad.any() for p in model.blocks[1].parameters())
 
 
-def test_hidden_pixels_stay_hidden_from_the_fusion(disturbed):
+def test_masked_pixels_do_not_reach_the_fusion(disturbed):
     model = disturbed(make(fused_blocks=(1, 2, 3), cls_tokens=2))
     out = model(some_images(), noise=some_noise())
     patches = model.patchify(some_images())
@@ -153,30 +153,30 @@ def test_hidden_pixels_stay_hidden_from_the_fusion(disturbed):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (
             {"fused_blocks": (0, 1)},
-            "fused blocks 0 1 of an encoder of 4; accepted: different numbers from 1 to 3",
+            "--fused-blocks 0 1 does not fit an encoder of 4 blocks. Give different numbers from 1 to 3",
         ),
-        ({"fused_blocks": (1, 4)}, "fused blocks 1 4 of .* the last block is always among them"),
+        ({"fused_blocks": (1, 4)}, "--fused-blocks 1 4 does not fit .* The last block is always included"),
         ({"fused_blocks": (2, 2)}, "different numbers"),
         ({"fused_blocks": (3, 1)}, "ascending"),
         ({"fused_blocks": (-1,)}, "1 to 3"),
         ({"fused_blocks": ("a",)}, "--fused-blocks a is of the wrong type. Give whole numbers"),
-        ({"fused_blocks": (1,), "model": "mae_vit_32x1x2_patch4"}, "accepted: none"),
-        ({"fused_blocks": (1,), "decoder": "cross"}, "a cross decoder, .* one of the two"),
+        ({"fused_blocks": (1,), "model": "mae_vit_32x1x2_patch4"}, "an encoder of 1 block. Remove it"),
+        ({"fused_blocks": (1,), "decoder": "cross"}, "not supported with --decoder cross. Remove one"),
         ({"cls_tokens": 0}, "--cls-tokens 0 is out of range. Give .* of at least 1 and below 1000"),
         ({"cls_tokens": 1000}, "--cls-tokens 1000 is out of range"),
         ({"cls_tokens": 1.5}, "--cls-tokens 1.5 is of the wrong type. Give a whole number"),
     ],
 )
-def test_what_cannot_be_is_refused(changes, said):
-    with pytest.raises(UserError, match=said):
+def test_invalid_configurations_are_errors(changes, message):
+    with pytest.raises(UserError, match=message):
         make(**changes)
 
 
-def test_one_number_is_a_list_of_one():
+def test_a_single_fused_block_may_be_a_number():
     assert MAEConfig(**SMALL, fused_blocks=2).fused_blocks == (2,)
     assert MAEConfig(**SMALL, fused_blocks=[1, 3]).fused_blocks == (1, 3)
 
@@ -202,8 +202,8 @@ def test_shapes_with_several_cls_tokens(way):
 
 @pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()
-def test_the_order_of_cls_tokens_matters_to_nothing_else(disturbed, way):
-    """So none is hidden, has a position of its own, or is taken for a patch."""
+def test_the_order_of_cls_tokens_does_not_change_patch_tokens(disturbed, way):
+    """So no cls token is masked, has a position of its own, or is treated as a patch."""
     model = disturbed(make(cls_tokens=4, **WAYS[way]))
     order = torch.tensor([2, 0, 3, 1])
     before, tokens = model(some_images(), noise=some_noise()), model.encode(some_images())
@@ -216,7 +216,7 @@ def test_the_order_of_cls_tokens_matters_to_nothing_else(disturbed, way):
 
 @pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()
-def test_two_cls_tokens_that_are_alike_stay_alike_and_others_do_not(disturbed, way):
+def test_equal_cls_tokens_stay_equal_and_different_ones_differ(disturbed, way):
     model = disturbed(make(cls_tokens=3, **WAYS[way]))
     model.cls_token[:, 2] = model.cls_token[:, 0]
     latent = model(some_images(), noise=some_noise()).latent
@@ -226,18 +226,18 @@ def test_two_cls_tokens_that_are_alike_stay_alike_and_others_do_not(disturbed, w
 
 @torch.no_grad()
 def test_predictions_belong_to_their_patches(disturbed):
-    """A linear head on tokens of a full encoder: what is predicted of a patch is made of its own token."""
+    """With mask tokens in the encoder and a linear decoder, a prediction comes from its patch's token."""
     model = disturbed(make(cls_tokens=3, predict_all=True, **WAYS["head"]))
     out = model(some_images(), noise=some_noise())
     visible = (~out.mask[0]).nonzero()[:, 0]
     own = model.decoder_pred(out.latent[0, 3 : 3 + len(visible)])
     torch.testing.assert_close(out.pred[0][visible], own)
-    hidden = out.mask[0].nonzero()[:, 0]
-    torch.testing.assert_close(out.pred[0][hidden], model.decoder_pred(out.latent[0, 3 + len(visible) :]))
+    masked = out.mask[0].nonzero()[:, 0]
+    torch.testing.assert_close(out.pred[0][masked], model.decoder_pred(out.latent[0, 3 + len(visible) :]))
 
 
 @torch.no_grad()
-def test_positions_of_the_decoder_are_where_the_patches_are(disturbed):
+def test_decoder_positions_belong_to_their_patches(disturbed):
     model, given = disturbed(make(cls_tokens=3)), []
     model.decoder_blocks[0].register_forward_pre_hook(lambda _m, args: given.append(args[0]))
     for parameter in (model.decoder_embed.weight, model.decoder_embed.bias, model.mask_token):
@@ -251,7 +251,7 @@ def test_positions_of_the_decoder_are_where_the_patches_are(disturbed):
 
 
 @torch.no_grad()
-def test_the_encoder_and_the_classifier_are_the_masked_autoencoders(disturbed):
+def test_encoder_and_classifier_equal_the_masked_autoencoders_encoder(disturbed):
     model = disturbed(make(cls_tokens=3))
     shared = {"model": SMALL["model"], "image_size": SMALL["image_size"], "cls_tokens": 3}
     encoder = VisionTransformer(ViTConfig(**shared))
@@ -268,6 +268,6 @@ def test_the_encoder_and_the_classifier_are_the_masked_autoencoders(disturbed):
         else:
             torch.testing.assert_close(model.norm(tokens), model.encode(some_images()))
             expected = classifier.fc_norm(tokens[:, 3:].mean(1))
-        torch.testing.assert_close(classifier.features(some_images()), expected)
+        torch.testing.assert_close(classifier.compute_features(some_images()), expected)
         classifier.head.weight.normal_()
         torch.testing.assert_close(classifier(some_images()), classifier.head(expected))

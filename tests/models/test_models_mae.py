@@ -40,30 +40,30 @@ def some_images(model: MaskedAutoencoder, batch: int = 3, seed: int = 1) -> Tens
 
 
 def some_mask(model: MaskedAutoencoder, batch: int, visible: int, seed: int = 2) -> Tensor:
-    noise = torch.rand(batch, model.config.patches, generator=torch.Generator().manual_seed(seed))
+    noise = torch.rand(batch, model.config.num_patches, generator=torch.Generator().manual_seed(seed))
     return noise.argsort(dim=1).argsort(dim=1) >= visible
 
 
 def in_image_order(model: MaskedAutoencoder, images: Tensor, mask: Tensor) -> Tensor:
-    """Every patch's prediction [B, L, P], as the official code goes about it: tokens in image order."""
+    """The predictions of all patches, [B, L, P], with tokens in image order as in the official code."""
     config, predictions = model.config, []
     embedded = model.patch_embed.proj(images).flatten(2).transpose(1, 2)
-    for image, hidden in zip(embedded, mask, strict=True):
+    for image, masked in zip(embedded, mask, strict=True):
         tokens = image + model.pos_embed[0, 1:]
-        seen = ~hidden
+        visible_mask = ~masked
         if config.encoder_mask_tokens:
-            tokens = torch.where(hidden[:, None], model.mask_token[0] + model.pos_embed[0, 1:], tokens)
-            seen = torch.ones_like(hidden)
-        x = torch.cat([model.cls_token[0] + model.pos_embed[0, :1], tokens[seen]])[None]
+            tokens = torch.where(masked[:, None], model.mask_token[0] + model.pos_embed[0, 1:], tokens)
+            visible_mask = torch.ones_like(masked)
+        x = torch.cat([model.cls_token[0] + model.pos_embed[0, :1], tokens[visible_mask]])[None]
         for block in model.blocks:
             x = block(x)
         x = model.decoder_embed(model.norm(x))[0]
-        full = torch.empty(config.patches, x.shape[1])
-        full[seen] = x[1:]
+        full = torch.empty(config.num_patches, x.shape[1])
+        full[visible_mask] = x[1:]
         if not config.encoder_mask_tokens:
-            full[hidden] = model.mask_token[0, 0]
+            full[masked] = model.mask_token[0, 0]
         x = torch.cat([x[:1], full])[None]
-        if config.decoder_depth or not config.encoder_mask_tokens:  # a linear head adds nothing
+        if config.decoder_depth or not config.encoder_mask_tokens:  # a linear decoder adds no positions
             x = x + model.decoder_pos_embed
         for block in model.decoder_blocks:
             x = block(x)
@@ -71,19 +71,19 @@ def in_image_order(model: MaskedAutoencoder, images: Tensor, mask: Tensor) -> Te
     return torch.stack(predictions)
 
 
-# ---------------------------------------------------------------------- the whole
+# ---------------------------------------------------------------------- forward and loss
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_every_arm_equals_the_same_steps_in_image_order(disturbed, arm):
+def test_every_configuration_equals_the_official_order_of_tokens(disturbed, arm):
     model = disturbed(make(**ARMS[arm]))
     images, mask = some_images(model), some_mask(model, 3, visible=7)
     with torch.no_grad():
         out, expected = model(images, mask=mask), in_image_order(model, images, mask)
     assert torch.equal(out.mask, mask)
-    hidden = torch.stack([e[m] for e, m in zip(expected, mask, strict=True)])
+    masked = torch.stack([e[m] for e, m in zip(expected, mask, strict=True)])
     torch.testing.assert_close(
-        out.pred, expected if model.config.predict_all else hidden, rtol=1e-5, atol=1e-5
+        out.pred, expected if model.config.predict_all else masked, rtol=1e-5, atol=1e-5
     )
     truth = model.patchify(images)
     if model.config.norm_pix_loss:
@@ -109,9 +109,9 @@ def test_gradients_reach_every_trained_parameter(disturbed, arm):
 @pytest.mark.parametrize(
     ("kind", "ratio"), [("random", 0.75), ("block", 0.5), ("grid", 0.75), ("random", 0.9)]
 )
-def test_noise_is_the_same_as_the_mask_it_makes(kind, ratio):
+def test_noise_gives_the_same_result_as_its_mask(kind, ratio):
     model = make(mask=kind, mask_ratio=ratio)
-    noise = model.mask_noise(torch.rand(3, model.uniforms_needed))
+    noise = model.mask_noise(torch.rand(3, model.num_mask_uniforms))
     images = some_images(model)
     with torch.no_grad():
         by_noise = model(images, noise=noise)
@@ -133,7 +133,7 @@ def test_without_noise_masks_come_from_torchs_default_generator():
 
 
 @given(st.integers(1, 23), st.integers(0, 999))
-def test_any_pattern_of_equal_counts_is_a_mask(visible, seed):
+def test_any_mask_with_equal_counts_works(visible, seed):
     model = make(decoder_depth=1)
     mask = some_mask(model, 2, visible, seed)
     with torch.no_grad():
@@ -190,7 +190,7 @@ def test_unpatchify_is_the_inverse_of_patchify(rows, columns, patch, channels):
 # ---------------------------------------------------------------------- encode
 
 
-def test_encode_gives_cls_and_every_patch_and_is_deterministic():
+def test_encode_returns_cls_and_all_patches_and_is_deterministic():
     model = make()
     images = some_images(model)
     tokens = model.encode(images)
@@ -199,57 +199,59 @@ def test_encode_gives_cls_and_every_patch_and_is_deterministic():
     assert torch.equal(tokens, model.eval().encode(images))
 
 
-def test_encode_with_a_mask_gives_the_visible_patches_in_ascending_order(disturbed):
+def test_encode_with_a_mask_returns_visible_patches_in_ascending_order(disturbed):
     model = disturbed(make())
     images, mask = some_images(model), some_mask(model, 3, visible=9)
     with torch.no_grad():
         tokens = model.encode(images, mask)
         embedded = model.patch_embed.proj(images).flatten(2).transpose(1, 2) + model.pos_embed[:, 1:]
-        for image, row, hidden in zip(embedded, tokens, mask, strict=True):
-            x = torch.cat([model.cls_token[0], image[~hidden]])[None]
+        for image, row, masked in zip(embedded, tokens, mask, strict=True):
+            x = torch.cat([model.cls_token[0], image[~masked]])[None]
             for block in model.blocks:
                 x = block(x)
             torch.testing.assert_close(row, model.norm(x)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_encode_with_nothing_hidden_is_encode():
+def test_encode_with_nothing_masked_equals_encode_without_a_mask():
     model = make()
     images = some_images(model)
     nothing = torch.zeros(3, 24, dtype=torch.bool)
     torch.testing.assert_close(model.encode(images, nothing), model.encode(images))
 
 
-# ---------------------------------------------------------------------- what is not accepted
+# ---------------------------------------------------------------------- errors
 
 
-def test_images_of_another_shape_are_an_error():
+def test_images_of_the_wrong_shape_are_an_error():
     model = make()
     for shape in [(2, 5, 24, 16), (2, 3, 16, 24), (5, 16, 24), (2, 5, 16, 25)]:
         for call in (model, model.encode, model.reconstruct):
-            with pytest.raises(ValueError, match=r"images of shape .* accepted: \(B, 5, 16, 24\)"):
+            with pytest.raises(
+                ValueError, match=r"The images have shape .*Give images of shape \(B, 5, 16, 24\)"
+            ):
                 call(torch.randn(shape))
 
 
 @pytest.mark.parametrize("shape", [(2, 23), (1, 24), (24,), (2, 24, 1)])
-def test_noise_of_another_shape_is_an_error(shape):
+def test_noise_of_the_wrong_shape_is_an_error(shape):
     model = make()
-    with pytest.raises(ValueError, match=r"noise of shape .* accepted: \(2, 24\)"):
+    with pytest.raises(ValueError, match=r"The noise has shape .*Give shape \(2, 24\)"):
         model(some_images(model, 2), noise=torch.rand(shape))
 
 
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.ones(2, 24), r"mask of torch.float32 \(2, 24\); accepted: torch.bool \(2, 24\)"),
-        (torch.ones(2, 23, dtype=torch.bool), r"mask of torch.bool \(2, 23\)"),
-        (torch.ones(1, 24, dtype=torch.bool), r"mask of torch.bool \(1, 24\)"),
+        (torch.ones(2, 24), r"mask is torch.float32 of shape \(2, 24\). Give torch.bool of shape \(2, 24\)"),
+        (torch.ones(2, 23, dtype=torch.bool), r"mask is torch.bool of shape \(2, 23\)"),
+        (torch.ones(1, 24, dtype=torch.bool), r"mask is torch.bool of shape \(1, 24\)"),
         (torch.ones(2, 24, dtype=torch.bool), r"leave \[0\] patches visible"),
-        (torch.zeros(2, 24, dtype=torch.bool), "hides nothing"),
+        (torch.zeros(2, 24, dtype=torch.bool), "has no masked patch"),
         (torch.arange(48).view(2, 24) < 30, r"leave \[0, 18\] patches visible"),
     ],
-    ids=["dtype", "patches", "rows", "nothing visible", "nothing hidden", "counts differ"],
+    ids=["dtype", "patches", "rows", "nothing visible", "nothing masked", "counts differ"],
 )
-def test_other_masks_are_an_error(mask, message):
+def test_invalid_masks_are_errors(mask, message):
     model = make()
     with pytest.raises(ValueError, match=message):
         model(some_images(model, 2), mask=mask)
@@ -258,25 +260,25 @@ def test_other_masks_are_an_error(mask, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 30}, r"image size \(30, 30\) with patches of 4 pixels; .* multiple of 4"),
+        ({"image_size": 30}, r"--image-size is 30 30, and the patch size is 4\. .* multiple of 4"),
         ({"image_size": (16, 0)}, "--image-size 0 is out of range. Give whole numbers of at least 1"),
-        ({"image_size": (16, 16, 16)}, "image size"),
+        ({"image_size": (16, 16, 16)}, "--image-size is 16 16 16"),
         ({"in_chans": 0}, "--in-chans 0 is out of range. Give a whole number of at least 1"),
-        ({"mask": "blocks"}, "unknown value of --mask: 'blocks'; accepted: .*, grid. Did you mean 'block'?"),
-        ({"mask_ratio": 1e-17}, "mask ratio of 1e-17 keeps 24 of 24 patches"),
-        ({"mask_ratio": 0.99}, "mask ratio of 0.99 keeps 0 of 24 patches"),
+        ({"mask": "blocks"}, "--mask: 'blocks'. Did you mean 'block'? Give one of: .*, grid"),
+        ({"mask_ratio": 1e-17}, "mask ratio of 1e-17 leaves 24 of 24 patches visible"),
+        ({"mask_ratio": 0.99}, "mask ratio of 0.99 leaves 0 of 24 patches visible"),
         ({"mask_ratio": 0.0}, "--mask-ratio 0.0 is out of range. Give a number above 0 and below 1"),
         ({"decoder_depth": -1}, "--decoder-depth -1 is out of range. Give a whole number of at least 0"),
-        ({"decoder_width": 30}, "the decoder: 30 wide with 2 heads"),
-        ({"decoder_heads": 5}, "the decoder: 24 wide with 5 heads"),
-        ({"mean": (0.5, 0.5)}, "mean has 2 numbers for 5 channels"),
-        ({"std": (1.0, 1.0, 1.0, 1.0, 0.0)}, "accepted: numbers above 0"),
-        ({"mask_ration": 0.5}, "unknown model option 'mask_ration'; .* Did you mean 'mask_ratio'?"),
+        ({"decoder_width": 30}, "width of the decoder is 30, with 2 heads"),
+        ({"decoder_heads": 5}, "width of the decoder is 24, with 5 heads"),
+        ({"mean": (0.5, 0.5)}, "--mean has 2 numbers, and images have 5 channels"),
+        ({"std": (1.0, 1.0, 1.0, 1.0, 0.0)}, "--std is 1.0 1.0 1.0 1.0 0.0. Give numbers above 0"),
+        ({"mask_ration": 0.5}, "Unknown model option 'mask_ration'. Did you mean 'mask_ratio'?"),
         ({"model": "mae_vit_basse_patch16"}, "Did you mean 'mae_vit_base_patch16'?"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_create_model_says_what_is_wrong(changes, message):
+def test_invalid_options_of_create_model_are_errors(changes, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
         make(**changes)
 
@@ -319,22 +321,22 @@ def test_the_papers_models_have_the_official_number_of_parameters(name, count, t
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
 
 
-# ---------------------------------------------------------------------- pictures for people
+# ---------------------------------------------------------------------- reconstruction
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_reconstruct_keeps_visible_patches_to_the_bit(disturbed, arm):
     model = disturbed(make(**ARMS[arm]))
     images, mask = some_images(model), some_mask(model, 3, visible=7)
-    picture = model.reconstruct(images, mask=mask)
-    assert picture.dtype == torch.float32
-    before, after = model.patchify(images), model.patchify(picture)
+    reconstruction = model.reconstruct(images, mask=mask)
+    assert reconstruction.dtype == torch.float32
+    before, after = model.patchify(images), model.patchify(reconstruction)
     assert torch.equal(before[~mask], after[~mask])
     assert float((before[mask] - after[mask]).abs().min(dim=1).values.max()) > 0
 
 
 @pytest.mark.parametrize("arm", ["paper", "all predicted", "plain pixels", "mask tokens in the encoder"])
-def test_reconstruct_takes_nothing_from_hidden_patches(disturbed, arm):
+def test_reconstruct_does_not_read_masked_patches(disturbed, arm):
     model = disturbed(make(**ARMS[arm]))
     images, mask = some_images(model), some_mask(model, 3, visible=7)
     patches = model.patchify(images)
@@ -343,7 +345,7 @@ def test_reconstruct_takes_nothing_from_hidden_patches(disturbed, arm):
     assert torch.equal(model.reconstruct(images, mask=mask), model.reconstruct(other, mask=mask))
 
 
-def test_reconstruct_shows_plain_predictions_as_they_are(disturbed):
+def test_reconstruct_returns_unnormalised_predictions_unchanged(disturbed):
     model = disturbed(make(norm_pix_loss=False))
     images, mask = some_images(model), some_mask(model, 3, visible=7)
     shown = model.patchify(model.reconstruct(images, mask=mask))
@@ -352,16 +354,16 @@ def test_reconstruct_shows_plain_predictions_as_they_are(disturbed):
         assert torch.equal(shown[row][mask[row]], pred[row])
 
 
-def test_reconstruct_guesses_brightness_and_contrast_from_visible_patches(disturbed):
+def test_reconstruct_estimates_mean_and_std_from_visible_patches(disturbed):
     model = disturbed(make())
     images, mask = some_images(model), some_mask(model, 3, visible=7)
     shown = model.patchify(model.reconstruct(images, mask=mask))
     pred, patches = model(images, mask=mask).pred, model.patchify(images)
     for row in range(3):
-        visible, hidden = ((~mask[row]).nonzero()[:, 0].tolist(), mask[row].nonzero()[:, 0].tolist())
-        for place, i in enumerate(hidden):
+        visible, masked = ((~mask[row]).nonzero()[:, 0].tolist(), mask[row].nonzero()[:, 0].tolist())
+        for position, i in enumerate(masked):
             near = [1 / ((i // 6 - j // 6) ** 2 + (i % 6 - j % 6) ** 2) ** 2 for j in visible]
             mean = sum(w * float(patches[row, j].mean()) for w, j in zip(near, visible, strict=True))
             std = sum(w * float(patches[row, j].std()) for w, j in zip(near, visible, strict=True))
-            expected = (pred[row, place] * std + mean) / sum(near)
+            expected = (pred[row, position] * std + mean) / sum(near)
             torch.testing.assert_close(shown[row, i], expected, rtol=1e-4, atol=1e-4)

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quarterview.models.positions import sincos_2d
+from quarterview.models.positions import get_2d_sincos_pos_embed
 
 
 def by_hand(width: int, row: int, column: int) -> list[float]:
-    """The official row of the table: the column in the first half, the row in the second."""
+    """One row of the official table: the column in the first half, the row in the second."""
     quarter = width // 4
     frequencies = [10000 ** (-k / quarter) for k in range(quarter)]
     halves = [[f(x * w) for f in (math.sin, math.cos) for w in frequencies] for x in (column, row)]
@@ -18,7 +18,7 @@ def by_hand(width: int, row: int, column: int) -> list[float]:
 
 @given(st.integers(1, 24).map(lambda n: 4 * n), st.integers(1, 9), st.integers(1, 9))
 def test_every_row_is_the_closed_form(width, rows, columns):
-    table = sincos_2d(width, (rows, columns))
+    table = get_2d_sincos_pos_embed(width, (rows, columns))
     assert table.dtype == torch.float32
     assert table.shape == (1, 1 + rows * columns, width)
     assert torch.equal(table[0, 0], torch.zeros(width))
@@ -27,7 +27,7 @@ def test_every_row_is_the_closed_form(width, rows, columns):
 
 
 def test_hand_values_of_the_neighbours_of_the_origin():
-    table = sincos_2d(8, (2, 3))[0]
+    table = get_2d_sincos_pos_embed(8, (2, 3))[0]
     s, c, s_slow, c_slow = math.sin(1), math.cos(1), math.sin(0.01), math.cos(0.01)
     at_column_1 = [s, s_slow, c, c_slow, 0, 0, 1, 1]
     at_row_1 = [0, 0, 1, 1, s, s_slow, c, c_slow]
@@ -35,23 +35,26 @@ def test_hand_values_of_the_neighbours_of_the_origin():
     torch.testing.assert_close(table[1 + 3], torch.tensor(at_row_1))
 
 
-def test_the_same_as_transformers_where_that_fills_its_table():
+def test_the_table_equals_transformers():
     modeling = pytest.importorskip("transformers.models.vit_mae.modeling_vit_mae")
     if not hasattr(modeling, "build_2d_sinusoidal_position_embedding"):
         pytest.skip("this transformers has no such function")
     theirs = modeling.build_2d_sinusoidal_position_embedding(14, 14, embed_dim=192, cls_token=True)
     row_half, column_half = theirs.chunk(2, dim=1)
     torch.testing.assert_close(
-        sincos_2d(192, (14, 14))[0], torch.cat([column_half, row_half], dim=1), rtol=0, atol=1e-6
+        get_2d_sincos_pos_embed(192, (14, 14))[0],
+        torch.cat([column_half, row_half], dim=1),
+        rtol=0,
+        atol=1e-6,
     )
 
 
-def test_no_two_positions_are_alike():
-    table = sincos_2d(64, (16, 16))[0]
+def test_all_positions_are_different():
+    table = get_2d_sincos_pos_embed(64, (16, 16))[0]
     assert float(torch.cdist(table[1:], table[1:]).fill_diagonal_(9).min()) > 0.5
 
 
 @pytest.mark.parametrize("width", [1, 2, 6, 70])
-def test_a_width_that_does_not_divide_by_4_is_an_error(width):
-    with pytest.raises(ValueError, match=f"width of {width} .* accepted: multiples of 4"):
-        sincos_2d(width, (2, 2))
+def test_a_width_that_is_not_a_multiple_of_4_is_an_error(width):
+    with pytest.raises(ValueError, match=f"is {width}\\. Give a multiple of 4"):
+        get_2d_sincos_pos_embed(width, (2, 2))

@@ -9,16 +9,16 @@ from torch import nn
 from quarterview.errors import UserError
 from quarterview.models import masking, vit
 from quarterview.models.classifier import Classifier, ClassifierConfig
-from quarterview.models.config import SIZES, MAEConfig, ViTConfig, ViTShape, parse_model_name
-from quarterview.models.create import create_model, fresh_classifier, fresh_encoder, fresh_model
+from quarterview.models.config import MODEL_SIZES, MAEConfig, ViTConfig, ViTShape, parse_model_name
+from quarterview.models.create import create_classifier, create_encoder, create_mae, create_model
 from quarterview.models.mae import MaskedAutoencoder
-from quarterview.models.vit import Block, VisionTransformer, recompute_blocks
+from quarterview.models.vit import Block, VisionTransformer, enable_grad_checkpointing
 
 SMALL = {"model": "mae_vit_32x4x2_patch4", "image_size": (16, 24)}
 
 
 def timms_shape(model: VisionTransformer) -> TimmVisionTransformer:
-    """A vision transformer of timm's of the same shape, with its own weights."""
+    """A timm vision transformer of the same shape, with random weights."""
     config, shape = model.config, model.config.shape
     return TimmVisionTransformer(
         img_size=config.image_size,
@@ -28,7 +28,7 @@ def timms_shape(model: VisionTransformer) -> TimmVisionTransformer:
         global_pool="",
         embed_dim=shape.width,
         depth=shape.depth,
-        num_heads=shape.heads,
+        num_heads=shape.num_heads,
         norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
     )
 
@@ -61,7 +61,7 @@ def test_the_encoder_equals_timms_vision_transformer(disturbed, name, size, chan
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", MODEL_SIZES)
 def test_named_sizes_are_those_of_timm(size):
     import timm
 
@@ -72,7 +72,7 @@ def test_named_sizes_are_those_of_timm(size):
     with torch.device("meta"):
         theirs = timm.create_model(name, num_classes=0)
         ours = create_model(f"mae_vit_{size}_patch{patch}")
-    assert ours.config.shape.heads == theirs.blocks[0].attn.num_heads
+    assert ours.config.shape.num_heads == theirs.blocks[0].attn.num_heads
     state = ours.state_dict()
     assert {k: state[k].shape for k in theirs.state_dict()} == {
         k: v.shape for k, v in theirs.state_dict().items()
@@ -80,12 +80,12 @@ def test_named_sizes_are_those_of_timm(size):
 
 
 @pytest.mark.parametrize(
-    "tokens", [1, 5, 65, vit.EXPLICIT_ATTENTION_TOKENS, vit.EXPLICIT_ATTENTION_TOKENS + 1]
+    "tokens", [1, 5, 65, vit.MAX_EXPLICIT_ATTENTION_TOKENS, vit.MAX_EXPLICIT_ATTENTION_TOKENS + 1]
 )
-def test_attention_equals_torchs(tokens):
+def test_attention_equals_torch(tokens):
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 3, tokens, 16, requires_grad=True) for _ in range(3))
-    ours = vit.attention(query, key, value)
+    ours = vit.compute_attention(query, key, value)
     theirs = F.scaled_dot_product_attention(query, key, value)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     upstream = torch.randn_like(ours)
@@ -114,7 +114,7 @@ def test_the_patch_embedding_equals_its_convolution():
         ("mae_vit_128x4x8_patch2", (128, 4, 8, 2)),
     ],
 )
-def test_names_are_read(name, shape):
+def test_model_names_are_parsed(name, shape):
     assert parse_model_name(name) == ViTShape(*shape)
 
 
@@ -132,27 +132,28 @@ def test_names_are_read(name, shape):
         ("", "mae_vit_base_patch16"),
     ],
 )
-def test_other_names_are_an_error_that_names_the_nearest(name, hint):
+def test_an_unknown_name_is_an_error_with_the_nearest_name(name, hint):
     with pytest.raises(UserError) as error:
         parse_model_name(name)
-    assert str(error.value).startswith(f"unknown model {name!r}; accepted: mae_vit_tiny_patch")
+    assert str(error.value).startswith(f"Unknown model {name!r}.")
+    assert "Give one of: mae_vit_tiny_patch" in str(error.value)
     assert hint in str(error.value)
 
 
 @pytest.mark.parametrize(("width", "heads"), [(100, 3), (66, 6), (2, 1)])
-def test_widths_must_divide(width, heads):
-    with pytest.raises(UserError, match=rf"{width} wide with {heads} heads; accepted: widths that divide"):
+def test_invalid_widths_are_errors(width, heads):
+    with pytest.raises(UserError, match=rf"is {width}, with {heads} heads\. Give a width that is a multiple"):
         parse_model_name(f"mae_vit_{width}x2x{heads}_patch4")
 
 
 @pytest.mark.parametrize("first", [0, 1, 5])
-def test_the_tokens_before_the_first_are_attended_to_but_not_computed(first):
+def test_tokens_before_query_start_are_keys_and_values_only(first):
     torch.manual_seed(0)
     block, x = Block(32, 4), torch.randn(3, 9, 32)
-    torch.testing.assert_close(block(x, first=first), block(x)[:, first:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(block(x, query_start=first), block(x)[:, first:], atol=1e-5, rtol=0)
 
 
-def test_recomputed_blocks_keep_their_input_alone_and_give_the_same_gradients():
+def test_grad_checkpointing_stores_only_inputs_and_keeps_the_gradients():
     torch.manual_seed(0)
     blocks, x = nn.Sequential(Block(32, 4), Block(32, 4)), torch.randn(3, 9, 32, requires_grad=True)
 
@@ -162,14 +163,14 @@ def test_recomputed_blocks_keep_their_input_alone_and_give_the_same_gradients():
             out = blocks(x)
         return torch.autograd.grad(out.sum(), [x, *blocks.parameters()]), sum(sizes)
 
-    plain, kept = gradients()
-    recompute_blocks(blocks)
-    again, kept_again = gradients()
+    plain, bytes_without_checkpointing = gradients()
+    enable_grad_checkpointing(blocks)
+    again, bytes_with_checkpointing = gradients()
     assert all(torch.equal(one, two) for one, two in zip(plain, again, strict=True))
-    assert kept_again < 0.1 * kept
+    assert bytes_with_checkpointing < 0.1 * bytes_without_checkpointing
 
 
-# ---------------------------------------------------------------------- the one transformer
+# ---------------------------------------------------------------------- the encoder
 
 
 def some_images(batch: int = 3) -> torch.Tensor:
@@ -182,7 +183,7 @@ def some_mask(visible: int = 7, batch: int = 3) -> torch.Tensor:
 
 
 def some_encoder(**changes) -> VisionTransformer:
-    return fresh_encoder(ViTConfig(**SMALL, **changes), 0)
+    return create_encoder(ViTConfig(**SMALL, **changes), 0)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -194,24 +195,24 @@ def test_intermediate_feature_maps_equal_timms(disturbed, indices, norm):
     expected = theirs.eval().forward_intermediates(
         some_images(), indices=list(indices), norm=norm, intermediates_only=True
     )
-    found = model.forward_intermediates(some_images(), indices, norm=norm)
-    assert [each.shape for each in found] == [(3, 32, 4, 6)] * len(indices)
-    for one, other in zip(found, expected, strict=True):
+    output = model.forward_intermediates(some_images(), indices, norm=norm)
+    assert [each.shape for each in output] == [(3, 32, 4, 6)] * len(indices)
+    for one, other in zip(output, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_intermediate_feature_maps_come_in_the_order_asked_for():
+def test_intermediate_feature_maps_have_the_requested_order():
     model = some_encoder(cls_tokens=2)
     last, first = model.forward_intermediates(some_images(), (3, 0))
     again = model.forward_intermediates(some_images(), (0,))[0]
     assert torch.equal(first, again)
     assert not torch.allclose(last, first)
-    # The last block's, after the norm, are the features.
+    # The normalised map of the last block equals `encode`.
     normed = model.forward_intermediates(some_images(), [-1], norm=True)[0]
     assert torch.equal(normed.flatten(2).transpose(1, 2), model.encode(some_images())[:, 2:])
 
 
-def test_no_block_after_those_asked_for_is_run():
+def test_blocks_after_the_last_requested_one_are_not_run():
     model, run = some_encoder(), []
     for i, block in enumerate(model.blocks):
         block.register_forward_hook(lambda *_, i=i: run.append(i))
@@ -220,8 +221,8 @@ def test_no_block_after_those_asked_for_is_run():
 
 
 @pytest.mark.parametrize("indices", [(), (4,), (-5,), (0, 9)])
-def test_blocks_that_are_not_there_are_an_error(indices):
-    with pytest.raises(ValueError, match=r"for 4 blocks\. Give one or more from -4 to 3"):
+def test_missing_blocks_are_an_error(indices):
+    with pytest.raises(ValueError, match=r"a model of 4 blocks\. Give one or more from -4 to 3"):
         some_encoder().forward_intermediates(some_images(), indices)
 
 
@@ -232,27 +233,27 @@ def test_gradients_of_a_feature_map_reach_its_blocks_and_no_later_ones():
     assert all(p.grad is None for p in [*model.blocks[2:].parameters(), *model.norm.parameters()])
 
 
-def test_tokens_are_kept_after_any_number_of_blocks():
+def test_tokens_are_returned_after_any_number_of_blocks():
     model = some_encoder()
     x = expected = model.embed(model.patchify(some_images()))
-    last, kept = model.forward_blocks(x, keep=range(5))
-    assert list(kept) == [0, 1, 2, 3, 4]
-    assert kept[0] is x
-    assert kept[4] is last
+    last, intermediates = model.forward_blocks(x, keep_after=range(5))
+    assert list(intermediates) == [0, 1, 2, 3, 4]
+    assert intermediates[0] is x
+    assert intermediates[4] is last
     for n, block in enumerate(model.blocks, 1):
         expected = block(expected)
-        assert torch.equal(kept[n], expected)
-        stopped, none = model.forward_blocks(x, stop=n)
+        assert torch.equal(intermediates[n], expected)
+        stopped, none = model.forward_blocks(x, num_blocks=n)
         assert torch.equal(stopped, expected)
         assert none == {}
-    assert model.forward_blocks(x, stop=0)[0] is x
+    assert model.forward_blocks(x, num_blocks=0)[0] is x
 
 
 @pytest.mark.parametrize("cls_tokens", [1, 3])
 def test_all_models_encode_alike(disturbed, cls_tokens):
-    """Whole images, visible patches alone, and with branches that are scaled."""
+    """All images, with a mask, and with drop path."""
     shared = {**SMALL, "cls_tokens": cls_tokens}
-    model = disturbed(fresh_model(MAEConfig(**shared, decoder_depth=1, decoder_width=16, decoder_heads=2), 0))
+    model = disturbed(create_mae(MAEConfig(**shared, decoder_depth=1, decoder_width=16, decoder_heads=2), 0))
     encoder = VisionTransformer(ViTConfig(**shared))
     classifier = Classifier(ClassifierConfig(**shared, classes=3, pool="cls"))
     for other in (encoder, classifier):
@@ -267,31 +268,35 @@ def test_all_models_encode_alike(disturbed, cls_tokens):
     assert torch.equal(encoder(some_images()), model.encode(some_images()))
 
 
-def test_scales_multiply_each_branch(disturbed):
+def test_drop_path_scales_multiply_each_branch(disturbed):
     model = disturbed(some_encoder())
     whole = model.encode(some_images())
-    assert torch.equal(model.encode(some_images(), scales=torch.ones(3, 4, 2)), whole)
+    assert torch.equal(model.encode(some_images(), drop_path_scales=torch.ones(3, 4, 2)), whole)
     embedded = model.embed(model.patchify(some_images()))
-    assert torch.equal(model.encode(some_images(), scales=torch.zeros(3, 4, 2)), model.norm(embedded))
+    assert torch.equal(
+        model.encode(some_images(), drop_path_scales=torch.zeros(3, 4, 2)), model.norm(embedded)
+    )
     one = torch.ones(3, 4, 2)
-    one[1, 2, 0] = 0  # the second image's attention in the third block
-    found = model.encode(some_images(), scales=one)
-    assert torch.equal(found[[0, 2]], whole[[0, 2]])
-    x, _ = model.forward_blocks(embedded[1:2], stop=2)
+    one[1, 2, 0] = 0  # the attention branch of the second image in the third block
+    output = model.encode(some_images(), drop_path_scales=one)
+    assert torch.equal(output[[0, 2]], whole[[0, 2]])
+    x, _ = model.forward_blocks(embedded[1:2], num_blocks=2)
     third, last = model.blocks[2], model.blocks[3]
     expected = model.norm(last(x + third.mlp(third.norm2(x))))
-    torch.testing.assert_close(found[1:2], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output[1:2], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 24, 16), (2, 1, 16, 24), (3, 16, 24)])
-def test_images_of_another_shape_are_an_error(shape):
+def test_images_of_the_wrong_shape_are_an_error(shape):
     model = some_encoder()
     for call in (model, model.encode, lambda images: model.forward_intermediates(images, [0])):
-        with pytest.raises(ValueError, match=r"images of shape .* accepted: \(B, 3, 16, 24\)"):
+        with pytest.raises(
+            ValueError, match=r"The images have shape .*Give images of shape \(B, 3, 16, 24\)"
+        ):
             call(torch.randn(shape))
 
 
-def test_an_encoder_has_the_names_of_the_masked_autoencoders():
+def test_an_encoder_has_the_masked_autoencoders_parameter_names():
     encoder = list(some_encoder().state_dict())
     model = list(create_model(**SMALL, decoder_depth=1).state_dict())
     assert [name for name in model if name in encoder] == encoder
@@ -301,12 +306,12 @@ def test_an_encoder_has_the_names_of_the_masked_autoencoders():
 @pytest.mark.parametrize(
     ("make", "kind", "config"),
     [
-        (fresh_encoder, VisionTransformer, ViTConfig(**SMALL)),
-        (fresh_model, MaskedAutoencoder, MAEConfig(**SMALL, decoder_depth=1)),
-        (fresh_classifier, Classifier, ClassifierConfig(**SMALL, classes=3)),
+        (create_encoder, VisionTransformer, ViTConfig(**SMALL)),
+        (create_mae, MaskedAutoencoder, MAEConfig(**SMALL, decoder_depth=1)),
+        (create_classifier, Classifier, ClassifierConfig(**SMALL, classes=3)),
     ],
 )
-def test_initial_weights_belong_to_the_seed(make, kind, config):
+def test_initial_weights_depend_on_the_seed(make, kind, config):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     one, two, other = make(config, 0), make(config, 0), make(config, 1)

@@ -1,4 +1,4 @@
-"""What a study will run: arms once each, lengths within the budget, operations as torch counts them."""
+"""Tests of the plan of a study: unique arms, steps within the budget, and operations as torch counts them."""
 
 import re
 import time
@@ -15,28 +15,28 @@ from quarterview.commands.config import PretrainConfig
 from quarterview.config import PATH
 from quarterview.data.loader import Batch
 from quarterview.errors import UserError
-from quarterview.methods.base import Setting, build
+from quarterview.methods.base import MethodContext, build
 from quarterview.models.mae import MaskedAutoencoder
 from quarterview.models.targets import TokenTarget
-from quarterview.studies.arm import images_of
-from quarterview.studies.config import StudyConfig, read_budget
-from quarterview.studies.lengths import choose_lengths
+from quarterview.studies.arm import get_labeled_split
+from quarterview.studies.config import StudyConfig, parse_budget
+from quarterview.studies.lengths import allocate_budget
 from quarterview.studies.named import STUDIES
 from quarterview.studies.plan import (
-    base_of,
-    flops_an_image,
-    heads_of,
-    tokenizer_config,
-    unique_arms,
+    choose_num_heads,
+    compute_flops_per_image,
+    make_base_config,
+    make_tokenizer_config,
+    plan_arms,
 )
 from quarterview.studies.study import Arm, Finding, Study, Table, read_study
 from quarterview.studies.timing import (
-    Timed,
-    Training,
-    Tuning,
-    parts_judged,
-    time_training,
-    time_tuning,
+    FinetuningTime,
+    StudyTimings,
+    TrainingTime,
+    list_evaluation_parts,
+    measure_finetuning_time,
+    measure_training_time,
 )
 from quarterview.training.metric_writers import read_metrics
 
@@ -66,32 +66,32 @@ CONFIG = StudyConfig(
     ],
 )
 def test_budgets(text, expected):
-    assert read_budget(text) == expected
+    assert parse_budget(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "30", "m", "-3m", "0m", "1e400images", "3 m", "1..5h", "nanm", "2days"])
-def test_budgets_that_mean_nothing(text):
-    with pytest.raises(UserError, match=rf"^--budget {re.escape(text)} is not accepted. Give a time such as"):
-        read_budget(text)
+def test_invalid_budgets(text):
+    with pytest.raises(UserError, match=rf"^--budget is {re.escape(text)}. Give a time such as"):
+        parse_budget(text)
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
-        ({"budget": "lots"}, "--budget lots"),
+        ({"budget": "lots"}, "--budget is lots"),
         ({"seeds": 0}, "--seeds 0 is out of range"),
         ({"jobs": 0}, "--jobs 0 is out of range"),
         ({"measures": ("knm",)}, "Did you mean 'knn'"),
-        ({"measures": "linear@101"}, "linear@101 is not accepted"),
+        ({"measures": "linear@101"}, "linear@101 has an invalid percentage of visible patches"),
         ({"device": "gpu"}, "--device"),
     ],
 )
-def test_values_of_a_study_that_are_refused(values, said):
-    with pytest.raises(UserError, match=said):
+def test_invalid_flags_of_a_study(values, message):
+    with pytest.raises(UserError, match=message):
         StudyConfig(**values)
 
 
-def test_one_word_and_one_side_are_enough():
+def test_single_values_become_tuples():
     config = StudyConfig(data="a", measures="knn", image_size=32)
     assert (config.data, config.measures, config.image_size) == (("a",), ("knn",), (32, 32))
 
@@ -102,7 +102,7 @@ def test_one_word_and_one_side_are_enough():
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_named_study_can_be_planned(name):
     config = replace(CONFIG, budget="1e5images", model=None)
-    arms = choose_lengths(unique_arms(STUDIES[name], config, "words"), config).arms
+    arms = allocate_budget(plan_arms(STUDIES[name], config, "tokenizer"), config).arms
     assert len({one.key for one in arms}) == len(arms)
     for one in arms:
         expected = (
@@ -112,24 +112,24 @@ def test_every_named_study_can_be_planned(name):
         assert one.measures
 
 
-def test_arms_that_are_alike_are_run_once():
+def test_equal_arms_are_planned_once():
     config = replace(CONFIG, model=None)
-    arms = unique_arms(STUDIES["table1"], config, "words")
+    arms = plan_arms(STUDIES["table1"], config, "tokenizer")
     rows = sum(len(table.arms) for table in STUDIES["table1"].tables)
-    # The default stands in tables c, d, e, f, and its decoder of two blocks in a, too.
+    # The default arm is part of tables 1a, 1c, 1d, 1e and 1f.
     assert len(arms) == rows - 4
-    default = next(one for one in arms if one.config == base_of(STUDIES["table1"], config))
+    default = next(one for one in arms if one.config == make_base_config(STUDIES["table1"], config))
     assert set(default.measures) == {"finetune", "linear"}
 
 
-def test_measures_may_be_fewer():
-    arms = unique_arms(STUDIES["baselines"], replace(CONFIG, measures=("knn",)), "words")
+def test_measures_can_be_restricted():
+    arms = plan_arms(STUDIES["baselines"], replace(CONFIG, measures=("knn",)), "tokenizer")
     assert {one.measures for one in arms} == {("knn",)}
     with pytest.raises(UserError, match="Mask ratio"):
-        unique_arms(STUDIES["mask-ratio"], replace(CONFIG, measures=("knn",)), "words")
+        plan_arms(STUDIES["mask-ratio"], replace(CONFIG, measures=("knn",)), "tokenizer")
 
 
-def test_the_papers_figures_are_the_papers():
+def test_accuracies_of_the_paper():
     tables = {table.title: table for study in STUDIES.values() for table in study.tables}
     figures = {arm.name: arm.paper for arm in tables["Mask sampling"].arms}
     assert figures["block 75%"] == {"finetune": 82.8, "linear": 63.9}
@@ -139,7 +139,7 @@ def test_the_papers_figures_are_the_papers():
     }
     mae, moco = tables["Partial fine-tuning"].arms
     assert (mae.paper["finetune:1"], moco.paper["finetune:1"]) == (81.0, 79.9)
-    for table in tables.values():  # and each finding is true of them, where it has both
+    for table in tables.values():  # each finding must hold for the accuracies of the paper, if it has both
         for finding in table.findings:
             papers = {arm.name: arm.paper for arm in table.arms}
             first = papers[finding.first].get(finding.measure)
@@ -157,9 +157,13 @@ def test_the_papers_figures_are_the_papers():
 
 def test_equal_operations():
     config = replace(CONFIG, budget="1e12flops")
-    for one in choose_lengths(unique_arms(STUDIES["baselines"], config, "words"), config).arms:
+    for one in allocate_budget(plan_arms(STUDIES["baselines"], config, "tokenizer"), config).arms:
         if one.steps:
-            spent = one.steps * one.config.loop.batch_size * flops_an_image(one.config, config.vocabulary)
+            spent = (
+                one.steps
+                * one.config.loop.batch_size
+                * compute_flops_per_image(one.config, config.codebook_size)
+            )
             assert abs(spent / 1e12 - 1) < 0.5 / one.steps + 1e-6
 
 
@@ -181,10 +185,10 @@ def test_equal_operations():
         ("simclr", {"cls_tokens": 4}),
     ],
 )
-def test_operations_are_those_that_torch_counts(method, changes):
+def test_flops_agree_with_the_count_of_torch(method, changes):
     decoder, heads = (
         {"decoder_width": 32, "decoder_heads": 2, "decoder_depth": 1},
-        {"head_width": 40, "head_out": 24},
+        {"proj_hidden_dim": 40, "proj_output_dim": 24},
     )
     sizes = {"mae": decoder, "denoising": decoder, "simclr": heads, "byol": heads, "mocov3": heads}
     config = PretrainConfig.from_flags(
@@ -194,132 +198,132 @@ def test_operations_are_those_that_torch_counts(method, changes):
         **{**sizes.get(method, {}), **changes},
     )
     encoder = replace(config.model, mean=(0.0,) * 3, std=(1.0,) * 3)
-    made = build(config.method, Setting(encoder, seed=0, steps=10, vocabulary=512, classes=10)).train()
+    made = build(
+        config.method, MethodContext(encoder, seed=0, num_steps=10, codebook_size=512, num_classes=10)
+    ).train()
     if isinstance(made.model, MaskedAutoencoder) and isinstance(made.model.target, TokenTarget):
 
         class Tokenizer:
-            vocabulary = 512
+            codebook_size = 512
 
-            def tokens(self, images):
+            def tokenize(self, images):
                 return torch.zeros(len(images), 16, dtype=torch.int64)
 
-        made.model.target.use(Tokenizer())
+        made.model.target.set_tokenizer(Tokenizer())
     ids = torch.arange(4)
     batch = Batch(torch.randn(4, 3, 16, 16), ids, ids * 0, ids, torch.randn(4, 3, 16, 16))
     with FlopCounterMode(display=False) as counter:
         made(batch).loss.backward()
     counted = counter.get_total_flops() / 4
-    expected = flops_an_image(config, 512)
-    assert abs(expected / counted - 1) < 0.06  # small heads and the first gradient are left out
+    expected = compute_flops_per_image(config, 512)
+    assert abs(expected / counted - 1) < 0.06  # the closed form omits small heads and the first gradient
 
 
-class Times:
-    """What might have been timed."""
-
-    def __init__(self, arms, step=0.01, tokenizer=0.0, once=0.5, frozen=2.0):
-        trained = [one for one in arms if one.arm.start == "pretrain"]
-        parts = {part for one in arms for part in parts_judged(one)}
-        tuned = {part for part in parts if part.measures[0].startswith("finetune")}
-        self.timed = Timed(
-            {one.key: Training(once, step) for one in trained},
-            Training(once if tokenizer else 0.0, tokenizer),
-            0.0,
-            dict.fromkeys(parts - tuned, frozen),
-            dict.fromkeys(tuned, Tuning(1.0, 0.1)),
-        )
+def make_timings(arms, s_per_image=0.01, tokenizer=0.0, setup_s=0.5, frozen=2.0) -> StudyTimings:
+    """Return timings as they might be measured."""
+    trained = [planned for planned in arms if planned.arm.start == "pretrain"]
+    parts = {part for planned in arms for part in list_evaluation_parts(planned)}
+    tuned = {part for part in parts if part.measures[0].startswith("finetune")}
+    return StudyTimings(
+        {planned.key: TrainingTime(setup_s, s_per_image) for planned in trained},
+        TrainingTime(setup_s if tokenizer else 0.0, tokenizer),
+        0.0,
+        dict.fromkeys(parts - tuned, frozen),
+        dict.fromkeys(tuned, FinetuningTime(1.0, 0.1)),
+    )
 
 
-def test_short_runs_tell_how_long_things_take(tmp_path):
-    words = {"data": ("shapes:96:size=16",), "train": ("shapes:80:size=16:seed=1",), "image_size": 16}
-    words |= {"test": ("shapes:60:size=16:seed=2",), "labels": 40, "device": "cpu", "workers": 0}
-    config = replace(CONFIG, **words, batch_size=16, tune_steps=4)
-    one = unique_arms(STUDIES["schedule"], config, "words")[0]
+def test_times_are_measured_by_short_runs(tmp_path):
+    flags = {"data": ("shapes:96:size=16",), "train": ("shapes:80:size=16:seed=1",), "image_size": 16}
+    flags |= {"test": ("shapes:60:size=16:seed=2",), "labels": 40, "device": "cpu", "workers": 0}
+    config = replace(CONFIG, **flags, batch_size=16, tune_steps=4)
+    one = plan_arms(STUDIES["schedule"], config, "tokenizer")[0]
     its = one.config.with_flags(precision="fp32")
     began = time.perf_counter()
-    training = time_training(its, tmp_path / "trained")
+    training = measure_training_time(its, tmp_path / "trained")
     took = time.perf_counter() - began
     rows = read_metrics(tmp_path / "trained")
     assert [row["step"] for row in rows] == [6, 12]
-    assert training.image == 1 / rows[1]["images_per_s"]  # of the second half, which needs no warming
-    assert training.once == pytest.approx(max(0, took - 12 * 16 * training.image), abs=0.5)
-    part = next(part for part in parts_judged(one) if part.measures == ("finetune",))
-    images_of(config, 3)  # which is no part of it
+    assert training.s_per_image == 1 / rows[1]["images_per_s"]  # of the second half, after warm-up
+    assert training.setup_s == pytest.approx(max(0, took - 12 * 16 * training.s_per_image), abs=0.5)
+    part = next(part for part in list_evaluation_parts(one) if part.measures == ("finetune",))
+    get_labeled_split(config, 3)  # opened before the measurement, which does not include it
     began = time.perf_counter()
-    tuning = time_tuning(part, its, config, tmp_path / "tuned")
+    tuning = measure_finetuning_time(part, its, config, tmp_path / "tuned")
     took = time.perf_counter() - began
     rows = read_metrics(tmp_path / "tuned" / "finetune")
     assert rows[-1]["step"] == 4
-    assert tuning.update == 64 / rows[-1]["images_per_s"]
-    assert tuning.once == pytest.approx(max(0, took - 4 * tuning.update), abs=0.5)
+    assert tuning.s_per_step == 64 / rows[-1]["images_per_s"]
+    assert tuning.setup_s == pytest.approx(max(0, took - 4 * tuning.s_per_step), abs=0.5)
 
 
-def test_each_network_is_judged_by_its_own_time():
+def test_evaluation_times_are_measured_for_each_network():
     config = replace(CONFIG, model=None, budget="90m", seeds=1, tune_steps=100)
-    arms = unique_arms(STUDIES["scaling"], config, "words")
-    times = Times(arms).timed
-    parts = {one.config.model.model: parts_judged(one) for one in arms}
+    arms = plan_arms(STUDIES["scaling"], config, "tokenizer")
+    timings = make_timings(arms)
+    parts = {one.config.model.model: list_evaluation_parts(one) for one in arms}
     assert len(parts) == len({part for each in parts.values() for part in each}) == 3
     large = parts["mae_vit_base_patch4"][0]
-    slow = replace(times, tuning={**times.tuning, large: Tuning(1.0, 1.0)})
-    one, two = (choose_lengths(arms, config, timed).arms for timed in (times, slow))
-    spared = 2 * 100 * 0.9 / (3 * 64 * 0.01)  # two arms, 100 updates, 0.9 s more each
+    slow = replace(timings, finetuning={**timings.finetuning, large: FinetuningTime(1.0, 1.0)})
+    one, two = (allocate_budget(arms, config, each).arms for each in (timings, slow))
+    difference = 2 * 100 * 0.9 / (3 * 64 * 0.01)  # two arms, 100 steps, 0.9 s more each
     trained = [(a.steps, b.steps) for a, b in zip(one, two, strict=True) if a.steps]
-    assert all(a - b == pytest.approx(spared, abs=1) for a, b in trained)
+    assert all(a - b == pytest.approx(difference, abs=1) for a, b in trained)
 
 
-@given(minutes=st.integers(8, 200), seeds=st.integers(1, 5), at_a_time=st.integers(1, 8))
+@given(minutes=st.integers(8, 200), seeds=st.integers(1, 5), num_jobs=st.integers(1, 8))
 @settings(max_examples=30, deadline=None)
-def test_a_budget_of_minutes_is_kept_by_what_was_timed(minutes, seeds, at_a_time):
-    """Whatever way runs are dealt out, the longest first within a seed, they end in time."""
+def test_a_budget_of_minutes_is_met(minutes, seeds, num_jobs):
+    """The study ends in time if each free job takes the next run, the longest first within a seed."""
     config = replace(CONFIG, budget=f"{minutes}m", seeds=seeds, tune_steps=50)
-    arms = unique_arms(STUDIES["schedule"], config, "words")
-    found, tune_steps = choose_lengths(arms, config, Times(arms).timed, 10.0, at_a_time)
+    arms = plan_arms(STUDIES["schedule"], config, "tokenizer")
+    found, tune_steps = allocate_budget(arms, config, make_timings(arms), 10.0, num_jobs)
     assert tune_steps == 50
-    whole = found[-1].steps
+    full_length = found[-1].steps
     assert [one.steps for one in found] == [
-        pytest.approx(whole * share, abs=0.51) for share in (1 / 8, 1 / 4, 1 / 2, 1)
+        pytest.approx(full_length * fraction, abs=0.51) for fraction in (1 / 8, 1 / 4, 1 / 2, 1)
     ]
     took = sorted((0.5 + 2 + 1 + 50 * 0.1 + one.steps * 64 * 0.01 for one in found), reverse=True)
-    free = [10.0] * at_a_time
+    free = [10.0] * num_jobs
     for seconds in took * seeds:
         free[free.index(min(free))] += seconds
     assert max(free) <= 60 * minutes
-    if at_a_time == 1:
-        assert max(free) > 0.88 * 60 * minutes  # and little is left over
+    if num_jobs == 1:
+        assert max(free) > 0.88 * 60 * minutes  # most of the budget is used
 
 
-def test_a_tokenizer_is_trained_once_and_before_the_rest():
+def test_the_budget_includes_the_training_of_the_tokenizer():
     config = replace(CONFIG, budget="20m", seeds=1, measures=("linear",))
-    arms = unique_arms(STUDIES["tokens"], config, "words")
-    found = choose_lengths(arms, config, Times(arms, tokenizer=0.02).timed).arms
+    arms = plan_arms(STUDIES["tokens"], config, "tokenizer")
+    found = allocate_budget(arms, config, make_timings(arms, tokenizer=0.02)).arms
     seconds = 0.5 + sum(0.5 + 2 + one.steps * 64 * 0.01 for one in found) + found[0].steps * 64 * 0.02
     assert 0.88 * 1200 < seconds <= 0.91 * 1200
 
 
 @pytest.mark.parametrize(("minutes", "expected"), [(200, 500), (1, 30)])
-def test_fine_tuning_is_as_long_as_there_is_time(minutes, expected):
+def test_fine_tuning_is_shortened_to_fit_the_budget(minutes, expected):
     config = replace(CONFIG, budget=f"{minutes}m", seeds=1)
-    arms = unique_arms(STUDIES["mask-ratio"], config, "words")
-    times = Times(arms, frozen=0.1)
-    assert choose_lengths(arms, config, times.timed).tune_steps == expected
-    between = choose_lengths(arms, replace(config, budget="6m"), times.timed).tune_steps
+    arms = plan_arms(STUDIES["mask-ratio"], config, "tokenizer")
+    timings = make_timings(arms, frozen=0.1)
+    assert allocate_budget(arms, config, timings).tune_steps == expected
+    between = allocate_budget(arms, replace(config, budget="6m"), timings).tune_steps
     judging = 5 * (0.5 + 0.1 + 1 + between * 0.1)
     assert 30 < between < 500
     assert judging <= 0.9 * 360 / 2 < judging + 5 * 10 * 0.1
 
 
-def test_a_budget_that_judging_alone_eats_is_refused():
+def test_a_budget_too_small_for_the_evaluation_is_an_error():
     config = replace(CONFIG, budget="1m")
-    arms = unique_arms(STUDIES["mask-ratio"], config, "words")
-    with pytest.raises(UserError, match="to be opened and judged alone"):
-        choose_lengths(arms, config, Times(arms, frozen=30.0).timed)
+    arms = plan_arms(STUDIES["mask-ratio"], config, "tokenizer")
+    with pytest.raises(UserError, match="without any training, setup and evaluation take"):
+        allocate_budget(arms, config, make_timings(arms, frozen=30.0))
 
 
-def test_a_decoder_as_a_share_of_the_encoder():
+def test_decoder_width_as_a_fraction_of_the_encoder_width():
     config = replace(CONFIG, model="mae_vit_tiny_patch16")
     widths = {
         one.arm.name: (one.config.method.decoder_width, one.config.method.decoder_heads)
-        for one in unique_arms(STUDIES["decoder"], config, "words")
+        for one in plan_arms(STUDIES["decoder"], config, "tokenizer")
         if one.arm.decoder_share
     }
     assert widths == {
@@ -329,13 +333,13 @@ def test_a_decoder_as_a_share_of_the_encoder():
 
 
 @given(st.integers(1, 300).map(lambda n: 4 * n))
-def test_heads_share_a_width_evenly(width):
-    heads = heads_of(width)
+def test_heads_divide_the_width_evenly(width):
+    heads = choose_num_heads(width)
     assert width % heads == 0
     assert heads == 1 or width // heads >= 32
 
 
-def test_each_arm_has_a_decoder_and_fused_blocks_for_its_own_encoder():
+def test_decoder_and_fused_blocks_depend_on_the_encoder_of_the_arm():
     small, large = {"model": "mae_vit_32x4x2_patch4"}, {"model": "mae_vit_64x8x2_patch4"}
     table = Table(
         "Sizes",
@@ -344,88 +348,93 @@ def test_each_arm_has_a_decoder_and_fused_blocks_for_its_own_encoder():
             *(Arm(f"fused {i}", {**its, "fused_blocks": "study"}) for i, its in enumerate((small, large))),
         ),
     )
-    arms = {one.arm.name: one.config for one in unique_arms(Study("s", "", (table,)), CONFIG, "words")}
+    arms = {one.arm.name: one.config for one in plan_arms(Study("s", "", (table,)), CONFIG, "tokenizer")}
     assert [arms[f"share {i}"].method.decoder_width for i in (0, 1)] == [16, 32]
     assert [arms[f"fused {i}"].method.fused_blocks for i in (0, 1)] == [(1,), (1, 3, 5)]
-    with pytest.raises(UserError, match=r"^Arm fused blocks \(MFF\) fuses blocks of an encoder of 2\."):
-        unique_arms(STUDIES["later"], CONFIG, "words")
+    with pytest.raises(
+        UserError, match=r"^Arm fused blocks \(MFF\) fuses blocks, but the encoder has only 2"
+    ):
+        plan_arms(STUDIES["later"], CONFIG, "tokenizer")
 
 
-def test_arms_with_their_own_images_or_tokenizer_are_other_arms():
+def test_arms_with_their_own_images_or_tokenizer_are_distinct():
     arms = (
         Arm("default"),
         Arm("others", {"data": ("shapes:9",)}),
         *(
-            Arm(f"words {name}", {"target": "tokens", "tokenizer": name})
+            Arm(f"tokens of {name}", {"target": "tokens", "tokenizer": name})
             for name in ("study", "mine", "theirs")
         ),
-        Arm("the same words", {"target": "tokens", "tokenizer": "study"}),
+        Arm("the same tokens", {"target": "tokens", "tokenizer": "study"}),
     )
     study = Study("s", "", (Table("Sources", arms),))
-    found = {one.arm.name: one for one in unique_arms(study, CONFIG, "words")}
-    assert list(found) == ["default", "others", "words study", "words mine", "words theirs"]
+    found = {one.arm.name: one for one in plan_arms(study, CONFIG, "tokenizer")}
+    assert list(found) == ["default", "others", "tokens of study", "tokens of mine", "tokens of theirs"]
     moved = replace(CONFIG, data=("elsewhere",))
-    assert [one.key for one in unique_arms(study, moved, "w")] == [one.key for one in found.values()]
+    assert [one.key for one in plan_arms(study, moved, "tokenizer")] == [one.key for one in found.values()]
 
 
-def test_the_bases_tokenizer_is_another_than_the_studys(tmp_path):
+def test_the_base_and_the_study_can_have_different_tokenizers(tmp_path):
     base = tmp_path / "base.yaml"
     base.write_text("target: tokens\ntokenizer: mine\n")
-    table = Table("Words", (Arm("the base's"), Arm("the study's", {"tokenizer": "study"})))
-    arms = unique_arms(Study("s", "", (table,)), replace(CONFIG, base=str(base)), "words")
-    assert [one.config.method.tokenizer for one in arms] == ["mine", "words"]
+    table = Table("Tokenizers", (Arm("the base's"), Arm("the study's", {"tokenizer": "study"})))
+    arms = plan_arms(Study("s", "", (table,)), replace(CONFIG, base=str(base)), "tokenizer")
+    assert [one.config.method.tokenizer for one in arms] == ["mine", "tokenizer"]
 
 
-def test_an_arm_may_have_another_encoder_than_fits_the_base():
+def test_an_arm_can_have_an_encoder_that_does_not_fit_the_base():
     table = Table("Sizes", (Arm("a"), Arm("b", {"model": "mae_vit_32x4x1_patch7", "image_size": (28, 28)})))
     pocket = replace(CONFIG, base="pocket", model=None)
-    assert unique_arms(Study("s", "", (table,)), pocket, "words")[1].config.model.patches == 16
+    assert plan_arms(Study("s", "", (table,)), pocket, "tokenizer")[1].config.model.num_patches == 16
 
 
-def test_methods_bring_their_defaults_and_keep_what_the_base_says():
+def test_arms_use_the_defaults_of_their_method_and_the_values_of_the_base():
     config = replace(CONFIG, model=None, base="pocket")
-    arms = {one.arm.name: one.config for one in unique_arms(STUDIES["baselines"], config, "words")}
+    arms = {one.arm.name: one.config for one in plan_arms(STUDIES["baselines"], config, "tokenizer")}
     decay = {name: its.optim.weight_decay for name, its in arms.items()}
     assert [decay[name] for name in ("MAE", "denoising", "SimCLR", "MoCo v3")] == [0.05, 0.05, 0.1, 0.1]
     assert {its.optim.lr for its in arms.values()} == {1e-3}
     assert arms["denoising"].method.decoder_width == arms["MAE"].method.decoder_width == 32
     beit = arms["BEiT"].method
-    assert (beit.tokenizer, beit.mask, beit.mask_ratio) == ("words", "block", 0.4)
+    assert (beit.tokenizer, beit.mask, beit.mask_ratio) == ("tokenizer", "block", 0.4)
 
 
-def test_the_studys_flags_go_before_its_files_base_and_that_before_the_recipe():
+def test_flags_of_the_study_override_its_base_which_overrides_the_recipe():
     study = Study("s", "", (), {"image_size": 48, "batch_size": 8, "workers": 0, "lr": 0.5, "method": "byol"})
-    base = base_of(study, replace(CONFIG, base="pocket", model=None, image_size=None, batch_size=4))
+    base = make_base_config(study, replace(CONFIG, base="pocket", model=None, image_size=None, batch_size=4))
     assert (base.model.model, base.model.image_size) == ("mae_vit_64x4x2_patch8", (48, 48))
     assert (base.loop.batch_size, base.loader.workers, base.optim.lr) == (4, 0, 0.5)
     assert (base.method.name, base.optim.weight_decay) == ("byol", 0.1)
 
 
-def test_keys_of_arms_do_not_hang_on_where_files_are():
-    assert {"out", "data", "tokenizer", "init_from", "resume"} <= PretrainConfig().marked(PATH)
+def test_keys_of_arms_do_not_depend_on_paths():
+    assert {"out", "data", "tokenizer", "init_from", "resume"} <= PretrainConfig().flags_marked(PATH)
     one, two = (
-        [arm.key for arm in unique_arms(STUDIES["tokens"], config, folder)]
+        [arm.key for arm in plan_arms(STUDIES["tokens"], config, folder)]
         for config, folder in (
-            (CONFIG, "words"),
-            (replace(CONFIG, data=("moved",), out="moved", workers=3, device="cpu", seed=7), "moved/words"),
+            (CONFIG, "tokenizer"),
+            (
+                replace(CONFIG, data=("moved",), out="moved", workers=3, device="cpu", seed=7),
+                "moved/tokenizer",
+            ),
         )
     )
     assert one == two
     (fast,) = (
-        unique_arms(Study("s", "", (Table("T", arms),)), CONFIG, "words")[1:]
+        plan_arms(Study("s", "", (Table("T", arms),)), CONFIG, "tokenizer")[1:]
         for arms in ((Arm("a"), Arm("b", {"compile": True})),)
     )
-    assert len(fast) == 1  # another arm, though a run may go on with another value
+    assert len(fast) == 1  # a distinct arm, although a run can be resumed with another value
 
 
-def test_heads_and_tokenizers_may_be_small():
-    config = replace(CONFIG, model=None, head_width=32, vocabulary=64, tokenizer_width=16)
-    arms = unique_arms(STUDIES["baselines"], config, "words")
-    widths = {one.config.method.name: getattr(one.config.method, "head_width", None) for one in arms}
+def test_sizes_of_heads_and_tokenizers_can_be_set():
+    config = replace(CONFIG, model=None, proj_hidden_dim=32, codebook_size=64, tokenizer_width=16)
+    arms = plan_arms(STUDIES["baselines"], config, "tokenizer")
+    widths = {one.config.method.name: getattr(one.config.method, "proj_hidden_dim", None) for one in arms}
     assert [widths[name] for name in ("simclr", "byol", "mocov3")] == [32] * 3
-    tokenizer = tokenizer_config(base_of(STUDIES["baselines"], config), "words", config)
-    assert (tokenizer.method.vocabulary, tokenizer.method.tokenizer_width) == (64, 16)
-    assert (tokenizer.optim.lr, tokenizer.optim.weight_decay, tokenizer.run.out) == (1e-3, 0.0, "words")
+    tokenizer = make_tokenizer_config(make_base_config(STUDIES["baselines"], config), "tokenizer", config)
+    assert (tokenizer.method.codebook_size, tokenizer.method.tokenizer_width) == (64, 16)
+    assert (tokenizer.optim.lr, tokenizer.optim.weight_decay, tokenizer.run.out) == (1e-3, 0.0, "tokenizer")
 
 
 # ---------------------------------------------------------------------- files
@@ -449,7 +458,7 @@ tables:
 """
 
 
-def test_a_study_from_a_file(tmp_path):
+def test_read_study(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(GIVEN)
     expected = Study(
@@ -478,7 +487,7 @@ def test_a_study_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("mask_ratio: 0.25", "mask_ration: 0.25", "mask_ratio"),
         ("first: high", "first: hi", "'high'"),
@@ -486,27 +495,27 @@ def test_a_study_from_a_file(tmp_path):
         ("[linear,", "[probe,", "probe"),
         ("rule: as good", "rule: equal", "as good"),
         ("claim: more is better, ", "", "claim"),
-        ("length: 0.5", "length: -1", "length -1"),
-        ("length: 0.5", "length: true", "length True"),
-        ("x: 25", "x: .nan", "x nan"),
+        ("length: 0.5", "length: -1", "length in arm high .* is -1. Give a number above 0"),
+        ("length: 0.5", "length: true", "length in arm high .* is True. Give a number"),
+        ("x: 25", "x: .nan", "x in arm low .* is nan. Give a number"),
         ("mask_ratio: 0.25", "epochs: 3", "epochs in arm low"),
         ("base: {decoder_depth: 1}", "base: {seed: 1}", "seed in study .* base"),
         ("base: {decoder_depth: 1}", "base: {data: x}", "data in study .* base"),
-        ("decoder_share: 0.5", "decoder_share: 0.5, decoder_width: 8", "accepted: either"),
-        ("measure: linear}", "measure: linear, over_measure: linear}", "beside over"),
+        ("decoder_share: 0.5", "decoder_share: 0.5, decoder_width: 8", "is not supported with decoder_width"),
+        ("measure: linear}", "measure: linear, over_measure: linear}", "over_measure linear without over"),
         ("start: random", "start: randum", "randum"),
         ("tables:", "table:", "tables"),
         ("base: {decoder_depth: 1}", "base: {decoder_dept: 1}", "Did you mean --decoder-depth"),
-        ("base: {decoder_depth: 1}", "base: 3", "base in study"),
-        (GIVEN, "[1, 2]", "no table"),
+        ("base: {decoder_depth: 1}", "base: 3", "base in study .* is 3. Give a mapping of fields"),
+        (GIVEN, "[1, 2]", "not a mapping of fields"),
         (GIVEN, "tables: []", "has no tables"),
     ],
 )
-def test_files_that_say_something_else_are_refused(tmp_path, old, new, said):
+def test_invalid_study_files(tmp_path, old, new, message):
     assert old in GIVEN
     path = tmp_path / "mine.yaml"
     path.write_text(GIVEN.replace(old, new, 1))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_study(path)
 
 
@@ -525,9 +534,9 @@ def test_files_that_say_something_else_are_refused(tmp_path, old, new, said):
             "{}",
             "{objective: beit, tokenizer: study, target: tokens, encoder_mask_tokens: true, "
             "decoder_depth: 0}",
-            {"mask": "random", "mask_ratio": 0.75, "tokenizer": "words"},
+            {"mask": "random", "mask_ratio": 0.75, "tokenizer": "tokenizer"},
         ),
-        ("{objective: denoising, noise: 0.5}", "{noise: 2.0}", {"method": "denoising", "noise": 2.0}),
+        ("{objective: denoising, noise: 0.5}", "{noise: 2.0}", {"method": "denoising", "noise_std": 2.0}),
         ("{objective: supervised}", "{}", {"blr": 1.5e-4, "weight_decay": 0.05}),
         (
             "{method: {name: byol, momentum: 0.9}}",
@@ -536,19 +545,19 @@ def test_files_that_say_something_else_are_refused(tmp_path, old, new, said):
         ),
     ],
 )
-def test_methods_are_named_as_in_version_0_1_or_as_today(tmp_path, base, arm, expected):
-    """What is called `objective` changed no default of other flags in version 0.1, and does not now."""
+def test_methods_of_version_0_1_and_of_this_version(tmp_path, base, arm, expected):
+    """With the field `objective` of version 0.1, a method keeps the defaults of that version."""
     path = tmp_path / "mine.yaml"
     table = f"{{title: T, arms: {{this: {arm}, other: {{length: 0.5}}}}}}"
     path.write_text(f"base: {base}\ntables: [{table}]\n")
-    flags = unique_arms(read_study(path), CONFIG, "words")[0].config.flags()
+    flags = plan_arms(read_study(path), CONFIG, "tokenizer")[0].config.flags()
     assert {name: flags[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("name", ["cpu_slow", "cpu_plain", "cpu_scaling"])
-def test_studies_of_the_benchmarks_can_be_planned(name):
+def test_study_files_in_benchmarks_can_be_planned(name):
     study = read_study(Path(__file__).parents[2] / "benchmarks" / f"{name}.yaml")
-    arms = {one.arm.name: one.config for one in unique_arms(study, replace(CONFIG, model=None), "words")}
+    arms = {one.arm.name: one.config for one in plan_arms(study, replace(CONFIG, model=None), "tokenizer")}
     if name == "cpu_slow":
         beit = arms["BEiT"].method
         assert (beit.name, beit.mask, beit.mask_ratio) == ("beit", "block", 0.4)

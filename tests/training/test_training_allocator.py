@@ -1,4 +1,4 @@
-"""Freed memory is kept, in a process of its own: the setting cannot be taken back."""
+"""Tests of the allocator setting, in a new process because it cannot be undone."""
 
 import platform
 import subprocess
@@ -24,7 +24,7 @@ print(given_back, faults())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is the GNU C library's")
-def test_memory_that_is_freed_is_taken_again_without_page_faults():
+def test_freed_memory_is_reused_without_page_faults():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     given_back, kept = map(int, done.stdout.split())
     assert given_back > 10_000

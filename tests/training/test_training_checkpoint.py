@@ -13,7 +13,7 @@ import quarterview as qv
 from quarterview.errors import RunError, UserError
 from quarterview.models.mae import MAEConfig, MaskedAutoencoder
 from quarterview.training import checkpoint
-from quarterview.weights.loading import load_into, metadata, read_config
+from quarterview.weights.loading import load_into, make_metadata, read_config
 
 CONFIG = MAEConfig(
     model="mae_vit_32x1x2_patch4", image_size=16, decoder_width=16, decoder_depth=1, decoder_heads=2
@@ -33,7 +33,7 @@ def put(folder: Path, step: int) -> Path:
 
 
 def check(path: Path, step: int) -> None:
-    """That a folder holds the whole checkpoint of a step."""
+    """Check that a folder has the complete checkpoint of a step."""
     loaded = checkpoint.load(path)
     assert loaded.state == {"step": step, "sums": [0.1, 2**53 + 1]}
     assert loaded.tensors.keys() == tensors(step).keys()
@@ -45,9 +45,9 @@ def check(path: Path, step: int) -> None:
 
 
 def in_child(work, kill_at: int, folder: Path) -> bool:
-    """Do something in a forked process that kills itself at its n-th act on the folder.
+    """Call a function in a forked process that kills itself at its n-th operation on the folder.
 
-    Returns whether it was killed before it was done.
+    Returns whether it was killed before it finished.
     """
     child = os.fork()
     if child == 0:
@@ -81,13 +81,13 @@ def in_child(work, kill_at: int, folder: Path) -> bool:
 # ---------------------------------------------------------------------- what is written
 
 
-def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+def test_a_checkpoint_round_trip(tmp_path):
     path = put(tmp_path / "checkpoints", 7)
     assert path == tmp_path / "checkpoints" / "step-00000007"
     check(path, 7)
 
 
-def test_there_is_no_pickle_in_it(tmp_path):
+def test_a_checkpoint_has_no_pickle(tmp_path):
     path = put(tmp_path, 7)
     assert {file.name for file in path.iterdir()} == {
         *("model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS")
@@ -98,7 +98,7 @@ def test_there_is_no_pickle_in_it(tmp_path):
             assert (handle.metadata() == {"k": "v"}) == (file.name == "model.safetensors")
 
 
-def test_everything_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+def test_files_are_synced_before_the_checkpoint_is_renamed(tmp_path, monkeypatch):
     acts: list[tuple] = []
     real_fsync, real_rename, real_replace = os.fsync, Path.rename, Path.replace
 
@@ -150,7 +150,7 @@ def test_a_step_saved_again_replaces_the_first(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-00000005"]
 
 
-def test_a_full_disk_harms_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_earlier_checkpoints_intact(tmp_path, monkeypatch):
     put(tmp_path, 5)
 
     def full(*_arguments):
@@ -160,7 +160,7 @@ def test_a_full_disk_harms_nothing(tmp_path, monkeypatch):
     with pytest.raises((OSError, RunError), match="No space"):
         put(tmp_path, 10)
     monkeypatch.undo()
-    assert checkpoint.newest(tmp_path) == tmp_path / "step-00000005"
+    assert checkpoint.find_newest(tmp_path) == tmp_path / "step-00000005"
     check(tmp_path / "last", 5)
     check(put(tmp_path, 10), 10)
 
@@ -169,15 +169,15 @@ def test_a_full_disk_harms_nothing(tmp_path, monkeypatch):
 
 
 def test_newest_and_steps(tmp_path):
-    assert checkpoint.newest(tmp_path / "nothing") is None
-    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.find_newest(tmp_path / "nothing") is None
+    assert checkpoint.find_newest(tmp_path) is None
     for step in (9, 100, 20):
         put(tmp_path, step)
     put(tmp_path, 123_456_789)
     for name in (".partial-step-00000500", "step-5", "step-00000500.bak", "notes"):
         (tmp_path / name).mkdir()
-    assert checkpoint.steps(tmp_path) == [9, 20, 100, 123_456_789]
-    assert checkpoint.newest(tmp_path) == tmp_path / "step-123456789"
+    assert checkpoint.list_steps(tmp_path) == [9, 20, 100, 123_456_789]
+    assert checkpoint.find_newest(tmp_path) == tmp_path / "step-123456789"
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5])
@@ -186,7 +186,7 @@ def test_prune_keeps_the_newest(tmp_path, keep):
         put(tmp_path, step)
     (tmp_path / ".partial-step-00000009").mkdir()
     checkpoint.prune(tmp_path, keep)
-    assert checkpoint.steps(tmp_path) == [1, 2, 3, 4][-keep:]
+    assert checkpoint.list_steps(tmp_path) == [1, 2, 3, 4][-keep:]
     assert not list(tmp_path.glob(".*"))
     check(tmp_path / "last", 4)
 
@@ -195,14 +195,14 @@ def test_remove_after(tmp_path):
     for step in (1, 2, 3, 4):
         put(tmp_path, step)
     checkpoint.remove_after(tmp_path, 2)
-    assert checkpoint.steps(tmp_path) == [1, 2]
+    assert checkpoint.list_steps(tmp_path) == [1, 2]
     check(tmp_path / "last", 2)
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
+def test_a_folder_that_is_not_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "state.json").write_text("{}")
     for path in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(UserError, match="is no checkpoint; accepted: a folder like"):
+        with pytest.raises(UserError, match=r"is not a checkpoint\. Give a folder such as"):
             checkpoint.load(path)
 
 
@@ -220,17 +220,17 @@ def go_back(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("work", "newest"), [(save_and_prune, {10, 20}), (go_back, {5, 10})])
-def test_wherever_a_process_is_killed_the_newest_checkpoint_is_whole(tmp_path, work, newest):
+def test_the_newest_checkpoint_is_complete_wherever_a_process_is_killed(tmp_path, work, newest):
     seen: list[int] = []
     for kill_at in range(1, 1000):
         folder = tmp_path / str(kill_at)
         put(folder, 5)
         put(folder, 10)
         killed = in_child(work, kill_at, folder)
-        found = checkpoint.newest(folder)
+        found = checkpoint.find_newest(folder)
         assert found is not None
         seen.append(checkpoint.load(found).state["step"])
-        for step in checkpoint.steps(folder)[-1:]:
+        for step in checkpoint.list_steps(folder)[-1:]:
             check(folder / f"step-{step:08d}", step)
         check(folder / "last", checkpoint.load(folder / "last").state["step"])  # never a broken link
         work(folder)  # and what was left behind is in nobody's way
@@ -252,10 +252,10 @@ def test_a_run_a_checkpoint_and_a_file_open_as_the_model(tmp_path):
     config = MAEConfig(**{**CONFIG.__dict__, "mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 3.0)})
     model = MaskedAutoencoder(config)
     average = {name: tensor + 1 for name, tensor in model.state_dict().items()}
-    checkpoint.save(tmp_path / "checkpoints", 1, {"model": average}, {}, metadata(config))
+    checkpoint.save(tmp_path / "checkpoints", 1, {"model": average}, {}, make_metadata(config))
     path = checkpoint.save(
         *(tmp_path / "checkpoints", 2, {"model": model.state_dict(), "ema": average}, {}),
-        metadata=metadata(config),
+        metadata=make_metadata(config),
     )
     with safe_open(path / "model.safetensors", "pt") as handle:
         header = json.loads(handle.metadata()["quarterview"])
@@ -272,25 +272,29 @@ def test_a_run_a_checkpoint_and_a_file_open_as_the_model(tmp_path):
     load_into(other, tmp_path)
     assert all(torch.equal(other.state_dict()[name], t) for name, t in model.state_dict().items())
     wider = MaskedAutoencoder(MAEConfig(**{**CONFIG.__dict__, "decoder_width": 32}))
-    with pytest.raises(UserError, match=r"(do not fit|another architecture).*decoder"):
+    with pytest.raises(UserError, match=r"The architecture of .* differs: decoder_width is 16, not 32"):
         load_into(wider, tmp_path)
 
 
-def test_what_is_no_model_is_refused(tmp_path):
+def test_a_path_without_a_model_is_refused(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
     (tmp_path / "empty").mkdir()
     path = checkpoint.save(tmp_path, 1, {"model": {"a": torch.ones(1)}}, {}, {})
     cases = {
-        tmp_path / "missing": "does not exist",
-        tmp_path / "empty": "holds no checkpoint",
-        tmp_path / "bad.safetensors": "is neither a safetensors file",
+        tmp_path / "missing": "it does not exist",
+        tmp_path / "empty": "it has no checkpoint",
+        tmp_path / "bad.safetensors": "not a safetensors or PyTorch file",
         path: "has no config.json",
     }
     for given, reason in cases.items():
-        with pytest.raises(UserError, match=f"{reason}.*accepted: "):
+        with pytest.raises(
+            UserError, match=rf"Cannot read .*: .*{reason}.*\. (Give|For a plain vision transformer, give) "
+        ):
             qv.load(given)
     good = checkpoint.save(
-        tmp_path, 2, {"model": MaskedAutoencoder(CONFIG).state_dict()}, {}, metadata(CONFIG)
+        tmp_path, 2, {"model": MaskedAutoencoder(CONFIG).state_dict()}, {}, make_metadata(CONFIG)
     )
-    with pytest.raises(UserError, match="holds no moving average"):
+    with pytest.raises(
+        UserError, match="has no moving average of the weights: its run was trained without --ema"
+    ):
         qv.load(good, ema=True)

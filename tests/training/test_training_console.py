@@ -1,4 +1,4 @@
-"""What is shown, what library code logs, and where metrics go."""
+"""Tests of the console, of log records and of metric writers."""
 
 import io
 import logging
@@ -13,7 +13,7 @@ from quarterview.training.metric_writers import JsonlWriter, read_metrics
 ROW = {"loss": 0.5, "lr": 1e-3, "images_per_s": 10.0, "data_wait": 0.0}
 
 
-def test_what_is_logged_is_shown_while_a_command_runs_and_not_after(capsys):
+def test_log_records_are_printed_while_a_command_runs(capsys):
     before = LOGGER.level
     with forward_logs():
         LOGGER.debug("nothing of this")
@@ -23,7 +23,7 @@ def test_what_is_logged_is_shown_while_a_command_runs_and_not_after(capsys):
     LOGGER.info("not forwarded")
     assert capsys.readouterr().out.splitlines() == [
         "4 images [of 5]",
-        "note: the mean is assumed",
+        "warning: the mean is assumed",
         "from a child",
     ]
     assert (LOGGER.level, LOGGER.handlers) == (before, [])
@@ -36,9 +36,9 @@ def test_other_ranks_than_the_first_are_quiet(capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
-def test_errors_go_to_standard_error_and_bytes_of_paths_are_written_out(capsys):
+def test_errors_go_to_standard_error_with_escaped_bytes(capsys):
     console = Console()
-    console.say("photos/caf\udce9 [bold]")
+    console.info("photos/caf\udce9 [bold]")
     console.error("no such folder")
     out, err = capsys.readouterr()
     assert out == "photos/caf\\udce9 [bold]\n"
@@ -47,42 +47,42 @@ def test_errors_go_to_standard_error_and_bytes_of_paths_are_written_out(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_without_a_terminal_progress_is_a_line_now_and_then_and_at_the_end(capsys):
+def test_without_a_terminal_progress_is_printed_in_lines(capsys):
     with Progress(Console(), total=30, done=10) as progress:
         for step in range(11, 31):
             progress.advance(step)
-            progress.show(step, f"loss {step}")
+            progress.update(step, f"loss {step}")
     assert capsys.readouterr().out.splitlines() == ["step 11/30  loss 11", "step 30/30  loss 30"]
     assert progress.remaining(30) == 0
 
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Text that a terminal was sent."""
+    """A text stream that claims to be a terminal."""
     text = io.StringIO()
     made = RichConsole(file=text, force_terminal=True, width=80, highlight=False)
     monkeypatch.setattr("quarterview.training.console.RichConsole", lambda **_: made)
     return text
 
 
-def test_on_a_terminal_there_is_a_bar_and_lines_of_others_go_above_it(terminal):
+def test_on_a_terminal_messages_are_printed_above_the_progress_bar(terminal):
     console, other = Console(), Console()
     with Progress(console, unit="shard") as progress:
         assert other.rich is console.rich
         progress(3, 7)
-        other.say("a line")
+        other.info("a line")
         assert progress.total == 7
     assert "3/7" in terminal.getvalue()
     assert "a line" in terminal.getvalue()
-    assert Console._with_bar is None
+    assert Console._active is None
 
 
-def test_every_writer_is_given_finite_rows_and_the_history_is_what_the_record_keeps(tmp_path):
+def test_writers_get_finite_rows_and_the_history(tmp_path):
     log = RunLogger(tmp_path)
     log.open(0)
     for step in (1, 2, 3):
-        log.row({"step": step, **ROW})
-    log.row({"step": 4, **ROW, "loss": float("nan")})
+        log.log_metrics({"step": step, **ROW})
+    log.log_metrics({"step": 4, **ROW, "loss": float("nan")})
     log.close()
     assert read_metrics(tmp_path)[-1] == {"step": 4, **ROW, "loss": None}
     record = JsonlWriter(tmp_path, 2)

@@ -1,4 +1,4 @@
-"""The record of where a result comes from, also where the package is on the path and not installed."""
+"""Tests of provenance, also if the package is on the path but not installed."""
 
 import json
 import os
@@ -11,20 +11,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from quarterview.training.record import environment, provenance
-from quarterview.versions import installed_version, own_version
+from quarterview.training.record import collect_provenance, describe_environment
+from quarterview.versions import get_installed_version, get_quarterview_version
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-def test_what_is_installed():
-    assert own_version() == provenance([])["versions"]["quarterview"] == version("quarterview")
-    assert provenance(["a", "b"])["argv"] == ["a", "b"]
-    assert installed_version("no-such-package") is None
+def test_versions_of_installed_packages():
+    assert (
+        get_quarterview_version()
+        == collect_provenance([])["versions"]["quarterview"]
+        == version("quarterview")
+    )
+    assert collect_provenance(["a", "b"])["argv"] == ["a", "b"]
+    assert get_installed_version("no-such-package") is None
 
 
-def test_what_a_bug_report_needs(monkeypatch):
-    found = environment()
+def test_the_environment_of_a_bug_report(monkeypatch):
+    found = describe_environment()
     assert found["torch"] == version("torch")
     assert "cores" in found["processor"]
     assert found["devices"].startswith("cpu")
@@ -34,12 +38,12 @@ def test_what_a_bug_report_needs(monkeypatch):
         name, total_memory, major, minor = "Some GPU", 80 * 2**30, 9, 0
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _index: About)
-    assert "cuda:0 Some GPU, 80 GiB, capability 9.0" in environment()["devices"]
+    assert "cuda:0 Some GPU, 80 GiB, capability 9.0" in describe_environment()["devices"]
 
 
 @pytest.fixture
 def elsewhere(tmp_path) -> dict[str, str]:
-    """The environment of a Python that has every package but ours, which is on the path as sources."""
+    """Environment variables of a Python that has all packages but ours, which is on the path."""
     packages = tmp_path / "packages"
     packages.mkdir()
     for path in Path(torch.__file__).parents[1].iterdir():
@@ -48,10 +52,10 @@ def elsewhere(tmp_path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "src"), str(packages)])}
 
 
-def test_without_an_installed_package_the_record_says_so(elsewhere):
+def test_provenance_without_an_installed_package(elsewhere):
     code = (
-        "import json; from quarterview.training.record import environment, provenance;"
-        "print(json.dumps([provenance([])['versions'], environment()]))"
+        "import json; from quarterview.training.record import collect_provenance, describe_environment;"
+        "print(json.dumps([collect_provenance([])['versions'], describe_environment()]))"
     )
     done = subprocess.run(  # -S leaves out what is installed
         [sys.executable, "-S", "-c", code], env=elsewhere, capture_output=True, text=True, check=False

@@ -18,7 +18,7 @@ import quarterview as qv
 from quarterview.data.sampler import SampleStream
 from quarterview.errors import RunError, UserError
 from quarterview.training import checkpoint
-from quarterview.training.lock import lock
+from quarterview.training.lock import lock_folder
 from quarterview.training.metric_writers import read_metrics as metrics
 from quarterview.training.trainer import Trainer
 
@@ -52,8 +52,8 @@ def tiny(out: Path, **changes) -> qv.PretrainConfig:
 
 
 def assert_same_run(folder: Path, reference: Path) -> None:
-    """Every tensor of the newest checkpoints, every row but for the clock, and TensorBoard."""
-    one, two = (checkpoint.load(checkpoint.newest(path / "checkpoints")) for path in (folder, reference))
+    """Check that tensors, metrics without times, and TensorBoard of two runs are equal."""
+    one, two = (checkpoint.load(checkpoint.find_newest(path / "checkpoints")) for path in (folder, reference))
     assert one.state["step"] == two.state["step"]
     assert one.tensors.keys() == two.tensors.keys() >= {"model", "optimizer", "ema"}
     for kind, named in two.tensors.items():
@@ -75,7 +75,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
 
 
 def tensorboard(folder: Path) -> dict[str, list[int]]:
-    """The steps of every curve."""
+    """Return the steps of every TensorBoard curve."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
@@ -88,7 +88,7 @@ def tensorboard(folder: Path) -> dict[str, list[int]]:
 
 def stop_at(monkeypatch, steps: set[int], number: int = signal.SIGTERM) -> list[int]:
     """Send this process a signal during each of these steps. Returns the list of steps done."""
-    real, done = Trainer._update, []
+    real, done = Trainer._run_update, []
 
     def update(self, batch):
         real(self, batch)
@@ -97,19 +97,19 @@ def stop_at(monkeypatch, steps: set[int], number: int = signal.SIGTERM) -> list[
             steps.discard(self.step)
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Trainer, "_update", update)
+    monkeypatch.setattr(Trainer, "_run_update", update)
     return done
 
 
 def hostile(path: Path) -> dict:
-    """Streamed images, one of which makes the loss overflow, hence steps that are skipped."""
+    """Streamed images, one of which makes the loss overflow, so that steps are skipped."""
     images = np.random.default_rng(0).random((60, 16, 16, 3), np.float32)
     images[11] *= 1e30
     np.save(path, images)
     return {"data": (str(path),), "mean": (0.5,) * 3, "std": (0.3,) * 3, "holdout": 0, "workers": 1}
 
 
-CROSS = {"decoder": "cross", "predict_share": 0.5, "masks_per_image": 2, "mask": "block"}
+CROSS = {"decoder": "cross", "predict_ratio": 0.5, "masks_per_image": 2, "mask": "block"}
 
 
 @pytest.mark.parametrize("kind", ["held", "cross", "streamed and skipping"])
@@ -123,14 +123,14 @@ def test_stopped_and_resumed_is_the_same_run(tmp_path, monkeypatch, kind):
     for step in waiting:
         run = qv.pretrain(tiny(tmp_path / "parts", **changes))
         assert (run.status, run.step) == ("SIGTERM", step)
-        assert checkpoint.newest(tmp_path / "parts" / "checkpoints").name == f"step-{step:08d}"
+        assert checkpoint.find_newest(tmp_path / "parts" / "checkpoints").name == f"step-{step:08d}"
     assert qv.pretrain(tiny(tmp_path / "parts", **changes)).status == "complete"
     assert done == list(range(1, STEPS + 1))  # none twice, none left out
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     assert (metrics(tmp_path / "parts")[-1]["skipped"] > 0) == (kind == "streamed and skipping")
 
 
-def test_ctrl_c_stops_likewise_and_the_last_step_is_the_end(tmp_path, monkeypatch):
+def test_ctrl_c_stops_a_run_and_the_last_step_completes_it(tmp_path, monkeypatch):
     qv.pretrain(tiny(tmp_path / "whole", steps=6))
     stop_at(monkeypatch, {3, 6}, signal.SIGINT)
     run = qv.pretrain(tiny(tmp_path / "parts", steps=6))
@@ -153,14 +153,14 @@ def test_bad_steps_in_a_row_are_counted_across_a_stop(tmp_path, monkeypatch):
 
 
 def life(config: qv.PretrainConfig, log: Path, held: bool = False) -> None:
-    """Train in a process of its own and write down every batch.
+    """Train in a new process and record every batch.
 
     Args:
         held: it is to be killed, and waits for that before its last step, however late that comes.
     """
     multiprocessing.set_start_method("fork", force=True)  # of its workers: as usual, not as this test's
     torch.set_num_threads(1)
-    real = Trainer._update
+    real = Trainer._run_update
 
     def update(self, batch):
         row = {"step": self.step + 1, "ids": batch.ids.tolist(), "epochs": batch.epochs.tolist()}
@@ -170,7 +170,7 @@ def life(config: qv.PretrainConfig, log: Path, held: bool = False) -> None:
             time.sleep(600)
         real(self, batch)
 
-    Trainer._update = update
+    Trainer._run_update = update
     with log.open("a") as file, log.with_suffix(".out").open("a") as said, contextlib.redirect_stdout(said):
         qv.pretrain(config)
 
@@ -182,13 +182,13 @@ def begin(config: qv.PretrainConfig, log: Path, held: bool = False) -> BaseProce
 
 
 def lines(log: Path) -> list[dict]:
-    """The whole lines of a log."""
+    """Return the complete lines of a log."""
     text = log.read_text() if log.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def wait_for(log: Path, count: int, process: BaseProcess) -> None:
-    """Wait for so many batches, or the last one after those that are there now."""
+    """Wait for a number of further batches, or for the last one."""
     until, before = time.monotonic() + 300, len(lines(log))
     while len(now := lines(log)) < count and process.is_alive():
         if len(now) > before and now[-1]["step"] == STEPS:
@@ -198,14 +198,14 @@ def wait_for(log: Path, count: int, process: BaseProcess) -> None:
 
 
 def live(config: qv.PretrainConfig, log: Path) -> None:
-    """One life that nobody ends early."""
+    """Train in a new process to the end."""
     process = begin(config, log)
     process.join(300)
     assert process.exitcode == 0
 
 
 def kill_soon(config: qv.PretrainConfig, log: Path, dice: random.Random, span: int) -> None:
-    """One life, killed after a random number of steps, or before the last one, and a random while."""
+    """Train in a new process that is killed after a random number of steps and a random time."""
     process = begin(config, log, held=True)
     wait_for(log, len(lines(log)) + dice.randint(1, span), process)
     time.sleep(dice.uniform(0, 0.04))
@@ -215,7 +215,7 @@ def kill_soon(config: qv.PretrainConfig, log: Path, dice: random.Random, span: i
 
 
 def assert_every_sample_once(log: Path, config: qv.PretrainConfig) -> None:
-    """Whatever was done again was done alike, and in sum every epoch saw every training image once."""
+    """Check that repeated steps are equal, and that every epoch has every training image once."""
     batches: dict[int, dict] = {}
     for row in lines(log):
         first = batches.setdefault(row["step"], row)
@@ -225,7 +225,9 @@ def assert_every_sample_once(log: Path, config: qv.PretrainConfig) -> None:
     for row in batches.values():
         for sample, epoch in zip(row["ids"], row["epochs"], strict=True):
             seen[epoch][sample] += 1
-    training = set(range(IMAGES)) - set(SampleStream(IMAGES, HOLDOUT, config.loop.seed).held_out().tolist())
+    training = set(range(IMAGES)) - set(
+        SampleStream(IMAGES, HOLDOUT, config.loop.seed).get_held_out_ids().tolist()
+    )
     whole = STEPS * BATCH // len(training)
     assert whole == 4
     for epoch in range(whole):
@@ -236,14 +238,14 @@ def assert_every_sample_once(log: Path, config: qv.PretrainConfig) -> None:
 
 
 def survive(tmp_path: Path, kills: int, changes: dict, workers: list[int], seed: int) -> None:
-    """Kill a run so many times, each time going on at once, and compare it with an undisturbed one."""
+    """Kill and resume a run several times, and compare it with an uninterrupted run."""
     dice, changes = random.Random(seed), {**changes, "eval_every": STEPS}
     live(tiny(tmp_path / "whole", **changes), tmp_path / "whole.jsonl")
     log = tmp_path / "parts.jsonl"
     for i in range(kills):
         config = tiny(tmp_path / "parts", **changes, workers=workers[i % len(workers)])
         kill_soon(config, log, dice, span=max(3, 2 * STEPS // (kills + 2)))
-        if checkpoint.newest(tmp_path / "parts" / "checkpoints") is not None:
+        if checkpoint.find_newest(tmp_path / "parts" / "checkpoints") is not None:
             qv.load(tmp_path / "parts")
     live(tiny(tmp_path / "parts", **changes), log)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
@@ -291,11 +293,11 @@ def test_no_second_process_trains_in_the_same_folder(tmp_path):
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_the_workers_of_a_killed_process_hold_nothing(tmp_path):
+def test_the_workers_of_a_killed_process_do_not_keep_the_lock(tmp_path):
     reader, writer = os.pipe()
     process = os.fork()
     if process == 0:
-        with lock(tmp_path):
+        with lock_folder(tmp_path):
             worker = os.fork()
             if worker:
                 os.write(writer, str(worker).encode())
@@ -303,13 +305,13 @@ def test_the_workers_of_a_killed_process_hold_nothing(tmp_path):
         os._exit(0)
     worker = int(os.read(reader, 20))
     try:
-        with pytest.raises(UserError, match=f"in use by process {process} "), lock(tmp_path):
+        with pytest.raises(UserError, match=f"in use by process {process} "), lock_folder(tmp_path):
             pass
     finally:
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
     try:
-        with lock(tmp_path):
+        with lock_folder(tmp_path):
             os.kill(worker, 0)  # which lives, else this would fail
     finally:
         os.kill(worker, signal.SIGKILL)
@@ -320,7 +322,7 @@ def test_the_workers_of_a_killed_process_hold_nothing(tmp_path):
 # ---------------------------------------------------------------------- edges
 
 
-def test_a_folder_left_by_a_run_killed_at_once_starts_clean(tmp_path):
+def test_leftovers_of_a_run_killed_at_once_are_removed(tmp_path):
     qv.pretrain(tiny(tmp_path / "whole", steps=4))
     folder = tmp_path / "run"
     for name in ("tensorboard", "samples", "checkpoints/.partial-step-00000007"):
@@ -338,12 +340,12 @@ def test_a_folder_left_by_a_run_killed_at_once_starts_clean(tmp_path):
 
 
 def content(folder: Path) -> dict[Path, tuple[int, bytes]]:
-    """When each file of a run was written, and what is in it; the lock aside."""
+    """Return the time and contents of each file of a run, without the lock."""
     files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
-def test_a_complete_run_is_left_as_it_is(tmp_path, monkeypatch, capsys):
+def test_a_complete_run_is_not_changed(tmp_path, monkeypatch, capsys):
     first = qv.pretrain(tiny(tmp_path / "run", steps=5))
     before = content(tmp_path / "run")
     capsys.readouterr()
@@ -352,7 +354,7 @@ def test_a_complete_run_is_left_as_it_is(tmp_path, monkeypatch, capsys):
     assert again == first
     assert again.status == "complete"
     assert done == []
-    assert "is complete: 5 steps. Nothing to do." in capsys.readouterr().out
+    assert "is complete: 5 steps." in capsys.readouterr().out
     assert content(tmp_path / "run") == before
 
 
@@ -360,7 +362,7 @@ def test_a_complete_run_is_left_as_it_is(tmp_path, monkeypatch, capsys):
     ("changes", "named"),
     [
         ({"model": "mae_vit_32x1x2_patch4"}, ["model: was mae_vit_32x2x2_patch4, now mae_vit_32x1x2_patch4"]),
-        ({"data": ("shapes:200:size=16:seed=1",)}, ["data: another set of images"]),
+        ({"data": ("shapes:200:size=16:seed=1",)}, ["data: the images differ"]),
         ({"batch_size": 8}, ["batch_size: was 16, now 8"]),
         ({"steps": None, "epochs": 3.0}, ["epochs: was 800.0, now 3.0", "steps: was 5, now None"]),
         ({"lr": 0.1, "mask_ratio": 0.5, "seed": 4}, ["lr: was 0.001", "mask_ratio: was 0.75", "seed: was 0"]),
@@ -368,7 +370,7 @@ def test_a_complete_run_is_left_as_it_is(tmp_path, monkeypatch, capsys):
         ({"cache": "none"}, ["cache: was auto, now none"]),
     ],
 )
-def test_a_different_request_is_refused_by_name(tmp_path_factory, monkeypatch, changes, named):
+def test_changed_flags_are_refused_and_named(tmp_path_factory, monkeypatch, changes, named):
     folder = tmp_path_factory.getbasetemp() / "stopped at two"
     if not folder.exists():
         stop_at(monkeypatch, {2})
@@ -391,16 +393,16 @@ def test_some_settings_may_change(tmp_path, monkeypatch):
     changes = {"checkpoint_every": 3, "keep_checkpoints": 4, "workers": 1, "max_bad_samples": 0.5}
     assert qv.pretrain(tiny(tmp_path / "parts", steps=8, log_every=1, **changes)).status == "complete"
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
-    assert checkpoint.steps(tmp_path / "parts" / "checkpoints") == [4, 6, 8]
+    assert checkpoint.list_steps(tmp_path / "parts" / "checkpoints") == [4, 6, 8]
 
 
-def test_never_refuses_a_used_folder(tmp_path):
+def test_resume_never_refuses_a_folder_with_a_run(tmp_path):
     qv.pretrain(tiny(tmp_path / "run", steps=2))
-    with pytest.raises(UserError, match="already holds a run, and --resume never was given"):
+    with pytest.raises(UserError, match="already has a run, and --resume is never"):
         qv.pretrain(tiny(tmp_path / "run", steps=2, resume="never"))
 
 
-def test_an_older_checkpoint_is_gone_on_from(tmp_path, monkeypatch):
+def test_an_older_checkpoint_can_be_resumed(tmp_path, monkeypatch):
     many = {"steps": 12, "checkpoint_every": 2, "keep_checkpoints": 99, "log_every": 1}
     qv.pretrain(tiny(tmp_path / "whole", **many))
     qv.pretrain(tiny(tmp_path / "run", **many))
@@ -409,13 +411,13 @@ def test_an_older_checkpoint_is_gone_on_from(tmp_path, monkeypatch):
     run = qv.pretrain(tiny(tmp_path / "run", **many, resume=str(older)))
     assert (run.status, run.step, done) == ("SIGTERM", 7, [5, 6, 7])
     assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 8))
-    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [2, 4, 6, 7]
+    assert checkpoint.list_steps(tmp_path / "run" / "checkpoints") == [2, 4, 6, 7]
     qv.pretrain(tiny(tmp_path / "run", **many))
     assert done == list(range(5, 13))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_another_runs_checkpoint_is_gone_on_from(tmp_path, monkeypatch):
+def test_a_checkpoint_of_another_run_can_be_resumed(tmp_path, monkeypatch):
     qv.pretrain(tiny(tmp_path / "whole", steps=8))
     done = stop_at(monkeypatch, {5})
     qv.pretrain(tiny(tmp_path / "first", steps=8))
@@ -427,11 +429,11 @@ def test_another_runs_checkpoint_is_gone_on_from(tmp_path, monkeypatch):
     one, two = (checkpoint.load(tmp_path / name / "checkpoints" / "last") for name in ("second", "whole"))
     assert all(torch.equal(one.tensors["model"][name], t) for name, t in two.tensors["model"].items())
     for path in ("nothing", "."):
-        with pytest.raises(UserError, match=rf"--resume {path} holds no complete checkpoint"):
+        with pytest.raises(UserError, match=rf"--resume {path} has no complete checkpoint"):
             qv.pretrain(tiny(tmp_path / "third", steps=8, resume=path))
 
 
-def test_the_same_data_may_have_moved(tmp_path, monkeypatch):
+def test_the_same_data_may_be_at_another_path(tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8)
     np.save(tmp_path / "here.npy", images)
     qv.pretrain(tiny(tmp_path / "whole", steps=8, data=(str(tmp_path / "here.npy"),)))
@@ -455,11 +457,11 @@ def test_init_from_starts_with_the_weights_of_another_run(tmp_path):
         qv.load(tmp_path / "third").state_dict()["cls_token"], given["cls_token"], atol=1e-3
     )
     for changes in ({"decoder_width": 64}, {"model": "mae_vit_32x3x2_patch4"}):
-        with pytest.raises(UserError, match="another architecture"):
+        with pytest.raises(UserError, match=r"The architecture of .* differs"):
             qv.pretrain(tiny(tmp_path / "fourth", **changes, init_from=str(tmp_path / "first")))
 
 
-def test_a_resumed_run_no_longer_needs_what_it_was_initialised_from(tmp_path, monkeypatch):
+def test_a_resumed_run_does_not_need_init_from(tmp_path, monkeypatch):
     qv.pretrain(tiny(tmp_path / "first", steps=3))
     changes = {"steps": 6, "seed": 7, "init_from": str(tmp_path / "first")}
     qv.pretrain(tiny(tmp_path / "whole", **changes))

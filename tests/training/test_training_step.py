@@ -1,4 +1,4 @@
-"""What a step costs, counted in what noise cannot move: operators, bytes, waits and graph breaks.
+"""Tests of the cost of a step in numbers without noise: operators, bytes, synchronizations and graph breaks.
 
 The bounds are what the step takes today and a little for other versions of torch. A change that
 lifts one has a reason, or is a mistake.
@@ -14,9 +14,9 @@ import quarterview as qv
 from quarterview.data.loader import Batch
 from quarterview.methods.mae import MaskedAutoencoding
 from quarterview.training.distributed import World
-from quarterview.training.optim import adamw
-from quarterview.training.step import Step
-from quarterview.training.trainer import precision_context
+from quarterview.training.optim import create_adamw
+from quarterview.training.step import TrainStep
+from quarterview.training.trainer import get_autocast_context
 
 CPU = torch.device("cpu")
 DEPTH, DECODER_DEPTH = 3, 2
@@ -25,7 +25,7 @@ WAITS = ("_local_scalar_dense", "nonzero", "_unique", "unique_", "masked_select"
 
 
 class Counts(TorchDispatchMode):
-    """Counts what is computed while it is on."""
+    """Counts operators and allocated bytes in this context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Counts(TorchDispatchMode):
 
 
 def _is_of(tensor: torch.Tensor, args) -> bool:
-    """Whether it shares its memory with an argument: an operator in place, or one that returned a view."""
+    """Whether a result shares memory with an argument, as of an in-place operator or a view."""
     pointer = tensor.untyped_storage().data_ptr()
     return any(
         isinstance(arg, torch.Tensor) and arg.untyped_storage().data_ptr() == pointer
@@ -54,7 +54,7 @@ def _is_of(tensor: torch.Tensor, args) -> bool:
     )
 
 
-def step_and_batch(precision: str = "bf16", **options) -> tuple[Step, Batch]:
+def step_and_batch(precision: str = "bf16", **options) -> tuple[TrainStep, Batch]:
     torch.manual_seed(0)
     model = qv.create_model(
         f"mae_vit_64x{DEPTH}x4_patch4",
@@ -64,25 +64,29 @@ def step_and_batch(precision: str = "bf16", **options) -> tuple[Step, Batch]:
         decoder_heads=2,
     )
     method = MaskedAutoencoding(model, seed=0)
-    step = Step(method, adamw(method, 0.05), World(CPU), precision_context(precision, CPU), **options)
+    step = TrainStep(
+        method, create_adamw(method, 0.05), World(CPU), get_autocast_context(precision, CPU), **options
+    )
     ids = torch.arange(8)
     return step, Batch(torch.randn(8, 3, 32, 32), ids, torch.zeros_like(ids))
 
 
-def count(step: Step, batch: Batch) -> Counts:
-    step.apply(step.gradients(batch)[0])  # the optimiser makes its state at the first step
+def count(step: TrainStep, batch: Batch) -> Counts:
+    step.update_weights(
+        step.accumulate_gradients(batch)[0]
+    )  # the optimiser makes its state at the first step
     with Counts() as counts:
-        step.apply(step.gradients(batch)[0])
+        step.update_weights(step.accumulate_gradients(batch)[0])
     return counts
 
 
 @pytest.mark.parametrize("options", [{}, {"clip_grad": 1.0}, {"accum_iter": 2}], ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_never_waits_for_the_device(precision, options):
+def test_a_step_does_not_synchronize_with_the_device(precision, options):
     assert count(*step_and_batch(precision, **options)).waits == []
 
 
-def test_the_count_of_waits_can_fail():
+def test_the_count_of_synchronizations_is_correct():
     with Counts() as counts:
         torch.ones(3).sum().item()
         torch.ones(3).nonzero()
@@ -90,13 +94,13 @@ def test_the_count_of_waits_can_fail():
 
 
 @pytest.mark.parametrize(("precision", "operators", "mebibytes"), [("fp32", 945, 15.5), ("bf16", 1085, 11.7)])
-def test_a_step_computes_and_allocates_no_more_than_it_did(precision, operators, mebibytes):
+def test_operators_and_allocations_of_a_step_are_bounded(precision, operators, mebibytes):
     counts = count(*step_and_batch(precision))
     assert len(counts.names) <= operators
     assert counts.bytes <= mebibytes * 2**20
 
 
-def test_the_whole_model_is_one_graph():
+def test_the_compiled_model_is_one_graph():
     step, batch = step_and_batch()
     model: nn.Module = step.wrapped.model
     found = torch._dynamo.explain(model)(batch.images, noise=torch.rand(8, 64))

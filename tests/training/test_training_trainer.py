@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 import quarterview as qv
 from quarterview.data.sampler import SampleStream
 from quarterview.errors import RunError, UserError
-from quarterview.models.create import fresh_model
+from quarterview.models.create import create_mae
 from quarterview.training import checkpoint
 from quarterview.training.config import ComputeConfig, LoopConfig, RunConfig
-from quarterview.training.console import duration
-from quarterview.training.logging import Meter, RunLogger
+from quarterview.training.console import format_duration
+from quarterview.training.logging import RunLogger, ThroughputMeter
 from quarterview.training.metric_writers import read_metrics as metrics
-from quarterview.training.trainer import stop_signals, usable_precision
+from quarterview.training.trainer import collect_stop_signals, get_supported_precision
 
 COLUMNS = [
     *("step", "samples", "epoch", "loss", "val_loss", "lr", "grad_norm"),
@@ -35,7 +35,7 @@ def _one_thread():
 
 
 def tiny(out: Path, **changes) -> qv.PretrainConfig:
-    """A run of a second."""
+    """A run that takes a second."""
     values = {
         **{"model": "mae_vit_32x2x2_patch4", "image_size": 16, "precision": "fp32", "out": str(out)},
         **{"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "lr": 1e-3, "batch_size": 16},
@@ -45,8 +45,8 @@ def tiny(out: Path, **changes) -> qv.PretrainConfig:
 
 
 def digest(folder: Path) -> str:
-    """Of every tensor that the newest checkpoint holds."""
-    found = checkpoint.load(checkpoint.newest(folder / "checkpoints")).tensors
+    """Return a digest of all tensors of the newest checkpoint."""
+    found = checkpoint.load(checkpoint.find_newest(folder / "checkpoints")).tensors
     content = hashlib.sha256()
     for kind, named in sorted(found.items()):
         for name, tensor in sorted(named.items()):
@@ -73,20 +73,20 @@ def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize(
     "changes", [{}, {"precision": "bf16", "cache": "none", "clip_grad": 0.5, "ema": 0.9}]
 )
-def test_twins_are_identical_and_other_seeds_are_not(tmp_path, changes):
+def test_runs_with_equal_seeds_are_identical(tmp_path, changes):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         qv.pretrain(tiny(tmp_path / name, seed=seed, **changes))
     assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, precision):
+def test_gradient_checkpointing_gives_the_same_result(tmp_path, precision):
     for again in (False, True):
         qv.pretrain(tiny(tmp_path / str(again), grad_checkpointing=again, precision=precision))
     assert digest(tmp_path / "False") == digest(tmp_path / "True")
 
 
-def test_a_run_learns_and_leaves_its_record(tmp_path):
+def test_a_run_learns_and_writes_its_record(tmp_path):
     config = tiny(tmp_path, steps=None, epochs=14, holdout=8, log_every=20, eval_every=80, lr=3e-3)
     run = qv.pretrain(config)
     assert (run.status, run.step) == ("complete", 14 * 192 // 16)
@@ -110,22 +110,22 @@ def test_a_run_learns_and_leaves_its_record(tmp_path):
     assert record["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 
-def test_the_val_loss_is_the_models_on_the_held_out_images(tmp_path):
+def test_the_val_loss_is_that_of_the_held_out_images(tmp_path):
     from quarterview import rng
     from quarterview.data.sources.open import open_source
-    from quarterview.data.transforms.crop import normalise
+    from quarterview.data.transforms.crop import normalize
 
     run = qv.pretrain(tiny(tmp_path, holdout=20))
     model = qv.load(tmp_path)
-    ids = SampleStream(200, 20, 0).held_out()
+    ids = SampleStream(200, 20, 0).get_held_out_ids()
     images = torch.stack([open_source("shapes:200:size=16", 3).image(int(i)).pixels for i in ids]) / 255
-    noise = rng.uniform(0, "mask", 0, ids, model.uniforms_needed)
+    noise = rng.uniform(0, "mask", 0, ids, model.num_mask_uniforms)
     with torch.no_grad():
-        out = model(normalise(images, model.config.mean, model.config.std), noise=noise)
+        out = model(normalize(images, model.config.mean, model.config.std), noise=noise)
     assert run.metrics["val_loss"] == pytest.approx(float(out.loss), rel=1e-5)
 
 
-def test_watching_a_run_does_not_change_it(tmp_path):
+def test_evaluation_does_not_change_a_run(tmp_path):
     often = {"eval_every": 3, "log_every": 1, "checkpoint_every": 2}
     qv.pretrain(tiny(tmp_path / "a", holdout=8))
     qv.pretrain(tiny(tmp_path / "b", holdout=8, **often))
@@ -152,7 +152,7 @@ def test_watching_a_run_does_not_change_it(tmp_path):
         (800, 1_281_167, 4096, 250_228),
     ],
 )
-def test_the_updates_of_so_many_epochs(epochs, images, batch, steps):
+def test_the_number_of_updates_of_epochs(epochs, images, batch, steps):
     assert LoopConfig(epochs=epochs, batch_size=batch).total_steps(images) == steps
     assert LoopConfig(epochs=epochs, batch_size=batch, steps=3).total_steps(images) == 3
 
@@ -166,7 +166,7 @@ def test_a_run_of_epochs_ends_after_its_last_image(tmp_path):
 @pytest.mark.parametrize(("changes", "saved"), [({"checkpoint_minutes": 1e-9}, [1, 2, 3]), ({}, [3])])
 def test_checkpoints_by_the_clock(tmp_path, changes, saved):
     qv.pretrain(tiny(tmp_path, steps=3, keep_checkpoints=9, **changes))
-    assert checkpoint.steps(tmp_path / "checkpoints") == saved
+    assert checkpoint.list_steps(tmp_path / "checkpoints") == saved
 
 
 @pytest.mark.parametrize(
@@ -190,8 +190,10 @@ def test_numbers_out_of_range_are_refused(kind, field, value):
     ("field", "value", "accepted"),
     [("parallel", "ddpp", "auto, ddp, fsdp"), ("precision", "fp16", "bf16, fp32")],
 )
-def test_unknown_words_are_refused(field, value, accepted):
-    with pytest.raises(UserError, match=f"unknown value of --{field}: '{value}'; accepted: {accepted}"):
+def test_unknown_choices_are_refused(field, value, accepted):
+    with pytest.raises(
+        UserError, match=f"^Unknown value of --{field}: '{value}'.*Give one of: {accepted}\\.$"
+    ):
         ComputeConfig(**{field: value})
 
 
@@ -199,7 +201,7 @@ def test_unknown_words_are_refused(field, value, accepted):
 
 
 def test_accumulation_changes_nothing(tmp_path):
-    """AdamW forgives a wrong scale of the gradient, so the norm and the loss are compared, too."""
+    """AdamW does not depend on the scale of the gradient, so norm and loss are compared, too."""
     for parts in (1, 2, 8):
         qv.pretrain(tiny(tmp_path / str(parts), accum_iter=parts, log_every=1))
     for parts in ("2", "8"):
@@ -215,7 +217,7 @@ def test_accumulation_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("clip", [None, 0.1, 1e6])
 def test_clipping(tmp_path, clip):
-    """After one step the first moment is a tenth of the gradient that AdamW was given."""
+    """After one step the first moment is a tenth of AdamW's gradient."""
     run = qv.pretrain(tiny(tmp_path, steps=1, clip_grad=clip))
     norm = run.metrics["grad_norm"]
     assert norm > 1
@@ -224,10 +226,10 @@ def test_clipping(tmp_path, clip):
     assert float(given) == pytest.approx(0.1 if clip == 0.1 else norm, rel=1e-4)
 
 
-def test_the_moving_average_is_its_closed_form(tmp_path):
+def test_the_moving_average_equals_its_closed_form(tmp_path):
     config = tiny(tmp_path, ema=0.8, steps=8, checkpoint_every=1, keep_checkpoints=100, lr=1e-2)
     qv.pretrain(config)
-    start = fresh_model(config.autoencoder(), seed=0)
+    start = create_mae(config.autoencoder(), seed=0)
     expected = {name: 0.8**8 * parameter.detach() for name, parameter in start.named_parameters()}
     for step in range(1, 9):
         weights = model_at(tmp_path, step)
@@ -244,7 +246,7 @@ def test_the_moving_average_is_its_closed_form(tmp_path):
 
 
 def broken_images(path: Path, ids: list[int]) -> dict:
-    """64 images, of which some are so large that the loss overflows; and the changes to read them."""
+    """64 images, of which some make the loss overflow, and the flags to read them."""
     images = np.random.default_rng(0).random((64, 16, 16, 3), np.float32)
     images[ids] *= 1e30
     np.save(path, images)
@@ -252,13 +254,13 @@ def broken_images(path: Path, ids: list[int]) -> dict:
 
 
 @pytest.mark.parametrize("changes", [{}, {"accum_iter": 4}, {"clip_grad": 0.5}, {"precision": "bf16"}])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_recorded(tmp_path, changes):
+def test_a_step_that_is_not_finite_is_skipped_and_recorded(tmp_path, changes):
     data = broken_images(tmp_path / "x.npy", [11])
     run = qv.pretrain(
         tiny(tmp_path / "run", **data, log_every=5, checkpoint_every=1, keep_checkpoints=99, **changes)
     )
     assert run.status == "complete"
-    _, ids = SampleStream(64, 0, 0).at(torch.arange(12 * 16))
+    _, ids = SampleStream(64, 0, 0).get_samples(torch.arange(12 * 16))
     batches = ids.view(12, 16).tolist()
     bad = [step for step, batch in enumerate(batches, 1) if 11 in batch]
     assert len(bad) == 3  # one an epoch
@@ -273,7 +275,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_recorded(tmp_path, cha
     assert all(tensor.isfinite().all() for tensor in model_at(tmp_path / "run", 12).values())
 
 
-def test_a_row_of_nothing_but_bad_steps_has_no_loss(tmp_path):
+def test_a_row_with_only_skipped_steps_has_no_loss(tmp_path):
     qv.pretrain(tiny(tmp_path / "run", **broken_images(tmp_path / "x.npy", [11]), log_every=1))
     rows = metrics(tmp_path / "run")
     assert sum(row["loss"] is None and row["grad_norm"] is None for row in rows) == 3
@@ -282,13 +284,13 @@ def test_a_row_of_nothing_but_bad_steps_has_no_loss(tmp_path):
 
 
 @pytest.mark.parametrize("log_every", [1, 10])
-def test_three_bad_steps_in_a_row_stop_the_run_with_advice(tmp_path, log_every):
+def test_three_skipped_steps_in_a_row_stop_the_run(tmp_path, log_every):
     data = broken_images(tmp_path / "x.npy", list(range(64)))
     config = tiny(tmp_path / "run", **data, log_every=log_every)
     with pytest.raises(RunError, match=r"steps 1 to 3 .*--blr or --lr.*--clip-grad 1.*skipped_steps\.jsonl"):
         qv.pretrain(config)
     assert [row["step"] for row in skipped(tmp_path / "run")] == [1, 2, 3]
-    assert checkpoint.newest(tmp_path / "run" / "checkpoints") is None
+    assert checkpoint.find_newest(tmp_path / "run" / "checkpoints") is None
     with pytest.raises(RunError, match="steps 1 to 3"):  # and the folder is not blocked
         qv.pretrain(config)
 
@@ -296,15 +298,15 @@ def test_three_bad_steps_in_a_row_stop_the_run_with_advice(tmp_path, log_every):
 # ---------------------------------------------------------------------- precision
 
 
-def test_precision_falls_back_where_there_is_no_bf16(tmp_path, monkeypatch, capsys):
+def test_precision_falls_back_to_fp32_without_bf16(tmp_path, monkeypatch, capsys):
     cpu = torch.device("cpu")
     for has in (True, False):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has)
-        assert usable_precision("bf16", cpu) == ("bf16" if has else "fp32")
-        assert usable_precision("fp32", cpu) == "fp32"
+        assert get_supported_precision("bf16", cpu) == ("bf16" if has else "fp32")
+        assert get_supported_precision("fp32", cpu) == "fp32"
     qv.pretrain(tiny(tmp_path / "a", steps=2, precision="bf16"))
-    assert "has no bf16 arithmetic; training in fp32" in capsys.readouterr().out
-    state = checkpoint.load(checkpoint.newest(tmp_path / "a" / "checkpoints")).state
+    assert "does not support --precision bf16. fp32 is used" in capsys.readouterr().out
+    state = checkpoint.load(checkpoint.find_newest(tmp_path / "a" / "checkpoints")).state
     assert state["resolved"]["precision"] == "fp32"
     qv.pretrain(tiny(tmp_path / "b", steps=2, precision="fp32"))
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
@@ -319,18 +321,18 @@ def test_precision_falls_back_where_there_is_no_bf16(tmp_path, monkeypatch, caps
 
 def test_the_meter_counts_images_waiting_and_no_pauses():
     now = 100.0
-    meter = Meter(lambda: now)
-    meter.images, meter.waited, meter.paused = 600, 1.0, 2.0
+    meter = ThroughputMeter(lambda: now)
+    meter.num_images, meter.wait_seconds, meter.pause_seconds = 600, 1.0, 2.0
     now = 106.0
-    assert meter.read() == (150.0, 0.25)  # 600 images in 6 - 2 seconds, one of them waiting
+    assert meter.read_and_reset() == (150.0, 0.25)  # 600 images in 6 - 2 seconds, one of them waiting
     now = 108.0
-    meter.images += 10
-    assert meter.read() == (5.0, 0.0)  # afresh
-    assert meter.read() == (0.0, 0.0)  # no time has passed
+    meter.num_images += 10
+    assert meter.read_and_reset() == (5.0, 0.0)  # afresh
+    assert meter.read_and_reset() == (0.0, 0.0)  # no time has passed
 
 
-def test_the_loop_feeds_the_meter(tmp_path, monkeypatch):
-    """A clock that only moves while something is done tells each part of a run apart."""
+def test_the_loop_updates_the_meter(tmp_path, monkeypatch):
+    """A clock that advances only in mocked functions measures each part of a run."""
     from quarterview.data.loader import Loader
     from quarterview.training import trainer as loop
 
@@ -344,9 +346,9 @@ def test_the_loop_feeds_the_meter(tmp_path, monkeypatch):
 
         return slow
 
-    monkeypatch.setattr(loop, "Meter", lambda: Meter(lambda: now))
-    monkeypatch.setattr(Loader, "_from_cache", costs(1.0, Loader._from_cache))
-    monkeypatch.setattr(loop.Trainer, "_update", costs(3.0, loop.Trainer._update))
+    monkeypatch.setattr(loop, "ThroughputMeter", lambda: ThroughputMeter(lambda: now))
+    monkeypatch.setattr(Loader, "_load_cached_batch", costs(1.0, Loader._load_cached_batch))
+    monkeypatch.setattr(loop.Trainer, "_run_update", costs(3.0, loop.Trainer._run_update))
     monkeypatch.setattr(loop.checkpoint, "save", costs(50.0, loop.checkpoint.save))
     monkeypatch.setattr("quarterview.evaluation.online.draw_panel", costs(70.0, lambda *args: None))
     qv.pretrain(tiny(tmp_path, holdout=8, eval_every=4, checkpoint_every=2))
@@ -362,8 +364,8 @@ def test_the_loop_feeds_the_meter(tmp_path, monkeypatch):
         *((11_100, "3 h 05 min"), (172_799, "2 d 0 h"), (187_200, "2 d 4 h"), (8_640_000, "100 d 0 h")),
     ],
 )
-def test_durations_as_people_say_them(seconds, text):
-    assert duration(seconds) == text
+def test_format_duration(seconds, text):
+    assert format_duration(seconds) == text
 
 
 def tensorboard_rows(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -374,7 +376,7 @@ def tensorboard_rows(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_holds_every_step_once(tmp_path):
+def test_tensorboard_has_every_step_once(tmp_path):
     qv.pretrain(tiny(tmp_path, holdout=8, log_every=1, eval_every=6))
     rows, curves = metrics(tmp_path), tensorboard_rows(tmp_path)
     assert set(curves) == set(COLUMNS) - {"step"}
@@ -384,7 +386,7 @@ def test_tensorboard_holds_every_step_once(tmp_path):
         np.testing.assert_allclose([v for _, v in curve], [v for _, v in expected], rtol=1e-6)
 
 
-def test_a_journal_opened_at_a_step_forgets_what_came_after(tmp_path):
+def test_a_logger_opened_at_a_step_removes_later_rows(tmp_path):
     rows = [{"step": step, "loss": float(step)} for step in (1, 2, 3, 4)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 5, "lo')
@@ -397,13 +399,13 @@ def test_a_journal_opened_at_a_step_forgets_what_came_after(tmp_path):
     assert tensorboard_rows(tmp_path)["loss"] == [(1, 1.0), (2, 2.0)]
 
 
-def test_a_quiet_journal_writes_and_says_nothing(tmp_path, capsys):
+def test_a_quiet_logger_writes_and_prints_nothing(tmp_path, capsys):
     journal = RunLogger(tmp_path, quiet=True)
     journal.open(0)
     journal.start_progress(10, 0)
-    journal.say("hello")
-    journal.skipped(1, [1])
-    journal.row(dict.fromkeys(COLUMNS, 1.0))
+    journal.info("hello")
+    journal.log_skipped_step(1, [1])
+    journal.log_metrics(dict.fromkeys(COLUMNS, 1.0))
     journal.close()
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
@@ -412,9 +414,9 @@ def test_a_quiet_journal_writes_and_says_nothing(tmp_path, capsys):
 # ---------------------------------------------------------------------- signals
 
 
-def test_signals_are_collected_and_the_handlers_put_back():
+def test_signals_are_collected_and_handlers_restored():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with stop_signals() as asked:
+    with collect_stop_signals() as asked:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         assert asked == ["SIGTERM", "SIGINT"]
@@ -426,12 +428,12 @@ def test_signals_are_collected_and_the_handlers_put_back():
 HANDLED = (signal.SIGTERM, signal.SIGINT)
 
 
-def test_a_signal_within_one_use_is_seen_by_the_use_around_it():
+def test_a_signal_in_a_nested_context_is_seen_by_the_outer_one():
     before = [signal.getsignal(number) for number in HANDLED]
-    with stop_signals() as outer:
+    with collect_stop_signals() as outer:
         around = [signal.getsignal(number) for number in HANDLED]
-        with stop_signals() as inner:
-            with stop_signals():
+        with collect_stop_signals() as inner:
+            with collect_stop_signals():
                 os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
             assert inner == ["SIGINT", "SIGTERM"]
@@ -441,18 +443,18 @@ def test_a_signal_within_one_use_is_seen_by_the_use_around_it():
             os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         assert outer == ["SIGINT", "SIGTERM", "SIGTERM"]
-        with stop_signals() as later:  # asked before it began
+        with collect_stop_signals() as later:  # asked before it began
             assert later == outer
     assert [signal.getsignal(number) for number in HANDLED] == before
-    with stop_signals() as anew:
+    with collect_stop_signals() as anew:
         assert anew == []
 
 
-def test_a_second_interrupt_within_leaves_all_handlers_as_they_were():
+def test_a_second_interrupt_in_a_nested_context_restores_all_handlers():
     before = [signal.getsignal(number) for number in HANDLED]
 
     def interrupt_twice() -> None:
-        with stop_signals() as outer, stop_signals():
+        with collect_stop_signals() as outer, collect_stop_signals():
             os.kill(os.getpid(), signal.SIGINT)
             assert outer == ["SIGINT"]
             os.kill(os.getpid(), signal.SIGINT)
@@ -462,15 +464,15 @@ def test_a_second_interrupt_within_leaves_all_handlers_as_they_were():
     assert [signal.getsignal(number) for number in HANDLED] == before
 
 
-def test_a_signal_in_the_last_step_of_a_run_is_seen_around_it(tmp_path, monkeypatch):
-    row = RunLogger.row
+def test_a_signal_in_the_last_step_of_a_run_is_seen_by_the_outer_context(tmp_path, monkeypatch):
+    row = RunLogger.log_metrics
 
     def asked_meanwhile(self, columns):
         if columns["step"] == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         row(self, columns)
 
-    monkeypatch.setattr(RunLogger, "row", asked_meanwhile)
-    with stop_signals() as asked:
+    monkeypatch.setattr(RunLogger, "log_metrics", asked_meanwhile)
+    with collect_stop_signals() as asked:
         assert qv.pretrain(tiny(tmp_path, steps=4)).status == "complete"
         assert asked == ["SIGTERM"]

@@ -1,4 +1,4 @@
-"""The card says where weights come from, and carries their licence along."""
+"""Model cards state how weights were trained, and inherit the license of the base model."""
 
 import json
 
@@ -9,10 +9,10 @@ from weights_models import CLASSES, autoencoder, classifier
 
 from quarterview.commands.config import PretrainConfig
 from quarterview.commands.pretrain import pretrain
-from quarterview.weights import Facts, export_safetensors, export_timm, facts_of
-from quarterview.weights.export.model_card import card
-from quarterview.weights.export.safetensors import target
-from quarterview.weights.facts import flat_settings, shown_settings
+from quarterview.weights import ModelInfo, export_safetensors, export_timm, read_model_info
+from quarterview.weights.export.model_card import make_model_card
+from quarterview.weights.export.safetensors import describe_format
+from quarterview.weights.facts import flatten_settings, select_card_settings
 
 TINY = {
     "model": "mae_vit_32x2x2_patch4",
@@ -28,7 +28,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run that went on from another, with the results of a probe beside it."""
+    """A run that started from the weights of another run, with results of k-NN and linear probes."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs")
     first = {"data": ("shapes:200:size=16",), "out": str(folder / "first"), "steps": 2}
@@ -54,30 +54,34 @@ def header(text):
     return yaml.safe_load(text.split("---\n")[1])
 
 
-def test_the_facts_of_a_run_and_of_the_one_before_it(run):
-    facts = facts_of(run)
+def test_model_info_of_a_run_and_of_its_base_model(run):
+    info = read_model_info(run)
     record = json.loads((run / "run.json").read_text("utf-8"))
-    assert (facts.name, facts.steps, facts.images, facts.average) == ("second", 3, 120, False)
-    assert facts.fingerprint == record["data"]["fingerprint"]
-    assert facts.settings["mask_ratio"] == 0.75
-    assert not {"out", "data", "init_from", "device", "log_every", "shard_cache_dir"} & facts.settings.keys()
-    assert "loss" in facts.losses
-    assert facts.accuracies == {
+    assert (info.name, info.steps, info.num_images, info.is_ema) == ("second", 3, 120, False)
+    assert info.fingerprint == record["data"]["fingerprint"]
+    assert info.settings["mask_ratio"] == 0.75
+    assert not {"out", "data", "init_from", "device", "log_every", "shard_cache_dir"} & info.settings.keys()
+    assert "loss" in info.losses
+    assert info.accuracies == {
         "knn, k 20, weighted: this model": 0.25,
         "linear: this model": 0.5,
         "linear: raw pixels": 0.375,
     }
-    assert facts.started_from == "first"
-    assert facts.start is not None
-    assert (facts.start.steps, facts.start.images, facts.start.start) == (2, 200, None)
-    average = facts_of(run, ema=True)
-    assert average.average
-    assert not average.accuracies  # those were of the weights
+    assert info.base_model == "first"
+    assert info.base_model_info is not None
+    assert (
+        info.base_model_info.steps,
+        info.base_model_info.num_images,
+        info.base_model_info.base_model_info,
+    ) == (2, 200, None)
+    average = read_model_info(run, ema=True)
+    assert average.is_ema
+    assert not average.accuracies  # the results belong to the weights, not to their moving average
 
 
-def test_the_card_of_a_run(run, tmp_path):
+def test_model_card_of_a_run(run, tmp_path):
     model = autoencoder()
-    export_timm(model, tmp_path, facts_of(run))
+    export_timm(model, tmp_path, read_model_info(run))
     text = (tmp_path / "README.md").read_text("utf-8")
     for words in (
         "# second",
@@ -87,22 +91,22 @@ def test_the_card_of_a_run(run, tmp_path):
         "| std | 0.2 0.25 0.3 |",
         "bicubic",
         "3 updates",
-        facts_of(run).fingerprint,
+        read_model_info(run).fingerprint,
         "| started from | first |",
         "| … started from | random weights |",
         "| linear: this model | 50.0% |",
         "mask_ratio: 0.75",
-        "whose licence is not recorded",
+        "whose license is not recorded",
         "Largest difference",
     ):
         assert words in text, words
-    assert str(run.parent) not in text  # no places of this machine
+    assert str(run.parent) not in text  # no paths of this machine
     assert header(text)["library_name"] == "timm"
     assert header(text)["pipeline_tag"] == "image-feature-extraction"
     assert "license" not in header(text)
 
 
-def test_a_configuration_by_parts_is_shown_as_a_flat_one_is():
+def test_nested_and_flat_configurations_give_the_same_card_settings():
     flat = {
         "model": "mae_vit_base_patch16",
         "method": "mae",
@@ -123,53 +127,53 @@ def test_a_configuration_by_parts_is_shown_as_a_flat_one_is():
         "optim": {"lr": None},
         "init": {"init_from": "/home/me/first"},
     }
-    assert flat_settings(nested) == flat_settings(flat) == flat
+    assert flatten_settings(nested) == flatten_settings(flat) == flat
     shown = {"model": "mae_vit_base_patch16", "method": "mae", "mask_ratio": 0.75}
-    assert shown_settings(flat_settings(nested)) == shown_settings(flat) == shown
+    assert select_card_settings(flatten_settings(nested)) == select_card_settings(flat) == shown
 
 
-def test_what_a_run_started_from_is_named_without_its_folder_though_it_is_gone(run):
+def test_a_deleted_base_model_is_named_without_its_folder(run):
     first = run.parent / "first"
     moved = first.rename(run.parent / "moved")
     try:
-        facts = facts_of(run)
+        info = read_model_info(run)
     finally:
         moved.rename(first)
-    assert (facts.started_from, facts.start) == ("first", None)
+    assert (info.base_model, info.base_model_info) == ("first", None)
 
 
-def test_the_licence_is_carried_along(run, tmp_path):
+def test_the_license_of_the_base_model_is_inherited(run, tmp_path):
     record = run.parent / "first" / "run.json"
     before = record.read_text("utf-8")
     try:
         record.write_text(json.dumps({**json.loads(before), "licence": "CC-BY-NC-4.0"}))
-        assert facts_of(run).licence == "CC-BY-NC-4.0"
-        assert facts_of(run, licence="MIT").licence == "MIT"
-        export_timm(autoencoder(), tmp_path, facts_of(run))
+        assert read_model_info(run).license == "CC-BY-NC-4.0"
+        assert read_model_info(run, license="MIT").license == "MIT"
+        export_timm(autoencoder(), tmp_path, read_model_info(run))
     finally:
         record.write_text(before)
     text = (tmp_path / "README.md").read_text("utf-8")
     assert header(text)["license"] == "cc-by-nc-4.0"
-    assert "## Licence\n\nCC-BY-NC-4.0." in text
+    assert "## License\n\nCC-BY-NC-4.0." in text
     assert json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]["license"] == "CC-BY-NC-4.0"
 
 
-def test_a_licence_in_words_and_class_names_with_signs_do_no_harm():
+def test_free_text_license_and_special_characters_in_class_names():
     model = classifier()
-    facts = Facts(licence="Ours: all rights reserved")
-    text = card(model, target(model), facts, {"logits": 0.0}, {"torch": "2"})
+    info = ModelInfo(license="Ours: all rights reserved")
+    text = make_model_card(model, describe_format(model), info, {"logits": 0.0}, {"torch": "2"})
     assert header(text)["license"] == "other"
     assert header(text)["license_name"] == "Ours: all rights reserved"
     assert f"| classes | {', '.join(CLASSES)} |".replace("naïve | ox", "naïve \\| ox") in text
-    assert "3 classes, read from the mean of the patch tokens" in text
+    assert "3 classes, from the mean of the patch tokens" in text
 
 
-def test_weights_of_which_nothing_is_known(tmp_path):
+def test_weights_without_any_record(tmp_path):
     file = tmp_path / "alone.safetensors"
     export_safetensors(autoencoder(mean=None, std=None), file)
-    facts = facts_of(file)
-    assert facts == Facts(name="alone")
-    export_timm(autoencoder(mean=None, std=None), tmp_path / "out", facts)
+    info = read_model_info(file)
+    assert info == ModelInfo(name="alone")
+    export_timm(autoencoder(mean=None, std=None), tmp_path / "out", info)
     text = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert "| training | not recorded with these weights |" in text
     assert "mean, std | not recorded with these weights" in text

@@ -1,4 +1,4 @@
-"""The command, and what it says."""
+"""The commands export and push: their output, exit codes and error messages."""
 
 import sys
 
@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from weights_models import autoencoder, classifier, pictures
+from weights_models import autoencoder, classifier, random_images
 
 from quarterview import cli
 from quarterview.errors import UserError
@@ -39,12 +39,12 @@ def files(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_timm_and_over_it_safetensors(call, file, tmp_path):
-    code, said = call("export", file, "--to", "timm", "--out", tmp_path / "out")
+def test_export_to_timm_is_replaced_by_export_to_safetensors(call, file, tmp_path):
+    code, output = call("export", file, "--to", "timm", "--out", tmp_path / "out")
     assert code == 0
-    assert "tokens: differs from our forward by at most" in said
-    assert f"timm {timm.__version__}" in said
-    images = pictures(autoencoder())
+    assert "tokens: differs from our model's by at most" in output
+    assert f"timm {timm.__version__}" in output
+    images = random_images(autoencoder())
     theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     with torch.no_grad():
         expected, found = autoencoder().encode(images), theirs.forward_features(images)
@@ -57,23 +57,23 @@ def test_timm_and_over_it_safetensors(call, file, tmp_path):
         assert torch.equal(value, autoencoder().state_dict()[name])
 
 
-def test_parts_of_transformers(call, file, tmp_path):
+def test_parts_of_an_export_to_transformers(call, file, tmp_path):
     words = ("export", file, "--to", "transformers", "--out", tmp_path / "out")
     assert call(*words, "--parts", "vit")[0] == 0
     assert files(tmp_path / "out") == ["README.md", "quarterview.json", "vit"]
-    code, said = call(*words, "--parts", "classifier")
+    code, output = call(*words, "--parts", "classifier")
     assert code == 2
-    assert "accepted: the part mae or vit" in said
+    assert "Use --parts mae or vit, or --to timm" in output
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("to", "made"), [("onnx", "model.onnx"), ("torch-export", "model.pt2")])
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
-def test_a_classifier_as_a_graph(call, tmp_path, to, made):
+def test_export_a_classifier_to_onnx_and_torch_export(call, tmp_path, to, made):
     export_safetensors(classifier(), tmp_path / "mine.safetensors")
-    code, said = call("export", tmp_path / "mine.safetensors", "--to", to, "--out", tmp_path / "out")
+    code, output = call("export", tmp_path / "mine.safetensors", "--to", to, "--out", tmp_path / "out")
     assert code == 0
-    assert "logits: differs" in said
+    assert "logits: differs" in output
     assert files(tmp_path / "out") == sorted(["README.md", made, "quarterview.json"])
 
 
@@ -81,31 +81,34 @@ def test_a_classifier_as_a_graph(call, tmp_path, to, made):
     ("flags", "words"),
     [
         (["--to", "onx", "--out", "out"], "Did you mean 'onnx'?"),
-        (["--to", "timm", "--out", "."], "holds something else than an export (mine.safetensors)"),
+        (
+            ["--to", "timm", "--out", "."],
+            "contains files that are not of an export, such as mine.safetensors",
+        ),
         (
             ["--to", "timm", "--out", "out", "--parts", "vit"],
-            "--parts vit does not go with --to timm. Remove it",
+            "--parts vit is not supported with --to timm. Remove it, or use",
         ),
-        (["--to", "timm", "--out", "out", "--ema"], "accepted with ema: a run"),
+        (["--to", "timm", "--out", "out", "--ema"], "without a moving average. Give a run"),
     ],
 )
-def test_wrong_requests_end_with_2_and_write_nothing(call, file, monkeypatch, flags, words):
+def test_invalid_arguments_exit_with_2_and_write_nothing(call, file, monkeypatch, flags, words):
     monkeypatch.chdir(file.parent)
-    code, said = call("export", file, *flags)
+    code, output = call("export", file, *flags)
     assert code == 2
-    assert words in said
+    assert words in output
     assert files(file.parent) == ["mine.safetensors"]
 
 
-def test_the_configuration_checks_itself(tmp_path):
-    with pytest.raises(UserError, match="unknown value of --to: 'jax'"):
+def test_export_config_rejects_unknown_formats(tmp_path):
+    with pytest.raises(UserError, match="Unknown value of --to: 'jax'"):
         ExportConfig("run", "jax", str(tmp_path))  # type: ignore[arg-type]
 
 
-def test_a_licence_that_the_start_does_not_state_is_asked_for(call, file, tmp_path):
-    code, said = call("export", file, "--to", "timm", "--out", tmp_path / "out", "--licence", "MIT")
+def test_the_license_flag_is_written_to_the_model_card(call, file, tmp_path):
+    code, output = call("export", file, "--to", "timm", "--out", tmp_path / "out", "--license", "MIT")
     assert code == 0
-    assert "note" not in said
+    assert "note" not in output
     assert "license: mit" in (tmp_path / "out" / "README.md").read_text("utf-8")
 
 
@@ -118,20 +121,20 @@ def test_a_licence_that_the_start_does_not_state_is_asked_for(call, file, tmp_pa
         ("onnx", "onnxscript", "onnx"),
     ],
 )
-def test_an_extra_that_is_not_installed_is_named(call, file, tmp_path, monkeypatch, to, package, extra):
-    monkeypatch.setitem(sys.modules, package, None)  # importing it then fails as if it were not there
-    code, said = call("export", file, "--to", to, "--out", tmp_path / "out")
+def test_a_missing_package_is_named_with_its_extra(call, file, tmp_path, monkeypatch, to, package, extra):
+    monkeypatch.setitem(sys.modules, package, None)  # makes the import fail
+    code, output = call("export", file, "--to", to, "--out", tmp_path / "out")
     assert code == 2
-    assert f"pip install 'quarterview[{extra}]'" in said
+    assert f"pip install 'quarterview[{extra}]'" in output
     assert not (tmp_path / "out").exists()
 
 
-def test_push_wants_an_export_and_a_name(call, file, tmp_path):
+def test_push_needs_an_export_and_a_repository_name(call, file, tmp_path):
     call("export", file, "--to", "safetensors", "--out", tmp_path / "out")
-    for words, said in (
-        ((tmp_path, "me/mine"), "is no export; accepted: a folder that quarterview export wrote"),
-        ((tmp_path / "out", "mine"), "'mine' is no name on the Hub; accepted: OWNER/NAME"),
+    for words, message in (
+        ((tmp_path, "me/mine"), "is not an export. Give a folder that quarterview export wrote."),
+        ((tmp_path / "out", "mine"), "The name of the Hub repository is 'mine'. Give OWNER/NAME."),
     ):
         code, text = call("push", *words)
         assert code == 2
-        assert said in text
+        assert message in text

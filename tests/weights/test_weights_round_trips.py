@@ -1,4 +1,4 @@
-"""Ours to another's format and back: bit-equal weights, and the same numbers on the way."""
+"""Export to another library and load again: bit-equal weights and equal outputs."""
 
 import pytest
 import torch
@@ -20,35 +20,35 @@ MODELS = {
 }
 LARGE = ("base/16 at 224", "huge width/14 at 224")
 CASES = [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in MODELS]
-NEAR = 1e-5
+TOLERANCE = 1e-5
 
 
-def make(name: str) -> MaskedAutoencoder:
+def make_model(name: str) -> MaskedAutoencoder:
     torch.manual_seed(0)
     channels = MODELS[name].get("in_chans", 3)
     return create_model(**MODELS[name], mean=(0.4,) * channels, std=(0.2,) * channels).eval()
 
 
-def same(one: torch.nn.Module, other: torch.nn.Module, but: tuple[str, ...] = ()) -> bool:
+def has_equal_weights(one: torch.nn.Module, other: torch.nn.Module, excluded: tuple[str, ...] = ()) -> bool:
     theirs = other.state_dict()
-    names = [name for name in one.state_dict() if not name.startswith(but or ("-",))]
+    names = [name for name in one.state_dict() if not name.startswith(excluded or ("-",))]
     return all(torch.equal(one.state_dict()[name], theirs[name]) for name in names)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_to_transformers_and_back(name, tmp_path):
-    model = make(name)
+def test_export_to_transformers_and_back(name, tmp_path):
+    model = make_model(name)
     height, width = model.config.image_size
     parts = ("mae", "vit") if height == width else ("vit",)
     if height != width:
-        with pytest.raises(UserError, match="only squares"):
+        with pytest.raises(UserError, match="only square ones"):
             export_transformers(model, tmp_path / "refused")
-    done = export_transformers(model, tmp_path / "x", parts=parts)
-    assert done.largest <= NEAR
+    result = export_transformers(model, tmp_path / "x", parts=parts)
+    assert result.max_difference <= TOLERANCE
     for part in parts:
         back = qv.load(tmp_path / "x" / part)
         assert isinstance(back, MaskedAutoencoder)
-        assert same(model, back, () if part == "mae" else ("decoder", "mask_token"))
+        assert has_equal_weights(model, back, () if part == "mae" else ("decoder", "mask_token"))
         assert back.config.image_size == model.config.image_size
         assert (back.config.mean, back.config.std) == (model.config.mean, model.config.std)
         if part == "mae":
@@ -56,14 +56,15 @@ def test_to_transformers_and_back(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_to_timm_and_back(name, tmp_path):
-    model = make(name)
-    assert export_timm(model, tmp_path / "x").largest <= NEAR
+def test_export_to_timm_and_back(name, tmp_path):
+    model = make_model(name)
+    assert export_timm(model, tmp_path / "x").max_difference <= TOLERANCE
     folder = tmp_path / "x"
-    others = (folder / "model.safetensors", f"timm:local-dir:{folder}")  # tiny's heads are known by its shape
-    for given in (folder, *(() if name in LARGE else others)):
-        back = qv.load(given)
-        assert same(model, back, ("decoder", "mask_token"))
+    # Without config.json, the number of heads of the tiny models follows from their width and depth.
+    others = (folder / "model.safetensors", f"timm:local-dir:{folder}")
+    for source in (folder, *(() if name in LARGE else others)):
+        back = qv.load(source)
+        assert has_equal_weights(model, back, ("decoder", "mask_token"))
         assert (back.config.model, back.config.image_size, back.config.in_chans) == (
             model.config.model,
             model.config.image_size,
@@ -73,7 +74,7 @@ def test_to_timm_and_back(name, tmp_path):
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
-def test_classifiers_there_and_back(pool, tmp_path):
+def test_export_classifiers_and_back(pool, tmp_path):
     torch.manual_seed(0)
     names = ("cat", "dog", "emu")
     config = ClassifierConfig("mae_vit_tiny_patch4", (32, 32), classes=3, pool=pool, class_names=names)
@@ -90,32 +91,32 @@ def test_classifiers_there_and_back(pool, tmp_path):
     for folder in folders:
         back = qv.load(folder)
         assert isinstance(back, Classifier)
-        assert same(model, back)
+        assert has_equal_weights(model, back)
         assert (back.config.pool, back.config.class_names) == (pool, names)
 
 
-def test_a_licence_travels_along(tmp_path):
-    from quarterview.weights import Facts, facts_of
+def test_exports_contain_the_license(tmp_path):
+    from quarterview.weights import ModelInfo, read_model_info
 
-    model = make("tiny/4 at 32")
-    export_timm(model, tmp_path / "timm", Facts(licence="CC-BY-NC-4.0"))
-    export_safetensors(model, tmp_path / "x.safetensors", Facts(licence="CC-BY-NC-4.0"))
-    for given in (tmp_path / "timm", tmp_path / "x.safetensors"):
-        assert facts_of(given).licence.lower() == "cc-by-nc-4.0"
+    model = make_model("tiny/4 at 32")
+    export_timm(model, tmp_path / "timm", ModelInfo(license="CC-BY-NC-4.0"))
+    export_safetensors(model, tmp_path / "x.safetensors", ModelInfo(license="CC-BY-NC-4.0"))
+    for source in (tmp_path / "timm", tmp_path / "x.safetensors"):
+        assert read_model_info(source).license.lower() == "cc-by-nc-4.0"
 
 
-def test_a_licence_reaches_the_card_of_what_was_made_of_the_weights(tmp_path):
+def test_the_license_reaches_the_card_of_a_fine_tuned_model(tmp_path):
     from quarterview import cli
-    from quarterview.weights import Facts
+    from quarterview.weights import ModelInfo
 
-    model = make("tiny/4 at 32")
+    model = make_model("tiny/4 at 32")
     start = tmp_path / "start.safetensors"
-    export_safetensors(model, start, Facts(licence="CC-BY-NC-4.0"))
+    export_safetensors(model, start, ModelInfo(license="CC-BY-NC-4.0"))
     flags = ["--steps", "1", "--batch-size", "4", "--device", "cpu", "--workers", "0"]
     run, tuned = str(tmp_path / "run"), str(tmp_path / "tuned")
     words = ["--data", "shapes:40:size=32", "--init-from", str(start), "--out", run]
     assert cli.run(["pretrain", *words, *flags]) == 0
-    start.unlink()  # what it went by is remembered
+    start.unlink()  # the run has recorded the license
     sets = ["--train", "shapes:40:size=32", "--test", "shapes:20:seed=1:size=32", "--randaugment", "none"]
     assert cli.run(["finetune", run, *sets, *flags, "--out", tuned]) == 0
     assert cli.run(["export", tuned, "--to", "timm", "--out", str(tmp_path / "out")]) == 0

@@ -1,4 +1,4 @@
-"""To one safetensors file: the same bits, and enough said to open it alone."""
+"""Export to one safetensors file: bit-equal weights, and a header that describes the model."""
 
 import json
 
@@ -8,38 +8,38 @@ from safetensors.torch import load_file
 from weights_models import autoencoder, classifier
 
 import quarterview as qv
-from quarterview.weights import Facts, export_safetensors
+from quarterview.weights import ModelInfo, export_safetensors
 from quarterview.weights.loading import load_classifier
 
 
-def same(one, other):
+def assert_equal_weights(one, other):
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
 
 
-def test_an_autoencoder_comes_back_as_it_was(tmp_path):
+def test_an_autoencoder_is_loaded_unchanged(tmp_path):
     model, file = autoencoder(image_size=(16, 32), in_chans=3), tmp_path / "new" / "mine.safetensors"
-    done = export_safetensors(model, file)
-    assert (done.path, done.largest) == (file, 0.0)
+    result = export_safetensors(model, file)
+    assert (result.path, result.max_difference) == (file, 0.0)
     assert [path.name for path in file.parent.iterdir()] == ["mine.safetensors"]
     again = qv.load(file)
     assert again.config == model.config
-    same(again.state_dict(), model.state_dict())
-    same(load_file(file), model.state_dict())
+    assert_equal_weights(again.state_dict(), model.state_dict())
+    assert_equal_weights(load_file(file), model.state_dict())
 
 
-def test_a_classifier_too(tmp_path):
+def test_a_classifier_is_loaded_unchanged(tmp_path):
     model, file = classifier(), tmp_path / "mine.safetensors"
     export_safetensors(model, file)
-    export_safetensors(model, file)  # over itself
+    export_safetensors(model, file)  # replaces the existing file
     again = load_classifier(file)
     assert again.config == model.config
-    same(again.state_dict(), model.state_dict())
+    assert_equal_weights(again.state_dict(), model.state_dict())
 
 
-def test_the_header_has_the_configuration_and_the_licence(tmp_path):
-    export_safetensors(autoencoder(), tmp_path / "a", Facts(licence="CC-BY-NC-4.0"))
+def test_the_header_has_the_configuration_and_the_license(tmp_path):
+    export_safetensors(autoencoder(), tmp_path / "a", ModelInfo(license="CC-BY-NC-4.0"))
     with safe_open(tmp_path / "a", "pt") as file:
         header = file.metadata()
     assert header["license"] == "CC-BY-NC-4.0"

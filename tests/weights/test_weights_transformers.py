@@ -1,4 +1,4 @@
-"""To transformers; and promise 1 of the design: the official arithmetic, through its implementation of it."""
+"""Export to transformers; loss, predictions and gradients equal those of its implementation of the paper."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTModel
-from weights_models import CLASSES, EVERY_SIZE, SIZES, autoencoder, classifier, pictures
+from weights_models import CLASSES, EVERY_SIZE, SIZES, autoencoder, classifier, random_images
 
 from quarterview.errors import UserError
 from quarterview.models.create import create_model
@@ -29,10 +29,10 @@ MODELS = {
         **SMALL_DECODER,
     },
 }
-TABLES = ("vit.embeddings.position_embeddings", "decoder.decoder_pos_embed")
-WITHIN = {"rtol": 0, "atol": 1e-5}
+POSITION_EMBEDDINGS = ("vit.embeddings.position_embeddings", "decoder.decoder_pos_embed")
+TOLERANCE = {"rtol": 0, "atol": 1e-5}
 SQUARE = [size for size in EVERY_SIZE if "96×160" not in str(size)]
-SINCE_5 = {
+TRANSFORMERS_5_NAMES = {
     "stacks": ("vit.layers", "decoder.decoder_layers"),
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
@@ -41,7 +41,7 @@ SINCE_5 = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-ON_THE_HUB = {  # transformers 4, and the files of both
+FILE_NAMES = {  # transformers 4, and the files that both versions read
     "stacks": ("vit.encoder.layer", "decoder.decoder_layers"),
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
@@ -50,11 +50,13 @@ ON_THE_HUB = {  # transformers 4, and the files of both
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
-IN_MEMORY: dict[str, Any] = SINCE_5 if int(transformers.__version__.split(".")[0]) >= 5 else ON_THE_HUB
+MODEL_NAMES: dict[str, Any] = (
+    TRANSFORMERS_5_NAMES if int(transformers.__version__.split(".")[0]) >= 5 else FILE_NAMES
+)
 
 
-def read(kind: Any, folder: Path, missing: set[str] = frozenset(), **options: Any) -> Any:
-    """What a class of transformers makes of a folder; nothing but `missing` may be out of place."""
+def load_part(kind: Any, folder: Path, missing: set[str] = frozenset(), **options: Any) -> Any:
+    """Load a folder with a transformers class, and check that no weights but `missing` are missing."""
     theirs, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     assert set(info["missing_keys"]) == missing
     for problem in ("unexpected_keys", "mismatched_keys"):
@@ -62,14 +64,14 @@ def read(kind: Any, folder: Path, missing: set[str] = frozenset(), **options: An
     return theirs.eval()
 
 
-def opened(model: MaskedAutoencoder, folder: Path) -> ViTMAEForPreTraining:
-    """The model as transformers opens our export of it."""
+def export_and_load(model: MaskedAutoencoder, folder: Path) -> ViTMAEForPreTraining:
+    """Export a model, and load it with transformers."""
     export_transformers(model, folder)
-    return read(ViTMAEForPreTraining, folder / "mae")
+    return load_part(ViTMAEForPreTraining, folder / "mae")
 
 
-def their_name(name: str, names: dict[str, Any] = IN_MEMORY) -> list[str]:
-    """Our name of a parameter -> those that transformers has for it; three for qkv."""
+def get_transformers_names(name: str, names: dict[str, Any] = MODEL_NAMES) -> list[str]:
+    """Return the names in transformers of one of our parameters; three for qkv."""
     stem, _, leaf = name.rpartition(".")
     others = {
         "cls_token": "vit.embeddings.cls_token",
@@ -90,23 +92,23 @@ def their_name(name: str, names: dict[str, Any] = IN_MEMORY) -> list[str]:
     return [f"{prefix}.{index}.{theirs}.{leaf}" for theirs in parts]
 
 
-def gathered(tensors: dict[str, Tensor], name: str, names: dict[str, Any] = IN_MEMORY) -> Tensor:
-    return torch.cat([tensors[theirs] for theirs in their_name(name, names)])
+def concatenate_tensors(tensors: dict[str, Tensor], name: str, names: dict[str, Any] = MODEL_NAMES) -> Tensor:
+    return torch.cat([tensors[theirs] for theirs in get_transformers_names(name, names)])
 
 
 def check_parity(model: MaskedAutoencoder, theirs: nn.Module, batch: int) -> None:
-    """Loss, predictions and every gradient of one batch."""
+    """Compare the loss, the predictions and all gradients for one batch."""
     model.train()
     theirs.train()
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(batch, model.config.in_chans, *model.config.image_size, generator=generator)
-    noise = torch.rand(batch, model.config.patches, generator=generator)
+    noise = torch.rand(batch, model.config.num_patches, generator=generator)
 
     ours = model(images, noise=noise)
     out = theirs(images, noise=noise)
     assert torch.equal(ours.mask, out.mask.bool())
     assert float(ours.loss.detach()) == pytest.approx(float(out.loss.detach()), rel=1e-5)
-    predicted = out.logits[ours.mask].view_as(ours.pred)  # ascending, as ours
+    predicted = out.logits[ours.mask].view_as(ours.pred)  # both in ascending patch order
     torch.testing.assert_close(ours.pred, predicted, rtol=1e-5, atol=1e-5)
 
     ours.loss.backward()
@@ -118,16 +120,16 @@ def check_parity(model: MaskedAutoencoder, theirs: nn.Module, batch: int) -> Non
             assert parameter.grad is None
             continue
         assert parameter.grad is not None, name
-        expected = gathered(gradients, name)
-        compared.update(their_name(name))
+        expected = concatenate_tensors(gradients, name)
+        compared.update(get_transformers_names(name))
         largest = float(expected.abs().max())
         assert largest > 0, name
         assert float((parameter.grad - expected).abs().max()) <= 1e-5 * largest, name
-        if name.endswith("attn.qkv.bias"):  # a bias of the keys moves every logit of a row alike
+        if name.endswith("attn.qkv.bias"):  # the softmax cancels the bias of the keys
             for key_bias in (parameter.grad.chunk(3)[1], expected.chunk(3)[1]):
                 assert float(key_bias.abs().max()) < 1e-7
-    # transformers 5 makes the fixed tables trainable whenever it opens a file
-    assert compared == gradients.keys() - set(TABLES)
+    # transformers 5 makes the fixed position embeddings trainable when it loads a file
+    assert compared == gradients.keys() - set(POSITION_EMBEDDINGS)
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False], ids=["normalised", "plain"])
@@ -135,7 +137,7 @@ def check_parity(model: MaskedAutoencoder, theirs: nn.Module, batch: int) -> Non
 def test_loss_predictions_and_gradients_equal_transformers(tmp_path, disturbed, name, norm_pix_loss):
     torch.manual_seed(0)
     model = disturbed(create_model(**MODELS[name], norm_pix_loss=norm_pix_loss))
-    check_parity(model, opened(model, tmp_path), batch=3)
+    check_parity(model, export_and_load(model, tmp_path), batch=3)
 
 
 @pytest.mark.slow
@@ -144,67 +146,67 @@ def test_loss_predictions_and_gradients_equal_transformers(tmp_path, disturbed, 
 def test_full_models_at_224_equal_transformers(tmp_path, name, norm_pix_loss):
     torch.manual_seed(0)
     model = create_model(name, norm_pix_loss=norm_pix_loss)
-    check_parity(model, opened(model, tmp_path), batch=2)
+    check_parity(model, export_and_load(model, tmp_path), batch=2)
 
 
-def test_every_weight_and_both_position_tables_arrive(tmp_path):
+def test_all_weights_and_both_position_embeddings_are_exported(tmp_path):
     torch.manual_seed(0)
     model = create_model(**MODELS["one channel, 8 at 40"])
-    in_memory = opened(model, tmp_path).state_dict()
+    in_memory = export_and_load(model, tmp_path).state_dict()
     ours = model.state_dict()
     for theirs, names in (
-        (in_memory, IN_MEMORY),
-        (load_file(tmp_path / "mae/model.safetensors"), ON_THE_HUB),
+        (in_memory, MODEL_NAMES),
+        (load_file(tmp_path / "mae/model.safetensors"), FILE_NAMES),
     ):
         for name, value in ours.items():
-            assert torch.equal(value, gathered(theirs, name, names)), name
-        assert {n for name in ours for n in their_name(name, names)} == theirs.keys()
-    for table in TABLES:
+            assert torch.equal(value, concatenate_tensors(theirs, name, names)), name
+        assert {n for name in ours for n in get_transformers_names(name, names)} == theirs.keys()
+    for table in POSITION_EMBEDDINGS:
         assert float(in_memory[table][0, 1:].abs().sum(dim=1).min()) > 0
 
 
 @pytest.mark.parametrize("size", EVERY_SIZE)
 @torch.no_grad()
-def test_the_encoder_alone_lacks_nothing_but_the_pooler(tmp_path, size):
+def test_the_exported_encoder_lacks_only_the_pooler(tmp_path, size):
     model = autoencoder(**SIZES[size])
-    done = export_transformers(model, tmp_path, parts=["vit"])
-    assert done.largest < 1e-5
+    result = export_transformers(model, tmp_path, parts=["vit"])
+    assert result.max_difference < 1e-5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "quarterview.json", "vit"]
-    theirs, images = read(ViTModel, tmp_path / "vit", add_pooling_layer=False), pictures(model)
-    torch.testing.assert_close(theirs(images).last_hidden_state, model.encode(images), **WITHIN)
-    whole = read(ViTModel, tmp_path / "vit", {"pooler.dense.weight", "pooler.dense.bias"})
+    theirs, images = load_part(ViTModel, tmp_path / "vit", add_pooling_layer=False), random_images(model)
+    torch.testing.assert_close(theirs(images).last_hidden_state, model.encode(images), **TOLERANCE)
+    whole = load_part(ViTModel, tmp_path / "vit", {"pooler.dense.weight", "pooler.dense.bias"})
     assert whole.config.layer_norm_eps == 1e-6
     for name, value in model.state_dict().items():
         if not name.startswith(("decoder", "mask_token")):
             prefixed = {f"vit.{key}": tensor for key, tensor in theirs.state_dict().items()}
-            assert torch.equal(value, gathered(prefixed, name)), name
+            assert torch.equal(value, concatenate_tensors(prefixed, name)), name
 
 
 @pytest.mark.parametrize("size", SQUARE)
 @torch.no_grad()
-def test_the_autoencoder_predicts_the_same_at_every_square_size(tmp_path, size):
+def test_the_exported_autoencoder_predicts_the_same_for_square_images(tmp_path, size):
     model = autoencoder(**SIZES[size])
     export_transformers(model, tmp_path)
-    theirs, images = read(ViTMAEForPreTraining, tmp_path / "mae"), pictures(model)
-    noise = torch.rand(len(images), model.config.patches)
+    theirs, images = load_part(ViTMAEForPreTraining, tmp_path / "mae"), random_images(model)
+    noise = torch.rand(len(images), model.config.num_patches)
     ours, out = model(images, noise=noise), theirs(images, noise=noise)
-    torch.testing.assert_close(out.logits[ours.mask].view_as(ours.pred), ours.pred, **WITHIN)
-    torch.testing.assert_close(out.loss, ours.loss, **WITHIN)
+    torch.testing.assert_close(out.logits[ours.mask].view_as(ours.pred), ours.pred, **TOLERANCE)
+    torch.testing.assert_close(out.loss, ours.loss, **TOLERANCE)
 
 
 @pytest.mark.parametrize("image_size", [(16, 16), (16, 32)])
 @torch.no_grad()
-def test_a_classifier_that_reads_cls_keeps_its_head(tmp_path, image_size):
+def test_a_classifier_with_cls_pooling_keeps_its_head(tmp_path, image_size):
     model = classifier(pool="cls", image_size=image_size)
-    assert export_transformers(model, tmp_path).largest < 1e-5
-    theirs, images = read(ViTForImageClassification, tmp_path / "classifier"), pictures(model)
-    torch.testing.assert_close(theirs(images).logits, model(images), **WITHIN)
+    assert export_transformers(model, tmp_path).max_difference < 1e-5
+    theirs, images = load_part(ViTForImageClassification, tmp_path / "classifier"), random_images(model)
+    torch.testing.assert_close(theirs(images).logits, model(images), **TOLERANCE)
     assert theirs.config.id2label == dict(enumerate(CLASSES))
     assert theirs.config.label2id == {name: i for i, name in enumerate(CLASSES)}
     for name, value in model.state_dict().items():
-        assert torch.equal(value, gathered(theirs.state_dict(), name)), name
-    vit = read(ViTModel, tmp_path / "vit", add_pooling_layer=False)
-    torch.testing.assert_close(vit(images).last_hidden_state, model.encode(images), **WITHIN)
+        assert torch.equal(value, concatenate_tensors(theirs.state_dict(), name)), name
+    vit = load_part(ViTModel, tmp_path / "vit", add_pooling_layer=False)
+    torch.testing.assert_close(vit(images).last_hidden_state, model.encode(images), **TOLERANCE)
     assert not (tmp_path / "mae").exists()
 
 
@@ -215,9 +217,9 @@ def test_classes_without_names_are_numbered(tmp_path):
     assert config["architectures"] == ["ViTForImageClassification"]
 
 
-def test_the_configuration_arrives(tmp_path):
+def test_the_configuration_is_exported(tmp_path):
     model = create_model(**MODELS["one channel, 8 at 40"], norm_pix_loss=False)
-    config = opened(model, tmp_path).config
+    config = export_and_load(model, tmp_path).config
     assert config.mask_ratio == 0.6
     assert config.norm_pix_loss is False
     assert config.layer_norm_eps == 1e-6
@@ -231,45 +233,56 @@ def test_the_configuration_arrives(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": (32, 64)}, r"cannot hold a \(32, 64\) image \(only squares\); .* the part vit"),
-        ({"encoder_mask_tokens": True}, "cannot hold mask tokens in the encoder"),
-        ({"decoder_depth": 0}, "cannot hold a decoder without blocks"),
-        ({"decoder": "cross"}, "cannot hold a cross-attention decoder; accepted: the part vit, or timm"),
-        ({"predict_all": True}, "cannot hold predictions of visible patches"),
+        (
+            {"image_size": (32, 64)},
+            r"does not support images of 32 × 64 pixels \(only square ones\)\. Use --parts vit",
+        ),
+        ({"encoder_mask_tokens": True}, "does not support mask tokens in the encoder"),
+        ({"decoder_depth": 0}, "does not support a decoder without blocks"),
+        ({"decoder": "cross"}, r"does not support a cross-attention decoder\. Use --parts vit, or --to timm"),
+        ({"predict_all": True}, "does not support predictions of visible patches"),
         ({"target": "hog"}, r"predictions of oriented gradients \(HOG\) in cells of 8 × 8 pixels"),
-        ({"mask": "grid"}, r"cannot hold grid masks \(only random ones\)"),
+        ({"mask": "grid"}, r"does not support grid masks \(only random ones\)"),
         ({"mask": "block", "predict_all": True}, "predictions of visible patches or block masks"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_what_transformers_cannot_hold_is_an_error(tmp_path, changes, message):
+def test_models_that_transformers_does_not_support_are_errors(tmp_path, changes, message):
     base = {"model": "mae_vit_32x1x2_patch8", "image_size": 32, **SMALL_DECODER}
     model = create_model(**{**base, **changes})
     with pytest.raises(UserError, match=message):
         export_transformers(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    export_transformers(model, tmp_path / "out", parts=["vit"])  # the encoder it holds
+    export_transformers(model, tmp_path / "out", parts=["vit"])  # the encoder alone is supported
 
 
 @pytest.mark.parametrize(
     ("model", "parts", "message"),
     [
-        (classifier(pool="mean"), None, "reads the mean of the patch tokens .* accepted: timm, onnx"),
-        (classifier(pool="mean"), ["vit"], "ViTModel cannot hold a head that reads the mean"),
-        (classifier(pool="cls"), ["mae"], "no decoder; accepted: the part vit or classifier, or timm"),
-        (autoencoder(), ["classifier"], "no head; accepted: the part mae or vit"),
-        (autoencoder(), ["vitt"], "unknown part 'vitt'; accepted: mae, vit, classifier. Did you mean 'vit'"),
-        (autoencoder(), [], "no part to export; accepted: mae vit"),
+        (classifier(pool="mean"), None, r"reads the mean of the patch tokens .*\. Use --to timm, onnx"),
+        (
+            classifier(pool="mean"),
+            ["vit"],
+            "ViTModel of transformers does not support a head that reads the mean",
+        ),
+        (classifier(pool="cls"), ["mae"], r"no decoder\. Use --parts vit or classifier, or --to timm"),
+        (autoencoder(), ["classifier"], r"no head\. Use --parts mae or vit"),
+        (
+            autoencoder(),
+            ["vitt"],
+            r"Unknown part 'vitt'\. Did you mean 'vit'\? Give one of: mae, vit, classifier",
+        ),
+        (autoencoder(), [], r"No part to export is given\. Give --parts mae vit\."),
     ],
 )
-def test_a_part_that_is_not_there_is_an_error(tmp_path, model, parts, message):
+def test_unsupported_and_unknown_parts_are_errors(tmp_path, model, parts, message):
     with pytest.raises(UserError, match=message):
         export_transformers(model, tmp_path / "out", parts=parts)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_tables_are_trainable_when_transformers_5_opens_them_as_the_card_says(tmp_path):
-    theirs = opened(autoencoder(), tmp_path)
-    trainable = {table: dict(theirs.named_parameters())[table].requires_grad for table in TABLES}
-    assert set(trainable.values()) == {IN_MEMORY is SINCE_5}
+def test_position_embeddings_are_trainable_in_transformers_5_as_the_card_says(tmp_path):
+    theirs = export_and_load(autoencoder(), tmp_path)
+    trainable = {table: dict(theirs.named_parameters())[table].requires_grad for table in POSITION_EMBEDDINGS}
+    assert set(trainable.values()) == {MODEL_NAMES is TRANSFORMERS_5_NAMES}
     assert "trainable" in (tmp_path / "README.md").read_text("utf-8")

@@ -1,4 +1,4 @@
-"""Models of every kind that an export must hold, with weights far from their initial ones."""
+"""Models of all types that exports must support, with weights far from their initial values."""
 
 from typing import Any, TypeVar
 
@@ -40,33 +40,33 @@ SIZES: dict[str, dict[str, Any]] = {
 EVERY_SIZE = [pytest.param(name, marks=pytest.mark.slow if "width" in name else ()) for name in SIZES]
 CLASSES = ("cat", "dog", "naïve | ox")
 
-Kind = TypeVar("Kind", MaskedAutoencoder, Classifier)
+ModelType = TypeVar("ModelType", MaskedAutoencoder, Classifier)
 
 
 def autoencoder(**changes: Any) -> MaskedAutoencoder:
-    """A masked autoencoder, `SMALL` but for what is given."""
+    """Return a masked autoencoder with the configuration `SMALL`, except for the arguments."""
     torch.manual_seed(0)
-    return as_if_trained(create_model(**{**SMALL, **DECODER, **changes}))
+    return add_noise(create_model(**{**SMALL, **DECODER, **changes}))
 
 
 def classifier(**changes: Any) -> Classifier:
-    """A classifier of `CLASSES`, `SMALL` but for what is given."""
+    """Return a classifier of `CLASSES` with the configuration `SMALL`, except for the arguments."""
     torch.manual_seed(0)
     model = Classifier(ClassifierConfig(**{**SMALL, "classes": 3, "class_names": CLASSES, **changes}))
-    nn.init.normal_(model.head.weight, std=0.2)  # 2e-5 would hide what is before it
-    return as_if_trained(model)
+    nn.init.normal_(model.head.weight, std=0.2)  # the initial 2e-5 would hide differences of the encoder
+    return add_noise(model)
 
 
 @torch.no_grad()
-def as_if_trained(model: Kind) -> Kind:
-    """Moves biases, norms and tokens, which begin at 0, 1 and almost 0."""
+def add_noise(model: ModelType) -> ModelType:
+    """Add noise to biases, norms and tokens, which are initialised with constants or small values."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.ndim != 2:
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.eval()
 
 
-def pictures(model: MaskedAutoencoder | Classifier, count: int = 2) -> Tensor:
-    """Images that fit a model: standard normal [count, C, H, W]."""
+def random_images(model: MaskedAutoencoder | Classifier, batch_size: int = 2) -> Tensor:
+    """Return standard normal images of a model's size, [batch_size, C, H, W]."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(count, model.config.in_chans, *model.config.image_size, generator=generator)
+    return torch.randn(batch_size, model.config.in_chans, *model.config.image_size, generator=generator)

@@ -1,1 +1,1 @@
-"""How fast this machine trains, and how fast it could."""
+"""Timing of training steps and matrix products on this machine."""

@@ -1,4 +1,4 @@
-"""A training step on images that are at hand, for benchmarks."""
+"""A training step on a fixed batch of random images, for benchmarks."""
 
 from collections.abc import Callable
 
@@ -9,27 +9,29 @@ from quarterview.methods.mae import MaskedAutoencoding
 from quarterview.models.config import MAEConfig
 from quarterview.models.mae import MaskedAutoencoder
 from quarterview.training.distributed import World
-from quarterview.training.optim import adamw
-from quarterview.training.step import Step
-from quarterview.training.trainer import precision_context
+from quarterview.training.optim import create_adamw
+from quarterview.training.step import TrainStep
+from quarterview.training.trainer import get_autocast_context
 
 
-def noise_batch(config: MAEConfig, size: int, device: torch.device) -> Batch:
-    """A batch of noise: a step takes as long as on pictures."""
-    images = torch.randn(size, config.in_chans, *config.image_size, device=device)
-    ids = torch.arange(size, device=device)
+def make_noise_batch(config: MAEConfig, batch_size: int, device: torch.device) -> Batch:
+    """Return a batch of random images; a training step takes as long as on real images."""
+    images = torch.randn(batch_size, config.in_chans, *config.image_size, device=device)
+    ids = torch.arange(batch_size, device=device)
     return Batch(images, ids, torch.zeros_like(ids))
 
 
-def update_of(
-    model: MaskedAutoencoder, batch: int, precision: str, device: torch.device
+def make_update(
+    model: MaskedAutoencoder, batch_size: int, precision: str, device: torch.device
 ) -> Callable[[], None]:
-    """Forward, backward and optimiser, as the loop of a run goes through them."""
+    """Return a function that performs one training step: forward, backward and AdamW, as in a run."""
     objective = MaskedAutoencoding(model.to(device), seed=0)
-    step = Step(objective, adamw(objective, 0.05), World(device), precision_context(precision, device))
-    data = noise_batch(model.config, batch, device)
+    step = TrainStep(
+        objective, create_adamw(objective, 0.05), World(device), get_autocast_context(precision, device)
+    )
+    data = make_noise_batch(model.config, batch_size, device)
 
     def update() -> None:
-        step.apply(step.gradients(data)[0])
+        step.update_weights(step.accumulate_gradients(data)[0])
 
     return update

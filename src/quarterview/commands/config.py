@@ -1,17 +1,17 @@
-"""The composed configuration of each command: which parts it is made of, and what it checks across them."""
+"""The composed configuration of each command, with checks across its parts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from quarterview.commands.v0_1 import upgrade_pretraining
-from quarterview.config import FIRST, PATH, Composed, Ge, Gt, Text, Texts, part
+from quarterview.commands.v0_1 import upgrade_flags
+from quarterview.config import FIRST, PATH, ComposedConfig, Ge, Gt, Text, Texts, part
 from quarterview.data.config import AugmentConfig, DataConfig, LoaderConfig, ViewConfig
-from quarterview.errors import UserError
+from quarterview.errors import UserError, not_supported
 from quarterview.evaluation.config import (
     EmbedConfig,
     KnnClassifierConfig,
-    LabelledImagesConfig,
+    LabeledImagesConfig,
     LinearClassifierConfig,
     LookConfig,
     OnlineProbeConfig,
@@ -20,12 +20,12 @@ from quarterview.evaluation.config import (
     RobustnessConfig,
 )
 from quarterview.methods.config import (
-    MAE,
-    BEiT,
-    Denoising,
+    BEiTConfig,
+    DenoisingConfig,
+    MAEMethodConfig,
     MethodConfig,
     RegularizationConfig,
-    autoencoder_config,
+    make_mae_config,
 )
 from quarterview.models.config import MAEConfig, ViTConfig
 from quarterview.training.config import (
@@ -40,10 +40,10 @@ from quarterview.weights.config import InitConfig, StartConfig, TuningConfig
 
 
 @dataclass(frozen=True)
-class PretrainConfig(Composed):
-    """Everything about a pre-training run. Each field of a part is a flag of ``quarterview pretrain``.
+class PretrainConfig(ComposedConfig):
+    """Configuration of pre-training. Each field of a part is a flag of ``quarterview pretrain``.
 
-    ``PretrainConfig.from_flags(data="photos", out="runs/x", epochs=20)`` takes them flat, as keywords.
+    Example: ``PretrainConfig.from_flags(data="photos", out="runs/x", epochs=20)``.
     """
 
     RENAMED: ClassVar[Mapping[str, str]] = {"objective": "method"}
@@ -51,7 +51,7 @@ class PretrainConfig(Composed):
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ViTConfig = field(default_factory=ViTConfig)
-    method: MethodConfig = field(default_factory=MAE)
+    method: MethodConfig = field(default_factory=MAEMethodConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     view: ViewConfig = field(default_factory=ViewConfig)
@@ -64,61 +64,54 @@ class PretrainConfig(Composed):
     def __post_init__(self) -> None:
         super().__post_init__()
         method, given = self.method, f"--method {self.method.name}"
-        if isinstance(method, MAE | BEiT | Denoising):
+        if isinstance(method, MAEMethodConfig | BEiTConfig | DenoisingConfig):
             self.autoencoder()
         elif self.init.init_from is not None:
-            raise UserError(
-                f"--init-from is not supported with {given}. Remove it, or use --method mae, beit or "
-                "denoising."
-            )
-        if isinstance(method, Denoising) and self.compute.compile:
-            raise UserError(
-                "--compile is not supported with --method denoising. Remove it, or use --method mae."
-            )
+            raise not_supported("--init-from", given, "Remove it, or use --method mae, beit or denoising.")
+        if isinstance(method, DenoisingConfig) and self.compute.compile:
+            raise not_supported("--compile", given, "Remove it, or use --method mae.")
         if isinstance(method, RegularizationConfig):
-            method.check_batch(self.loop.batch_size)
-        if method.compares_batch and self.loop.accum_iter > 1:
-            by = given if method.compares else f"--uniformity {getattr(method, 'uniformity', 0)}"
-            raise UserError(
-                f"--accum-iter {self.loop.accum_iter} is not supported with {by}, which compares the images "
-                "of a batch, so that parts of it would be another task. Give --accum-iter 1, and save memory "
-                "by --grad-checkpointing or a smaller --batch-size."
+            method.check_batch_size(self.loop.batch_size)
+        if method.needs_whole_batch and self.loop.accum_iter > 1:
+            uniformity = f"--uniformity {getattr(method, 'uniformity', 0)}"
+            raise not_supported(
+                f"--accum-iter {self.loop.accum_iter}",
+                f"{given if method.uses_two_views else uniformity}, which compares the images of a batch",
+                "Use --accum-iter 1; --grad-checkpointing or a smaller --batch-size saves memory.",
             )
-        if method.compares and self.compute.parallel == "fsdp":
-            raise UserError(f"--parallel fsdp is not supported with {given}. Use --parallel ddp.")
+        if method.uses_two_views and self.compute.parallel == "fsdp":
+            raise not_supported("--parallel fsdp", given, "Use --parallel ddp.")
         if method.name == "tokenizer" and self.probe.probe_train:
-            raise UserError(
-                "--probe-train is not supported with --method tokenizer, which has no features. Remove it."
-            )
+            raise not_supported("--probe-train", f"{given}, which has no features", "Remove it.")
 
     @classmethod
     def upgrade(cls, flags: dict[str, Any]) -> dict[str, Any]:
-        """Flags as version 0.1 wrote them into a file, by today's names."""
-        return upgrade_pretraining(flags)
+        """Convert flags from a file of version 0.1 to those of this version."""
+        return upgrade_flags(flags)
 
-    def autoencoder(self, vocabulary: int | None = None) -> MAEConfig:
-        """The masked autoencoder that is trained.
+    def autoencoder(self, codebook_size: int | None = None) -> MAEConfig:
+        """Return the configuration of the masked autoencoder to train.
 
         Args:
-            vocabulary: how many visual tokens there are, for a target of tokens.
+            codebook_size: the tokenizer's codebook size, for --target tokens.
 
         Raises:
             UserError: if encoder and method do not fit each other.
         """
-        assert isinstance(self.method, MAE | BEiT | Denoising)
-        return autoencoder_config(self.method, self.model, vocabulary)
+        assert isinstance(self.method, MAEMethodConfig | BEiTConfig | DenoisingConfig)
+        return make_mae_config(self.method, self.model, codebook_size)
 
     def check_complete(self) -> None:
-        """Raises UserError if a run cannot be started by this, because something required is missing."""
+        """Raise UserError if a required flag is missing."""
         if not self.run.out:
             raise UserError("The run has no folder. Give --out RUN.")
         if not self.data.data:
             raise UserError(
-                "There are no images. Give --data with folders, packed stores, tar shards, .txt lists of "
+                "No images are given. Give --data with folders, packed stores, tar shards, .txt lists of "
                 "paths, parquet, .npy/.npz arrays, torchvision:NAME or shapes."
             )
-        if isinstance(self.method, BEiT) and self.method.tokenizer is None:
-            raise UserError("--method beit has no tokenizer. Give --tokenizer RUN.")
+        if isinstance(self.method, BEiTConfig) and self.method.tokenizer is None:
+            raise UserError("--method beit needs a tokenizer. Give --tokenizer RUN.")
 
 
 @part
@@ -126,7 +119,7 @@ class RecipeOptions:
     """Command."""
 
     recipe: Annotated[Text | None, FIRST] = None
-    """Start from a named configuration (see quarterview recipes) or a YAML file; flags go first."""
+    """A named configuration (see quarterview recipes) or a YAML file, which other flags override."""
 
 
 @part
@@ -134,9 +127,9 @@ class PretrainOptions(RecipeOptions):
     """Command."""
 
     dry_run: bool = False
-    """Show the resolved configuration, parameters, steps and memory, and train nothing."""
+    """Print the configuration, parameters, steps and memory, without training."""
     slurm: Texts | None = None
-    """Train as a Slurm job, by words NAME=VALUE: nodes=2 gpus=8 hours=24 partition=main, … (docs/scale.md
+    """Submit a Slurm job with settings NAME=VALUE: nodes=2 gpus=8 hours=24 partition=main, … (docs/scale.md
     lists the names)."""
 
 
@@ -145,9 +138,9 @@ class FinetuneOptions(RecipeOptions):
     """Command."""
 
     table: bool = False
-    """Show every parameter's learning rate and weight decay, and train nothing."""
+    """Print every parameter's learning rate and weight decay, without training."""
     slurm: Texts | None = None
-    """Train as a Slurm job, by words NAME=VALUE: gpus=8 hours=4 partition=main, … (docs/scale.md lists the
+    """Submit a Slurm job with settings NAME=VALUE: gpus=8 hours=4 partition=main, … (docs/scale.md lists the
     names)."""
 
 
@@ -155,12 +148,12 @@ class FinetuneOptions(RecipeOptions):
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(Composed):
-    """Everything about a fine-tuning run. The defaults are the paper's for ViT-B (table 9), with the random
-    erasing of the official code."""
+class FinetuneConfig(ComposedConfig):
+    """Configuration of fine-tuning. The defaults are the paper's for ViT-B (table 9), with the random erasing
+    of the official code."""
 
     start: StartConfig = field(default_factory=StartConfig)
-    images: LabelledImagesConfig = field(default_factory=LabelledImagesConfig)
+    images: LabeledImagesConfig = field(default_factory=LabeledImagesConfig)
     run: RunConfig = field(default_factory=RunConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(epochs=100))
@@ -174,10 +167,10 @@ class FinetuneConfig(Composed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.regularization.check_batch(self.loop.batch_size)
+        self.regularization.check_batch_size(self.loop.batch_size)
 
     def check_complete(self) -> None:
-        """Raises UserError if a run cannot be started by this, because something required is missing."""
+        """Raise UserError if a required flag is missing."""
         for name, given in (
             ("RUN", self.start.run),
             ("--train", self.images.train),
@@ -188,31 +181,32 @@ class FinetuneConfig(Composed):
                 raise UserError(f"{name} is missing. Give finetune RUN --train … --test … --out ….")
 
 
-# ---------------------------------------------------------------------- timing
+# ---------------------------------------------------------------------- benchmark
 
 
 @part
 class BenchOptions:
-    """Timing."""
+    """Benchmark."""
 
     seconds: Annotated[float, Gt(0), FIRST] = 20.0
-    """How long steps are timed, after those that warm up; reading images is timed for as long again."""
+    """Seconds to time training steps, after a warm-up, and as many to time the reading of images."""
     images: Annotated[int | None, Ge(1)] = None
-    """Images in the set that hours are told for; by default those of --data, else ImageNet-1K's 1,281,167."""
+    """Number of training images for the estimated hours; by default those of --data, else ImageNet-1K's
+    1,281,167."""
     json: Annotated[Text | None, PATH] = None
-    """A file to write the figures to."""
+    """File to write the result to."""
 
 
 @dataclass(frozen=True)
-class BenchConfig(Composed):
-    """What to time: a pre-training, and how long to look."""
+class BenchConfig(ComposedConfig):
+    """Configuration of bench: the pre-training to time, and for how long."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {"objective": "method"}
 
     options: BenchOptions = field(default_factory=BenchOptions)
     data: DataConfig = field(default_factory=DataConfig)
     model: ViTConfig = field(default_factory=ViTConfig)
-    method: MethodConfig = field(default_factory=MAE)
+    method: MethodConfig = field(default_factory=MAEMethodConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     view: ViewConfig = field(default_factory=ViewConfig)
@@ -221,20 +215,20 @@ class BenchConfig(Composed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.method, MAE) or self.method.target != "pixels":
+        if not isinstance(self.method, MAEMethodConfig) or self.method.target != "pixels":
             target = getattr(self.method, "target", "")
             raise UserError(
-                f"bench times masked autoencoders of pixels, not --method {self.method.name}"
-                f"{f' --target {target}' if target else ''}. Remove these flags."
+                f"bench is not supported with --method {self.method.name}"
+                f"{f' --target {target}' if target else ''}. Use --method mae --target pixels."
             )
         self.pretraining()
 
     def pretraining(self) -> PretrainConfig:
-        """The pre-training that is timed."""
-        return PretrainConfig(**{name: its for name, its in self.parts().items() if name != "options"})
+        """Return the configuration of the pre-training to time."""
+        return PretrainConfig(**{name: part for name, part in self.parts().items() if name != "options"})
 
 
-# ---------------------------------------------------------------------- commands without a run
+# ---------------------------------------------------------------------- demo and recipes
 
 
 @part
@@ -242,9 +236,9 @@ class DemoConfig:
     """Demo."""
 
     out: Annotated[Text, FIRST, PATH] = "runs/demo"
-    """The run's folder; made anew each time."""
+    """The run's folder, which is overwritten."""
     seed: Annotated[int, FIRST] = 0
-    """Seed of every random draw."""
+    """Seed of all random draws."""
 
 
 @part
@@ -256,46 +250,46 @@ class RecipesConfig:
 
 
 @dataclass(frozen=True)
-class KnnConfig(Composed):
-    """Classify each test image by its nearest labelled ones, in the space of the features."""
+class KnnConfig(ComposedConfig):
+    """Evaluate features by k-nearest-neighbour classification."""
 
-    images: LabelledImagesConfig = field(default_factory=LabelledImagesConfig)
+    images: LabeledImagesConfig = field(default_factory=LabeledImagesConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     classifier: KnnClassifierConfig = field(default_factory=KnnClassifierConfig)
 
 
 @dataclass(frozen=True)
-class LinearConfig(Composed):
-    """Train a linear classifier on frozen features."""
+class LinearConfig(ComposedConfig):
+    """Evaluate frozen features by a linear classifier."""
 
-    images: LabelledImagesConfig = field(default_factory=LabelledImagesConfig)
+    images: LabeledImagesConfig = field(default_factory=LabeledImagesConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     classifier: LinearClassifierConfig = field(default_factory=LinearClassifierConfig)
 
 
 @dataclass(frozen=True)
-class RobustnessCommandConfig(Composed):
-    """Judge a classifier on corrupted images, as ImageNet-C has them, and on other sets."""
+class RobustnessCommandConfig(ComposedConfig):
+    """Evaluate a classifier on corrupted images (ImageNet-C) and on other test sets."""
 
     robustness: RobustnessConfig = field(default_factory=RobustnessConfig)
 
 
 @dataclass(frozen=True)
-class EmbedCommandConfig(Composed):
-    """Write the embeddings of images as Parquet: `quarterview embed RUN --data photos --out DIR`."""
+class EmbedCommandConfig(ComposedConfig):
+    """Write embeddings of images to Parquet files: `quarterview embed RUN --data photos --out DIR`."""
 
     embed: EmbedConfig = field(default_factory=EmbedConfig)
 
 
 @dataclass(frozen=True)
-class LookCommandConfig(Composed):
-    """Draw what a model sees in images: attention, groups of patches, reconstruction."""
+class LookCommandConfig(ComposedConfig):
+    """Draw attention maps, principal components of patches and reconstructions."""
 
     look: LookConfig = field(default_factory=LookConfig)
 
 
 @dataclass(frozen=True)
-class ReconstructCommandConfig(Composed):
-    """Draw what a model makes of images of which it sees a quarter."""
+class ReconstructCommandConfig(ComposedConfig):
+    """Draw reconstructions of masked images."""
 
     reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)

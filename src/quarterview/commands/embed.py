@@ -1,25 +1,25 @@
-"""``quarterview embed``: the embeddings of images as Parquet."""
+"""``quarterview embed``: write embeddings of images to Parquet files."""
 
 from collections.abc import Sequence
 
 from quarterview.commands.config import EmbedCommandConfig
-from quarterview.commands.required import require
+from quarterview.commands.required import require_flags
 from quarterview.evaluation.embed import embed
 from quarterview.training.console import Console, Progress
 
-_SHOWN = 10
-"""Unreadable images that are named."""
+_MAX_SHOWN = 10
+"""Maximum number of unreadable images to name."""
 
 
 def main(config: EmbedCommandConfig, argv: Sequence[str]) -> int:
-    """Carry out the command, and return its exit code."""
+    """Run the command and return its exit code."""
     del argv  # embed.json records the settings
-    require(config, "run", "data", "out")
+    require_flags(config, "run", "data", "out")
     console = Console()
     with Progress(console, unit="image") as progress:
         record = embed(config.embed, progress)
-    for image in record["unreadable"][:_SHOWN]:
-        console.warn(f"{image['name']} could not be read and was left out: {image['reason']}")
+    for image in record["unreadable"][:_MAX_SHOWN]:
+        console.warning(f"{image['name']} could not be read and was skipped: {image['reason']}")
     shape = " × ".join(map(str, record["shape"]))
-    console.say(f"{record['rows']} embeddings of {shape} numbers in {config.embed.out}")
+    console.info(f"Wrote {record['rows']} embeddings of shape {shape} to {config.embed.out}.")
     return 0

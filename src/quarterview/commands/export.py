@@ -1,4 +1,4 @@
-"""`quarterview export`: write a model as others open it."""
+"""``quarterview export``: export a model to the format of another library."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,15 @@ from quarterview.weights.export.formats import export
 
 
 def main(config: ExportConfig, argv: Sequence[str]) -> int:
-    """Export the weights of a run, and say how near the export's forward is to ours.
+    """Export the weights of a run, and print how much the export's outputs differ from those of our model.
 
     Raises:
         UserError, RunError: as `quarterview.weights.export.formats.export`.
     """
     console = Console()
-    done = export(config)
-    for name, value in done.differences.items():
-        console.say(f"{name}: differs from our forward by at most {value:.1e} of the largest number")
-    used = ", ".join(f"{name} {number}" for name, number in done.versions.items())
-    console.say(f"wrote {done.path} for {config.to} ({used}); see {done.path / 'README.md'}")
+    exported = export(config)
+    for name, value in exported.differences.items():
+        console.info(f"{name}: differs from our model's by at most {value:.1e} of the largest value")
+    versions = ", ".join(f"{name} {version}" for name, version in exported.versions.items())
+    console.info(f"Wrote {exported.path} for {config.to} ({versions}). See {exported.path / 'README.md'}.")
     return 0

@@ -1,31 +1,31 @@
-"""`quarterview inspect`: say what weights are, or in what two of them differ."""
+"""``quarterview inspect``: describe weights of any origin, or compare two."""
 
 from collections.abc import Sequence
 
 from quarterview.training.console import Console
 from quarterview.weights.config import InspectConfig
-from quarterview.weights.inspect import compare_weights, inspect
+from quarterview.weights.inspect import compare_weights, inspect_weights
 
-_TENSORS_SHOWN = 20
+_MAX_SHOWN_TENSORS = 20
 
 
 def main(config: InspectConfig, argv: Sequence[str]) -> int:
-    """Show what is known about weights from anywhere, or how they differ from others.
+    """Print a description of weights, or their differences from others.
 
     Raises:
-        UserError: if they are not understood.
+        UserError: if the weights cannot be read.
     """
     console = Console()
     if config.other is None:
-        console.facts(config.path, inspect(config.path))
+        console.key_values(config.path, inspect_weights(config.path))
         return 0
-    found = compare_weights(config.path, config.other)
-    if found.configs:
-        console.table("what they are", ["", "first", "second"], found.configs)
-    columns = ["part", "equal", "different", "largest difference", "in one alone"]
-    console.table("tensors", columns, found.parts)
-    for name, first, second in found.tensors[:_TENSORS_SHOWN]:
-        console.say(f"{name}: {first} in the first, {second} in the second")
-    if len(found.tensors) > _TENSORS_SHOWN:
-        console.say(f"and {len(found.tensors) - _TENSORS_SHOWN} more")
+    comparison = compare_weights(config.path, config.other)
+    if comparison.config_rows:
+        console.table("configurations", ["", "first", "second"], comparison.config_rows)
+    columns = ["part", "equal", "different", "largest difference", "only in one"]
+    console.table("tensors", columns, comparison.part_rows)
+    for name, first, second in comparison.mismatched_tensors[:_MAX_SHOWN_TENSORS]:
+        console.info(f"{name}: {first} in the first, {second} in the second")
+    if len(comparison.mismatched_tensors) > _MAX_SHOWN_TENSORS:
+        console.info(f"and {len(comparison.mismatched_tensors) - _MAX_SHOWN_TENSORS} more")
     return 0

@@ -1,4 +1,4 @@
-"""`quarterview pack`: make images small once, in few files that are read fast."""
+"""``quarterview pack``: resize images once and pack them into few files that are read fast."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from quarterview.training.console import Console, Progress
 
 
 def main(config: PackConfig, argv: Sequence[str]) -> int:
-    """Write a packed store, or check one.
+    """Write a packed store, or verify one.
 
     Raises:
         UserError, RunError: as `quarterview.data.pack.pack` and `quarterview.data.pack.verify`.
@@ -18,17 +18,21 @@ def main(config: PackConfig, argv: Sequence[str]) -> int:
     if config.verify:
         folder = Path(config.data[0])
         with Progress(console, unit="shard") as progress:
-            found = verify(folder, progress)
-        console.say(
-            f"{folder} is sound: {found.images} images, {found.broken} of them broken when they were packed"
+            store = verify(folder, progress)
+        console.info(
+            f"{folder} is undamaged: {store.num_images} images, {store.num_broken} of which were broken when "
+            "packed."
         )
         return 0
     with Progress(console, unit="shard") as progress:
         packed = pack(config, progress)
-    if packed.complete:
-        size = packed.size / 2**20
-        console.say(f"{packed.images} images in {config.out}, {size:.0f} MiB; --data {config.out} reads them")
+    if packed.is_complete:
+        size = packed.num_bytes / 2**20
+        console.info(
+            f"Packed {packed.num_images} images into {config.out}, {size:.0f} MiB. Use them by --data "
+            f"{config.out}."
+        )
     else:
-        of_all = f"{packed.shards} of {packed.all_shards}"
-        console.say(f"{of_all} shards are in {config.out}; the last part completes it")
+        progress_so_far = f"{packed.num_written_shards} of {packed.num_shards}"
+        console.info(f"{progress_so_far} shards are in {config.out}. The last part completes the store.")
     return 0

@@ -1,4 +1,4 @@
-"""`quarterview push`: upload an export to the Hugging Face Hub."""
+"""``quarterview push``: upload an export to the Hugging Face Hub."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ from quarterview.weights.hub import push
 
 
 def main(config: HubConfig, argv: Sequence[str]) -> int:
-    """Upload what `quarterview export` wrote, and say which files those were.
+    """Upload the output of `quarterview export`, and print the names of the files.
 
     Raises:
         UserError, OSError: as `quarterview.weights.hub.push`.
     """
     files = push(config.folder, config.name, config.private)
-    Console().say(f"uploaded {', '.join(files)} to {config.name}")
+    Console().info(f"Uploaded {', '.join(files)} to {config.name}.")
     return 0

@@ -8,21 +8,21 @@ from quarterview.training.console import Console
 
 
 def main(_config: RecipesConfig, _argv: Sequence[str]) -> int:
-    """Print each recipe's purpose, command, result and flags; returns the exit code."""
+    """Print each recipe's purpose, command, result and flags, and return the exit code."""
     console = Console()
-    recipes = import_module("quarterview.recipes")  # by name: recipes and studies stand above the commands
+    recipes = import_module("quarterview.recipes")  # by name, because recipes and studies import the commands
     for command, table in (("pretrain", recipes.RECIPES), ("finetune", recipes.FINETUNE_RECIPES)):
-        console.say(f"{command} --recipe:")
+        console.info(f"{command} --recipe:")
         for name, recipe in table.items():
             purpose = (recipe.__doc__ or "").replace("``", "").strip()
-            console.say(f"{name}: {purpose}")
-            flags = recipes.differences(recipe())
-            console.say("    " + ", ".join(f"{key} {_shown(value)}" for key, value in flags.items()))
-    console.say("study:")
+            console.info(f"{name}: {purpose}")
+            flags = recipes.get_changed_flags(recipe())
+            console.info("    " + ", ".join(f"{key} {_format_value(value)}" for key, value in flags.items()))
+    console.info("study:")
     for name, study in import_module("quarterview.studies.named").STUDIES.items():
-        console.say(f"{name}: {study.purpose}\n    " + "; ".join(table.title for table in study.tables))
+        console.info(f"{name}: {study.purpose}\n    " + "; ".join(table.title for table in study.tables))
     return 0
 
 
-def _shown(value: object) -> str:
+def _format_value(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

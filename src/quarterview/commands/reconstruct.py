@@ -1,17 +1,17 @@
-"""``quarterview reconstruct``: what a model makes of images of which it sees a quarter."""
+"""``quarterview reconstruct``: draw reconstructions of masked images."""
 
 from collections.abc import Sequence
 
 from quarterview.commands.config import ReconstructCommandConfig
-from quarterview.commands.required import require
+from quarterview.commands.required import require_flags
 from quarterview.evaluation.panel import reconstruct
 from quarterview.training.console import Console
 
 
 def main(config: ReconstructCommandConfig, argv: Sequence[str]) -> int:
-    """Carry out the command, and return its exit code."""
-    del argv  # nothing is recorded
-    require(config, "run", "images")
+    """Run the command and return its exit code."""
+    del argv  # not recorded
+    require_flags(config, "run", "images")
     file = reconstruct(config.reconstruct)
-    Console().say(f"wrote {file}")
+    Console().info(f"Wrote {file}.")
     return 0

@@ -1,17 +1,18 @@
-"""What must be given on the command line."""
+"""Check of required flags."""
 
-from quarterview.config import POSITIONAL, Composed, flag
+from quarterview.config import POSITIONAL, ComposedConfig, flag_name
 from quarterview.errors import UserError
 
 
-def require(config: Composed, *names: str) -> None:
-    """Check that flags are given which have no default.
+def require_flags(config: ComposedConfig, *names: str) -> None:
+    """Check that required flags are given.
 
     Raises:
-        UserError: naming the first that is missing, and what it is.
+        UserError: for the first missing flag, with its help.
     """
     specs, values = config.specs(), config.flags()
     for name in names:
         if not values[name]:
-            shown = name.upper() if POSITIONAL in specs[name].markers else flag(name)
-            raise UserError(f"{shown} is missing. Give {specs[name].help[0].lower()}{specs[name].help[1:]}")
+            shown = name.upper() if POSITIONAL in specs[name].markers else flag_name(name)
+            text = specs[name].help.removeprefix("Required: ")
+            raise UserError(f"{shown} is missing. Give {text[0].lower()}{text[1:]}")

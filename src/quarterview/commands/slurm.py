@@ -1,7 +1,7 @@
-"""Training as a Slurm job: a request, its submission through submitit, and what each of its tasks does.
+"""Slurm jobs (``--slurm``): the request, its submission through submitit, and the task of each rank.
 
-submitit writes the task, with the command line as its only data, into a pickle file beside the logs,
-and reads it again on the node: its own mechanism, for its own files. Nothing else is ever unpickled.
+submitit pickles the task, whose only data is the command line, into a file beside the logs, and unpickles it
+on the node. Nothing else is ever unpickled.
 """
 
 import math
@@ -14,190 +14,192 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from quarterview.errors import RunError, UserError, unknown
+from quarterview.errors import RunError, UserError, invalid, missing_package, not_supported, unknown
 from quarterview.training.console import Console
-from quarterview.training.lock import lock
+from quarterview.training.lock import lock_folder
 
-STOPPED = 75
-"""The exit code of a command that was asked to stop and saved."""
-_LEAST_LIFE = 900  # seconds; Slurm's warning may come a minute early, and kills a process that still starts
-MOST_LIVES = 1000
-"""So often a job that reaches its time limit is queued again."""
-TEXTS = (
+EXIT_STOPPED = 75
+"""The exit code of a command that was stopped by SIGTERM and saved."""
+_MIN_TRAINING_SECONDS = (
+    900  # Slurm's signal may come a minute early, and kills a process that is still starting
+)
+MAX_REQUEUES = 1000
+"""Maximum number of times that a job is requeued at its time limit."""
+SBATCH_OPTIONS = (
     *("partition", "account", "qos", "constraint", "reservation", "nodelist", "exclude", "gres"),
     *("dependency", "comment", "mail_user", "mail_type", "wckey"),
 )
-"""What sbatch is told as it was given."""
+"""Settings that are passed to sbatch unchanged."""
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is asked of the cluster. Each field is a NAME=VALUE of ``--slurm``."""
+class SlurmRequest:
+    """The resources of a job. Each field is a setting NAME=VALUE of ``--slurm``."""
 
     nodes: int = 1
-    """Machines."""
+    """Number of nodes."""
     gpus: int = 1
-    """GPUs on each machine, with a rank each; 0 trains on the CPU."""
+    """GPUs per node, with one rank each; 0 trains on the CPU."""
     ranks: int | None = None
-    """Ranks on each machine, where that is not the number of its GPUs."""
+    """Ranks per node; by default the number of GPUs."""
     hours: float = 24.0
-    """The time limit, after which the job goes on in a queue slot of its own."""
+    """Time limit, after which the job is requeued and resumes."""
     notice: int = 120
-    """Seconds before the time limit at which the job is told: time to end a step and save."""
+    """Seconds before the time limit at which the job gets a signal, to end a step and save."""
     cpus: int | None = None
-    """Cores for each rank."""
+    """CPU cores per rank."""
     memory: float | None = None
-    """GiB on each machine."""
+    """Memory per node in GiB."""
     name: str | None = None
-    """Of the job; by default that of the run's folder."""
+    """Name of the job; by default that of the run's folder."""
     setup: str | None = None
     """A shell command before training, such as `module load cuda`."""
     cluster: str = "slurm"
-    """slurm, or local: the same without a cluster, on this machine."""
-    texts: dict[str, str] = field(default_factory=dict)
-    """The `TEXTS` that were given."""
+    """slurm, or local to run on this machine without Slurm."""
+    sbatch_options: dict[str, str] = field(default_factory=dict)
+    """Values of the given `SBATCH_OPTIONS`."""
 
     @property
     def ranks_per_node(self) -> int:
-        """Ranks on each machine."""
+        """Number of ranks per node."""
         return self.ranks or max(1, self.gpus)
 
     @property
     def world_size(self) -> int:
-        """Ranks altogether."""
+        """Total number of ranks."""
         return self.nodes * self.ranks_per_node
 
 
-def parse(words: Sequence[str]) -> Request:
-    """The request that the words after ``--slurm`` make.
+def parse_request(settings: Sequence[str]) -> SlurmRequest:
+    """Parse the settings NAME=VALUE of ``--slurm``.
 
     Raises:
-        UserError: naming the word, and what is accepted.
+        UserError: if a setting is unknown or its value is invalid.
     """
-    kinds = {f.name: f.type for f in fields(Request) if f.name != "texts"}
-    given: dict[str, Any] = {}
-    texts: dict[str, str] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in kinds and name not in TEXTS:
-            raise unknown("setting of --slurm:", name, [*kinds, *TEXTS])
+    types = {f.name: f.type for f in fields(SlurmRequest) if f.name != "sbatch_options"}
+    values: dict[str, Any] = {}
+    sbatch_options: dict[str, str] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if name not in types and name not in SBATCH_OPTIONS:
+            raise unknown("setting of --slurm:", name, [*types, *SBATCH_OPTIONS])
         if not equals or not value:
-            raise UserError(f"--slurm {word} has no value; accepted: {name}=VALUE")
-        if name in given or name in texts:
-            raise UserError(f"--slurm {name} is given twice; accepted: once")
-        if name in TEXTS:
-            texts[name] = value
+            raise UserError(f"--slurm {setting} has no value. Give {name}=VALUE.")
+        if name in values or name in sbatch_options:
+            raise UserError(f"--slurm {name} is given twice. Give it once.")
+        if name in SBATCH_OPTIONS:
+            sbatch_options[name] = value
         else:
-            given[name] = _read(name, value, kinds[name])
-    request = Request(texts=texts, **given)
+            values[name] = _parse_value(name, value, types[name])
+    request = SlurmRequest(sbatch_options=sbatch_options, **values)
     if request.cluster not in ("slurm", "local"):
         raise unknown("value of --slurm cluster:", request.cluster, ("slurm", "local"))
     if request.cluster == "local" and request.nodes > 1:
-        raise UserError(f"--slurm cluster=local nodes={request.nodes}; accepted: one node, this machine")
-    if 3600 * request.hours < request.notice + _LEAST_LIFE:
+        raise not_supported(f"--slurm nodes={request.nodes}", "cluster=local", "Give nodes=1.")
+    if 3600 * request.hours < request.notice + _MIN_TRAINING_SECONDS:
         raise UserError(
-            f"--slurm hours={request.hours:g} with notice={request.notice} seconds leaves no time to train; "
-            f"accepted: {(request.notice + _LEAST_LIFE) / 3600:.2g} hours or more"
+            f"--slurm hours={request.hours:g} is too short for notice={request.notice} seconds. Give "
+            f"hours={(request.notice + _MIN_TRAINING_SECONDS) / 3600:.2g} or more."
         )
     return request
 
 
-def _read(name: str, value: str, kind: Any) -> Any:
-    if kind in (str, str | None):
+def _parse_value(name: str, value: str, field_type: Any) -> Any:
+    if field_type in (str, str | None):
         return value
-    whole = kind in (int, int | None)
-    least = 0 if name == "gpus" else 1
+    is_int = field_type in (int, int | None)
+    minimum = 0 if name == "gpus" else 1
     try:
-        number = int(value) if whole else float(value)
+        number = int(value) if is_int else float(value)
     except ValueError:
         number = math.nan
-    if not (least <= number < math.inf if whole else 0 < number < math.inf):
-        accepted = f"a whole number from {least}" if whole else "a number above 0"
-        raise UserError(f"--slurm {name}={value}; accepted: {accepted}")
+    if not (minimum <= number < math.inf if is_int else 0 < number < math.inf):
+        expected = f"a whole number of at least {minimum}" if is_int else "a number above 0"
+        raise invalid(f"--slurm {name}", value, expected)
     return number
 
 
 def submit_command(
-    words: Sequence[str],
+    settings: Sequence[str],
     config: Any,
-    inputs: Sequence[str],
+    data: Sequence[str],
     check: Callable[[int], object],
     argv: Sequence[str],
 ) -> None:
-    """Hand the same command line, without --slurm, to Slurm.
+    """Submit a command line, without --slurm, as a Slurm job.
 
     Args:
-        words: what followed --slurm.
-        config: composed, with the part `run`.
-        inputs: the sets of images.
-        check: refuses what so many ranks could not train.
-        argv: the command line, from the program's name on.
+        settings: the settings after --slurm.
+        config: composed configuration with the part `run`.
+        data: paths of the images.
+        check: called with the number of ranks before the submission; raises UserError if they cannot train.
+        argv: the command line, with the program's name.
     """
-    request = parse(words)
+    request = parse_request(settings)
     check(request.world_size)
-    cli = import_module("quarterview.cli")  # by its name, for it stands above the commands
-    arguments = cli.join_data(argv[1:])
-    at = arguments.index("--slurm")
-    rest = [*arguments[:at], *arguments[at + 1 + len(words) :]]
-    submit(request, config.run.out, inputs, cli.run, rest, Console())
+    cli = import_module("quarterview.cli")  # by name, because it imports the commands
+    arguments = cli.normalize_args(argv[1:])
+    index = arguments.index("--slurm")
+    rest = [*arguments[:index], *arguments[index + 1 + len(settings) :]]
+    submit(request, config.run.out, data, cli.run, rest, Console())
 
 
 def submit(
-    request: Request,
+    request: SlurmRequest,
     out: str,
-    inputs: Sequence[str],
+    data: Sequence[str],
     run: Callable[[Sequence[str]], int],
     argv: Sequence[str],
     console: Console,
 ) -> str:
-    """Hand a command line to Slurm, and say where it went.
+    """Submit a command line as a Slurm job, and print the job's id, files and commands.
 
     Args:
-        request: what is asked of the cluster.
-        out: the run's folder, in which ``slurm/`` takes scripts and logs.
-        inputs: the sets of images, among which it must not lie.
-        run: what carries out a command line and returns its exit code; a function of a module.
+        request: the resources of the job.
+        out: the run's folder, with scripts and logs in ``slurm/``.
+        data: paths of the images, which must not contain the run's folder.
+        run: a module-level function that runs a command line and returns its exit code.
         argv: the command line, without ``--slurm``.
+        console: prints the messages.
 
     Returns:
-        the job's number.
+        The job's id.
 
     Raises:
-        UserError: if submitit is not installed, there is no Slurm here, or the folder is not a run's or
-            is in use.
-        RunError: if Slurm refuses the job.
+        UserError: if submitit or Slurm is not installed, or the run's folder cannot be used.
+        RunError: if Slurm rejects the job.
     """
-    from quarterview.training import run_folder  # not above: ranks read this module before anything else
+    from quarterview.training import run_folder  # here, because ranks import this module before anything else
 
     try:
         import submitit
     except ImportError:
-        raise UserError("--slurm needs submitit: pip install 'quarterview[slurm]'") from None
+        raise missing_package("submitit", "--slurm", "slurm") from None
     folder = Path(out)
     logs = folder.absolute() / "slurm"
     try:
         executor = submitit.AutoExecutor(
             logs,
             cluster=request.cluster,
-            slurm_max_num_timeout=MOST_LIVES,
-            local_max_num_timeout=MOST_LIVES,
+            slurm_max_num_timeout=MAX_REQUEUES,
+            local_max_num_timeout=MAX_REQUEUES,
         )
     except RuntimeError:  # no srun
         raise UserError(
-            "--slurm finds no srun on this machine; accepted: a machine that can submit to Slurm, "
-            "or cluster=local to try it on this one"
+            "--slurm needs srun, which this machine does not have. Use a machine that can submit Slurm jobs, "
+            "or give cluster=local."
         ) from None
-    executor.update_parameters(**_parameters(request, folder))
-    run_folder.check_folder(folder, inputs)
-    with lock(folder):  # nobody trains in it, and the logs lie in a run's folder
+    executor.update_parameters(**_make_submitit_parameters(request, folder))
+    run_folder.check_folder(folder, data)
+    with lock_folder(folder):  # checks that no run uses it, and marks it as a run folder
         logs.mkdir(exist_ok=True)
     try:
         job = executor.submit(Task(run), list(argv))
     except submitit.core.utils.FailedJobError as error:
-        raise RunError(f"Slurm refuses the job: {str(error).strip()}") from None
-    console.say(
-        f"submitted job {job.job_id}: {request.world_size} ranks, {request.ranks_per_node} a node, "
-        f"{request.hours:g} hours at a time; queued again until the run is complete"
+        raise RunError(f"Slurm rejected the job: {str(error).strip()}") from None
+    console.info(
+        f"Submitted job {job.job_id}: {request.world_size} ranks, {request.ranks_per_node} per node, "
+        f"{request.hours:g} hours at a time. It is requeued until the run is complete."
     )
     local = request.cluster == "local"
     for name, text in (
@@ -208,12 +210,12 @@ def submit(
         ("stop", (f"kill {job.job_id}" if local else f"scancel {job.job_id}") + " (it saves first)"),
     ):
         if text:
-            console.say(f"  {name:<8}{text}")
+            console.info(f"  {name:<8}{text}")
     return job.job_id
 
 
-def _parameters(request: Request, folder: Path) -> dict[str, Any]:
-    """A request in submitit's words."""
+def _make_submitit_parameters(request: SlurmRequest, folder: Path) -> dict[str, Any]:
+    """Return the parameters of a request for submitit."""
     values: dict[str, Any] = {
         "name": request.name or folder.name,
         "nodes": request.nodes,
@@ -226,11 +228,14 @@ def _parameters(request: Request, folder: Path) -> dict[str, Any]:
     if request.setup is not None:
         values |= {f"{request.cluster}_setup": [request.setup]}
     if request.cluster == "slurm":
-        srun = ["--kill-on-bad-exit=1"]  # else the ranks that are left wait for one that died
+        srun = ["--kill-on-bad-exit=1"]  # else the other ranks would wait for one that failed
         if request.cpus is not None:
-            srun.append(f"--cpus-per-task={request.cpus}")  # from 22.05 on, srun does not inherit it
-        # Requeueing may be off by default.
-        more = {"requeue": True, **{name.replace("_", "-"): text for name, text in request.texts.items()}}
+            srun.append(f"--cpus-per-task={request.cpus}")  # since 22.05 srun does not inherit it
+        # Requeueing may be disabled by default.
+        more = {
+            "requeue": True,
+            **{name.replace("_", "-"): text for name, text in request.sbatch_options.items()},
+        }
         values |= {
             "slurm_signal_delay_s": request.notice,
             "slurm_srun_args": srun,
@@ -240,31 +245,34 @@ def _parameters(request: Request, folder: Path) -> dict[str, Any]:
 
 
 class Task:
-    """One rank of a job: what submitit calls on the node.
+    """The task of one rank, which submitit calls on the node.
 
-    submitit's own handler of the warning signal would requeue the job in the middle of a step. Here
-    the signal becomes the SIGTERM that training knows: all ranks end the same step, the first saves,
-    and then that rank alone asks for the requeue, by the handler that was put aside. The job that
-    starts again gives the same command, which goes on from the newest checkpoint.
+    submitit's own handler of Slurm's warning signal would requeue the job in the middle of a step. Here the
+    signal is turned into SIGTERM, which the training loop handles: all ranks end the same step, rank 0 saves,
+    and then rank 0 requeues the job by submitit's handler. The restarted job runs the same command, which
+    resumes from the newest checkpoint.
 
     Args:
-        run: carries out a command line and returns its exit code.
+        run: runs a command line and returns its exit code.
     """
 
     def __init__(self, run: Callable[[Sequence[str]], int]) -> None:
         self.run = run
 
     def __call__(self, argv: Sequence[str]) -> int:
-        """Train; returns 0, or `STOPPED` on the ranks that leave the requeue to the first.
+        """Run the command line.
+
+        Returns:
+            0, or `EXIT_STOPPED` on other ranks than 0 if the job is requeued.
 
         Raises:
-            SystemExit: with the code of a command that failed, which fails the job, or was stopped for good.
+            SystemExit: with the exit code of a command that failed, which fails the job, or was cancelled.
         """
         from submitit.core.job_environment import JobEnvironment
         from submitit.helpers import TorchDistributedEnvironment
 
         job = JobEnvironment()
-        # Every rank sees all GPUs of its machine and takes the one of its local rank.
+        # Every rank sees all GPUs of its node and uses the one of its local rank.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         warning = job._usr_sig()
         requeue = signal.getsignal(warning)
@@ -274,17 +282,19 @@ class Task:
             warned.append(number)
             signal.raise_signal(signal.SIGTERM)
 
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))  # until the loop takes it over
+        signal.signal(
+            signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED)
+        )  # until the training loop sets its own handler
         signal.signal(warning, stop)
         try:
             code = self.run(argv)
-        except SystemExit as left:
-            code = left.code
+        except SystemExit as exit_error:
+            code = exit_error.code
         for number in (signal.SIGTERM, warning):
-            signal.signal(number, signal.SIG_IGN)  # it has been heard
-        if code == STOPPED:
+            signal.signal(number, signal.SIG_IGN)  # the stop is handled already
+        if code == EXIT_STOPPED:
             if job.global_rank != 0:
-                return STOPPED  # as if nothing were wrong: a failure would take the first rank along
+                return EXIT_STOPPED  # not a failure, which would end rank 0, too
             if warned or _is_running(job):
                 assert callable(requeue)
                 requeue(warning, None)  # ends this process
@@ -293,21 +303,21 @@ class Task:
         return 0
 
     def checkpoint(self, argv: Sequence[str]) -> Any:
-        """What a requeued job does: the same."""
+        """Return the task of the requeued job, which is the same."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, argv)
 
 
 def _is_running(job: Any) -> bool:
-    """Whether Slurm thinks that the job goes on.
+    """Return whether Slurm's state of the job is RUNNING.
 
-    SIGTERM alone means that a job is cancelled, or is preempted and has some time left. A cancelled
-    one is completing, and is to stay so; a preempted one still runs, and would count as ended if it
-    were not requeued.
+    SIGTERM without the warning signal means that the job is cancelled or preempted. A cancelled job is
+    COMPLETING and must not be requeued. A preempted one is still RUNNING and would end if it were not
+    requeued.
     """
     if job.name() != "slurm":
         return False
-    asked = ["squeue", "--noheader", "--jobs", job.job_id, "--format", "%T"]
-    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
+    command = ["squeue", "--noheader", "--jobs", job.job_id, "--format", "%T"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
     return answer.stdout.strip() == "RUNNING"

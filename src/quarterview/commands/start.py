@@ -1,4 +1,4 @@
-"""What the weights to start from say of a configuration."""
+"""Flags that ``pretrain --init-from`` takes from the initial weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,30 +7,31 @@ from typing import Any
 from quarterview.commands.config import PretrainConfig
 from quarterview.models.config import MAEConfig
 from quarterview.training import checkpoint
-from quarterview.weights.loading import read
+from quarterview.weights.loading import read_weights
 
 _ENCODER = ("model", "image_size", "in_chans", "cls_tokens")
 _DECODER = (
     *("decoder", "decoder_width", "decoder_depth", "decoder_heads", "encoder_mask_tokens", "fused_blocks"),
-    *("target", "norm_pix_loss", "pca_components", "vocabulary"),
+    *("target", "norm_pix_loss", "pca_components", "codebook_size"),
 )
 
 
-def flags_of_start(
+def read_initial_flags(
     init_from: str, out: str, allow_partial: Sequence[str], config: PretrainConfig
 ) -> dict[str, Any]:
-    """The flags that weights to start from decide, where nothing else is said.
+    """Return the default flags of a run that starts from weights: architecture, decoder and target.
 
     Args:
-        out: the run's folder. Once there is a checkpoint in it, that is asked, and the start is no
-            longer needed.
-        config: whose method has some of the flags.
+        init_from: the initial weights.
+        out: the run's folder. If it has a checkpoint, that is read, and the initial weights are not needed.
+        allow_partial: see `InitConfig`.
+        config: the configuration; only flags of its method are returned.
 
     Raises:
         UserError: if the weights cannot be read.
     """
-    begun = checkpoint.newest(Path(out) / "checkpoints") if out else None
-    weights = read(begun or init_from, allow_partial=allow_partial)
+    resumed = checkpoint.find_newest(Path(out) / "checkpoints") if out else None
+    weights = read_weights(resumed or init_from, allow_partial=allow_partial)
     names = list(_ENCODER)
     if isinstance(weights.config, MAEConfig) and weights.has_decoder:
         names += [name for name in _DECODER if name in config.specs()]

@@ -1,58 +1,59 @@
-"""Configurations of version 0.1, which were flat and held the fields of all methods, by today's flags."""
+"""Conversion of configurations of version 0.1, which were flat and had the fields of all methods."""
 
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from quarterview.config import Composed, field_specs
-from quarterview.methods.config import BEiT, MethodConfig
+from quarterview.config import ComposedConfig, get_field_specs
+from quarterview.methods.config import BEiTConfig, MethodConfig
 
 _METHODS = {kind.name: kind for kind in get_args(MethodConfig)}
 _FIXED_BY_BEIT = ("target", "encoder_mask_tokens", "decoder_depth", "decoder_width", "decoder_heads")
 
 
-def upgrade_pretraining(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags of a pre-training of version 0.1, which called its method `objective`.
+def upgrade_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """Convert the flags of pre-training of version 0.1, where `method` was called `objective`.
 
-    What belongs to another method and was left at its default, is left out; anything else stays and is
-    refused where it makes no sense.
+    Flags of other methods are dropped if they have the default value. Others are kept and raise an error
+    later.
     """
     if "objective" not in flags:
         return flags
     flags = dict(flags)
     method = flags.pop("objective")
-    own = field_specs(_METHODS[method]) if method in _METHODS else {}
+    own = get_field_specs(_METHODS[method]) if method in _METHODS else {}
     for kind in _METHODS.values():
-        for name, spec in field_specs(kind).items():
-            if name in flags and name not in own and flags[name] in (None, _plain(spec.default)):
+        for name, spec in get_field_specs(kind).items():
+            if name in flags and name not in own and flags[name] in (None, _to_plain(spec.default)):
                 del flags[name]
-    for name in ("temperature", "momentum", "vocabulary"):  # None meant the method's own default
+    for name in ("temperature", "momentum", "codebook_size"):  # None meant the method's default
         if name in own and flags.get(name, 0) is None:
             del flags[name]
-    if method == BEiT.name:
+    if method == BEiTConfig.name:
         for name in _FIXED_BY_BEIT:
             flags.pop(name, None)
     return {"method": method, **flags}
 
 
-def upgrade_changes(changes: Mapping[str, Any], base: Composed) -> dict[str, Any]:
-    """In what a pre-training differs from another one, by today's flags.
+def upgrade_flag_changes(changes: Mapping[str, Any], base: ComposedConfig) -> dict[str, Any]:
+    """Convert flags of version 0.1 that override a base configuration, such as those of an arm in a study
+    file.
 
-    In version 0.1 `objective` chose a method and left all other flags as they were; today a method brings its
-    own defaults along, which are undone here.
+    In version 0.1 `objective` chose a method and kept all other flags. Now a method sets defaults of its own
+    (``default_overrides``), so the returned flags set them back to those of the base.
 
     Args:
-        changes: flags, by their names of version 0.1 or of today.
-        base: the other pre-training.
+        changes: flags of version 0.1 or of this version.
+        base: the base configuration.
     """
     flags = base.flags()
-    upgraded = upgrade_pretraining(dict(changes))
+    upgraded = upgrade_flags(dict(changes))
     if "objective" not in changes or upgraded["method"] not in _METHODS:
         return upgraded
     method = _METHODS[upgraded["method"]]
-    own = field_specs(method)
-    same = [*method.other_defaults, *(name for name in ("mask", "mask_ratio") if name in own)]
+    own = get_field_specs(method)
+    same = [*method.default_overrides, *(name for name in ("mask", "mask_ratio") if name in own)]
     return {**{name: flags[name] for name in same if name in flags}, **upgraded}
 
 
-def _plain(value: object) -> object:
+def _to_plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value

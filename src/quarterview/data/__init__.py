@@ -1,1 +1,1 @@
-"""Images in: sources, decoding, augmentation, order and the loader. Never imports a model."""
+"""Image data: sources, decoding, augmentation, sample order and loading. Imports no model code."""

@@ -1,60 +1,73 @@
-"""A whole set, decoded once and held on the device."""
+"""A dataset that is decoded once and kept on the device."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from quarterview.data.reading import Report, candidates, read_many
+from quarterview.data.reading import SampleReport, iterate_candidates, read_samples
 from quarterview.data.sampler import SampleStream
 from quarterview.data.sources.base import Source
 
-CACHE_BYTES = 2 << 30
-"""Sets up to this size are held on the device by ``--cache auto``."""
+MAX_CACHE_BYTES = 2 << 30
+"""Datasets of up to this many bytes are kept on the device with ``--cache auto``."""
 
 
-class CachedSet:
-    """`images` is uint8 [N, C, H, W] on the device; the rows of `broken` samples hold nothing."""
+class CachedDataset:
+    """The images of a dataset on the device.
 
-    def __init__(self, images: Tensor, broken: set[int]) -> None:
-        self.images, self.broken = images, broken
+    Args:
+        images: uint8 [N, C, H, W], indexed by sample id. The rows of broken samples are zero.
+        broken_ids: ids of the samples that cannot be decoded.
+    """
 
-    def rows(self, stream: SampleStream, epochs: Tensor, ids: Tensor) -> Tensor:
-        """The rows to read for `ids`: their own, or that of a replacement. int64 [B]."""
-        if not self.broken:
+    def __init__(self, images: Tensor, broken_ids: set[int]) -> None:
+        self.images, self.broken_ids = images, broken_ids
+
+    def replace_broken(self, stream: SampleStream, epochs: Tensor, ids: Tensor) -> Tensor:
+        """Return `ids`, int64 [B], with the id of each broken sample replaced by that of its replacement."""
+        if not self.broken_ids:
             return ids
         pairs = zip(ids.tolist(), epochs.tolist(), strict=True)
         return torch.tensor(
             [
-                next(c for c in candidates(stream, sample, epoch) if c not in self.broken)
+                next(c for c in iterate_candidates(stream, sample, epoch) if c not in self.broken_ids)
                 for sample, epoch in pairs
             ]
         )
 
 
-def load_all(
-    source: Source, device: torch.device, limit: int, threads: int, report: Callable[[Report], None]
-) -> CachedSet | str:
-    """Decode a whole set onto the device, or say in a few words why it cannot be held.
+def load_cached_dataset(
+    source: Source,
+    device: torch.device,
+    max_bytes: int,
+    num_threads: int,
+    on_report: Callable[[SampleReport], None],
+) -> CachedDataset | str:
+    """Decode a whole dataset onto the device, or return a short reason why it cannot be cached.
 
-    The answer depends on the images alone: they must all have eight bits and one size, and `limit`
-    bytes must hold them.
+    All images must be uint8 and of one size, and their pixels must fit into `max_bytes`. The result depends
+    on nothing else.
+
+    Args:
+        num_threads: how many images are decoded at the same time.
+        on_report: called for each image that is broken or was converted.
     """
     images: Tensor | None = None
-    broken: set[int] = set()
-    for sample, picture, reports in read_many(source, range(len(source)), threads):
-        for said in reports:
-            report(said)
-        if picture is None:
-            broken.add(sample)
+    broken_ids: set[int] = set()
+    for sample, image, reports in read_samples(source, range(len(source)), num_threads):
+        for report in reports:
+            on_report(report)
+        if image is None:
+            broken_ids.add(sample)
             continue
-        if picture.pixels.dtype != torch.uint8:
+        if image.pixels.dtype != torch.uint8:
             return "images of more than 8 bits"
-        if len(source) * picture.pixels.numel() > limit:
-            return f"more than {limit >> 20} MiB of pixels"
+        if len(source) * image.pixels.numel() > max_bytes:
+            return f"more than {max_bytes >> 20} MiB of pixels"
         if images is None:
-            images = torch.zeros(len(source), *picture.pixels.shape, dtype=torch.uint8)
-        if picture.pixels.shape != images.shape[1:]:
+            images = torch.zeros(len(source), *image.pixels.shape, dtype=torch.uint8)
+        if image.pixels.shape != images.shape[1:]:
             return "images of several sizes"
-        images[sample] = picture.pixels
-    return "no readable image" if images is None else CachedSet(images.to(device), broken)
+        images[sample] = image.pixels
+    return "no readable image" if images is None else CachedDataset(images.to(device), broken_ids)

@@ -1,25 +1,27 @@
-"""What images a run reads, how they reach the model, and what is done to them on the way."""
+"""Configuration of a run's images: sources, loading, crops and augmentation."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator
 
 from quarterview.config import FIRST, MAY_CHANGE, PATH, RESEARCH, Ge, Gt, Le, Text, Texts, part
 
-CacheKind = Literal["auto", "device", "none"]
-CropKind = Literal["random", "fixed", "none"]
-ShuffleKind = Literal["auto", "full", "shards"]
+CacheMode = Literal["auto", "device", "none"]
+CropMode = Literal["random", "fixed", "none"]
+ShuffleMode = Literal["auto", "full", "shards"]
 
 CROP_SCALE = (0.2, 1.0)
-"""Smallest and largest share of the area that a random crop of pre-training keeps."""
+"""Minimum and maximum area of a random crop in pre-training, as a fraction of the image area."""
 FINETUNING_CROP_MIN = 0.08
+"""Minimum area of a random crop in fine-tuning, as a fraction of the image area."""
 RANDAUGMENT = "rand-m9-mstd0.5-inc1"
-"""The paper's RandAugment (9, 0.5) in timm's words, which are not torchvision's."""
+"""RandAugment (9, 0.5) of the MAE paper (table 9), as a policy string of timm."""
 
 
-def _or_none(value: object) -> object:
+def _parse_none(value: object) -> object:
     return None if value == "none" else value
 
 
@@ -31,42 +33,43 @@ class DataConfig:
     """Required: folders, packed stores, tar shards (also by URL), .txt lists of paths, parquet, .npy/.npz
     arrays, torchvision:NAME, or shapes. May be repeated."""
     holdout: Annotated[int | None, Ge(0)] = None
-    """Images never trained on, for val_loss and the panel; by default 1%, at most 512."""
-    shuffle: ShuffleKind = "auto"
-    """Mix all images of the set (full), or a few shards at a time, so that each is read once an epoch
-    (shards: tar, parquet, packed stores). auto is shards for remote data, else full."""
+    """Number of images never trained on, for val_loss and the panel. Default: 1%, at most 512."""
+    shuffle: ShuffleMode = "auto"
+    """full shuffles all images of the set. shards shuffles a few shards (tar, parquet, packed stores) at a
+    time, so that each is read once per epoch. auto is shards for remote data, otherwise full."""
     shuffle_shards: Annotated[int, Ge(1)] = 16
-    """How many shards are mixed at a time by --shuffle shards; of parquet, row groups."""
+    """Number of shards (for parquet: row groups) that --shuffle shards shuffles at a time."""
     shard_cache_gib: Annotated[float, Ge(0), MAY_CHANGE] = 0.0
-    """GiB of remote shards to keep on the local disk; 0 keeps none and reads each part where it is."""
+    """GiB of remote shards to cache on the local disk. 0 caches none: every read goes to the remote."""
     shard_cache_dir: Annotated[Text, PATH, MAY_CHANGE] = ""
-    """Where they are kept; by default in ~/.cache/quarterview."""
+    """Folder of the cached remote shards. Default: ~/.cache/quarterview."""
 
 
 @part
 class LoaderConfig:
     """Loading."""
 
-    cache: CacheKind = "auto"
-    """Hold the whole set on the device (device), stream it through workers (none), or decide: 8-bit sets of
-    one image size under 2 GiB are held (auto)."""
+    cache: CacheMode = "auto"
+    """device keeps the decoded set on the device. none streams it through workers. auto is device for 8-bit
+    sets of one image size under 2 GiB, otherwise none."""
     workers: Annotated[int | None, Ge(0), MAY_CHANGE] = None
-    """Processes that decode images; by default one a core, eight at most. 0 decodes in the main process."""
+    """Processes that decode images. Default: one per core, at most 8. 0 decodes in the main process."""
     max_bad_samples: Annotated[float, Ge(0), Le(1), MAY_CHANGE] = 0.01
-    """Share of broken images above which the run stops. Broken images are replaced and recorded."""
+    """Maximum fraction of broken images before the run stops. They are replaced and recorded."""
 
     @property
-    def threads(self) -> int:
-        """How many images are decoded at a time."""
+    def num_workers(self) -> int:
+        """The number of images that are decoded at the same time."""
         return min(8, os.cpu_count() or 1) if self.workers is None else self.workers
 
 
 @dataclass(frozen=True)
 class ColorDistortion:
-    """How the colors of a view are distorted. Probabilities are those of an image to be changed."""
+    """Color distortion of a view. Each probability is that of an image to be changed."""
 
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """How far brightness, contrast and saturation may go from 1, and the hue from where it is, in turns."""
+    """Maximum change of the brightness, contrast and saturation factors from 1, and of the hue in turns, as
+    in torchvision's ColorJitter."""
     jitter_prob: float = 0.8
     gray_prob: float = 0.0
     blur_prob: float = 0.0
@@ -74,23 +77,24 @@ class ColorDistortion:
 
 
 SIMCLR_COLORS = (ColorDistortion((0.8, 0.8, 0.8, 0.2), gray_prob=0.2),) * 2
-"""Chen et al. 2020, appendix A, at full strength, for both views; small images are not blurred there, nor
-here."""
+"""Color distortion of SimCLR's two views (Chen et al. 2020, appendix A, strength 1), without blur, as in its
+experiments on small images."""
 BYOL_COLORS = (
     ColorDistortion((0.4, 0.4, 0.2, 0.1), gray_prob=0.2, blur_prob=1.0),
     ColorDistortion((0.4, 0.4, 0.2, 0.1), gray_prob=0.2, blur_prob=0.1, solarize_prob=0.2),
 )
-"""Grill et al. 2020, table 6: of the first view and of the second. MoCo v3 has the same."""
+"""Color distortion of the two views of BYOL (Grill et al. 2020, table 6) and MoCo v3."""
 
 
 @dataclass(frozen=True)
 class View:
-    """How one view of an image is made."""
+    """Parameters of one view of an image: crop, flip and color distortion."""
 
-    crop: CropKind = "random"
-    """A box of random size, shape and place; one of fixed size, seven eighths of the largest; or the central
-    one, without a flip."""
+    crop: CropMode = "random"
+    """random: a box of random area, aspect ratio and position. fixed: a box of 7/8 of the largest sides at a
+    random position. none: the largest central box, without a flip."""
     crop_min: float = CROP_SCALE[0]
+    """Minimum area of a random crop, as a fraction of the image area."""
     flip: bool = True
     colors: ColorDistortion | None = None
 
@@ -99,18 +103,19 @@ class View:
 class ViewConfig:
     """Crops and colors."""
 
-    crop: CropKind = "random"
-    """Train on boxes of random size and place, on boxes of one size at random places (fixed, seven eighths of
-    the largest), or on the central box without flips (none)."""
+    crop: CropMode = "random"
+    """random crops have random areas and positions. fixed crops have 7/8 of the largest sides and random
+    positions. none is the largest central crop, without flips."""
     crop_min: Annotated[float, Gt(0), Le(1)] = CROP_SCALE[0]
-    """The smallest share of the image's area that a random crop keeps."""
+    """Minimum area of a random crop, as a fraction of the image area."""
     color_jitter: Annotated[float, Ge(0), Le(2), RESEARCH] = 0.0
-    """Change brightness, contrast and saturation of each image by up to this share, and its hue by a quarter
-    of it (table 1e: harms). Of images with one channel or many, brightness and contrast alone."""
+    """Strength of the color jitter: brightness, contrast and saturation change by up to this fraction, the
+    hue by up to a quarter of it. It lowers accuracy (MAE, table 1e). Images without 3 channels change in
+    brightness and contrast only."""
 
     @property
     def view(self) -> View:
-        """How the one view of a masked autoencoder is made."""
+        """The view that a masked autoencoder is trained on."""
         j = self.color_jitter
         return View(
             self.crop, self.crop_min, colors=ColorDistortion((j, j, j, j / 4), jitter_prob=1.0) if j else None
@@ -119,13 +124,15 @@ class ViewConfig:
 
 @part
 class AugmentConfig:
-    """Augmentation. The defaults are the official fine-tuning's."""
+    """Augmentation. The defaults are those of the official fine-tuning."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {"erase": "erase_prob"}
 
     crop_min: Annotated[float, Gt(0), Le(1)] = FINETUNING_CROP_MIN
-    """The smallest share of the image's area that a random crop keeps."""
+    """Minimum area of a random crop, as a fraction of the image area."""
     flip: bool = True
-    """Mirror half of the images."""
-    randaugment: Annotated[Text | None, BeforeValidator(_or_none)] = RANDAUGMENT
-    """A policy of timm's RandAugment, or none. Needs 8-bit RGB images and the extra quarterview[timm]."""
-    erase: Annotated[float, Ge(0), Le(1)] = 0.25
-    """Probability that a rectangle of an image is replaced by noise."""
+    """Flip images horizontally with probability 0.5."""
+    randaugment: Annotated[Text | None, BeforeValidator(_parse_none)] = RANDAUGMENT
+    """Policy string of timm's RandAugment, or none. Needs 8-bit RGB images and quarterview[timm]."""
+    erase_prob: Annotated[float, Ge(0), Le(1)] = 0.25
+    """Probability of random erasing: a rectangle of the image is replaced by noise."""

@@ -1,6 +1,6 @@
-"""Batches of the sample stream: from workers that decode, or from a copy on the device.
+"""Batches of the sample stream, decoded by worker processes or taken from a dataset on the device.
 
-What a batch contains depends on its positions in the stream alone, never on how it was fetched.
+The contents of a batch depend only on its positions in the stream, not on how its images are loaded.
 """
 
 import itertools
@@ -14,73 +14,82 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from quarterview.data.cache import CachedSet
+from quarterview.data.cache import CachedDataset
 from quarterview.data.config import AugmentConfig, View
-from quarterview.data.reading import Report, attempt, attempt_picture, opened, read_many
+from quarterview.data.reading import SampleReport, open_candidates, read_samples, try_decode, try_read
 from quarterview.data.sampler import SampleStream
 from quarterview.data.sources.base import Croppable, Source
-from quarterview.data.transforms.crop import crop_resize, crop_resize_batch, eval_box, normalise, to_float
-from quarterview.data.transforms.randaugment import erase, randaugment
-from quarterview.data.transforms.views import boxes_of, distort
-from quarterview.data.workers import watched
+from quarterview.data.transforms.crop import (
+    crop_resize,
+    crop_resize_batch,
+    get_center_box,
+    normalize,
+    to_float,
+)
+from quarterview.data.transforms.randaugment import apply_randaugment, apply_random_erasing
+from quarterview.data.transforms.views import distort_colors, draw_view_crops
+from quarterview.data.workers import watch_workers
 from quarterview.errors import RunError, UserError
 
-_OPEN = 32
-"""Images that a worker holds open at a time: as encoded files, or as whole pictures."""
+_MAX_OPEN_IMAGES = 32
+"""Maximum number of images that a worker keeps open at the same time, encoded or decoded."""
 
 
 class Batch(NamedTuple):
-    """What an objective is given."""
+    """A batch of training or held-out images, on the device."""
 
     images: Tensor
-    """float32 [B, C, H, W], normalised, on the device."""
+    """float32 [B, C, H, W], normalised."""
     ids: Tensor
-    """int64 [B], on the device: the samples."""
+    """int64 [B], the id of each sample. A broken sample keeps its id, and shows its replacement."""
     epochs: Tensor
-    """int64 [B], on the device: the epoch each sample is seen in."""
+    """int64 [B], the epoch of each sample."""
     labels: Tensor | None = None
-    """int64 [B], on the device: the class of each picture, from a loader that was given labels."""
-    second: Tensor | None = None
-    """float32 [B, C, H, W], another view of each image, from a loader that makes two."""
+    """int64 [B], the class of each image; None if the loader has no labels."""
+    second_view: Tensor | None = None
+    """float32 [B, C, H, W], the second view of each image; None if the loader makes one view."""
 
-    def split(self, size: int) -> Iterator["Batch"]:
-        """Cut into parts of `size`; the last may be shorter."""
-        count = math.ceil(len(self.ids) / size)
-        parts = (count * [None] if x is None else x.split(size) for x in self)
+    def split(self, split_size: int) -> Iterator["Batch"]:
+        """Split into batches of `split_size`. The last may be smaller."""
+        num_parts = math.ceil(len(self.ids) / split_size)
+        parts = (num_parts * [None] if x is None else x.split(split_size) for x in self)
         return (Batch(*part) for part in zip(*parts, strict=True))
 
-    def chunks(self, count: int) -> Iterator["Batch"]:
-        """Cut into `count` parts, as equal as can be (see `shares`)."""
-        sizes = [len(part) for part in shares(range(len(self.ids)), count)]
-        parts = (count * [None] if x is None else x.split(sizes) for x in self)
+    def chunk(self, num_chunks: int) -> Iterator["Batch"]:
+        """Split into `num_chunks` batches of nearly equal size, see `split_evenly`."""
+        sizes = [len(part) for part in split_evenly(range(len(self.ids)), num_chunks)]
+        parts = (num_chunks * [None] if x is None else x.split(sizes) for x in self)
         return (Batch(*part) for part in zip(*parts, strict=True))
 
 
-def shares(positions: range, count: int) -> list[range]:
-    """A batch's positions in `count` parts, one after the other and as equal as can be.
+def split_evenly(positions: range, num_parts: int) -> list[range]:
+    """Split the positions of a batch into `num_parts` contiguous ranges of nearly equal size.
 
-    An even batch is cut between its pairs of neighbours, which augmentations may mix with one another.
+    If the number of positions is even, the pairs (0, 1), (2, 3), … stay together, because mixup and CutMix
+    mix them.
     """
     unit = 2 if len(positions) % 2 == 0 else 1
     units = len(positions) // unit
-    edges = [positions.start + units * part // count * unit for part in range(count + 1)]
+    edges = [positions.start + units * part // num_parts * unit for part in range(num_parts + 1)]
     return [range(*ends) for ends in itertools.pairwise(edges)]
 
 
 class Loader:
-    """Makes the batches of a stream.
+    """Loads the batches of a sample stream.
 
     Args:
-        source, stream: the images and their order.
-        image_size: height and width that crops are resized to.
-        mean, std: of the channels.
-        device: where batches go.
-        workers: processes that decode.
-        cached: uint8 [N, C, H, W] of the whole set on the device, from `load_all`, or None.
-        report: called once for every image that was broken or converted.
-        augment: what is done to training images beyond their views, in fine-tuning.
+        source: the images.
+        stream: the order of the images.
+        image_size: height and width of the resized crops.
+        mean, std: channel statistics, of pixels in [0, 1].
+        device: the device of the batches.
+        num_workers: number of processes that decode.
+        cache: the dataset on the device, from `load_cached_dataset`, or None to decode each batch.
+        on_report: called for each image that is broken or was converted.
+        augment: augmentation of training images in fine-tuning, or None.
         labels: int64 [N], the class of each image, or None.
-        views: how the one or two views of each training image are made; by default one, as `augment` says.
+        views: parameters of the one or two views of each training image. Default: one view, with the crops
+            and flips of `augment`.
     """
 
     def __init__(
@@ -91,197 +100,230 @@ class Loader:
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
-        workers: int,
-        cached: CachedSet | None,
-        report: Callable[[Report], None],
+        num_workers: int,
+        cache: CachedDataset | None,
+        on_report: Callable[[SampleReport], None],
         augment: AugmentConfig | None = None,
         labels: Tensor | None = None,
         views: Sequence[View] = (),
     ) -> None:
         self.source, self.stream, self.image_size = source, stream, image_size
         self.labels = labels
-        self.policy = augment.randaugment if augment else None
-        self.erase_prob = augment.erase if augment else 0.0
+        self.randaugment_policy = augment.randaugment if augment else None
+        self.erase_prob = augment.erase_prob if augment else 0.0
         default = View(crop_min=augment.crop_min, flip=augment.flip) if augment else View()
         self.views = tuple(views) or (default,)
         assert len(self.views) <= 2
-        self.fill = tuple(mean)
-        # On the device already, so that no batch has to wait for the host.
+        self.fill_color = tuple(mean)
+        # On the device already, so that no batch waits for a copy from the host.
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.device = device
-        self.workers, self.cached, self.report = workers, cached, report
+        self.num_workers, self.cache, self.on_report = num_workers, cache, on_report
 
-    def batches(self, parts: Iterable[range]) -> Generator[Batch, None, None]:
-        """One batch for each range of positions of the stream, in order.
+    def iter_batches(self, position_ranges: Iterable[range]) -> Generator[Batch, None, None]:
+        """Yield one batch for each range of positions of the stream, in order.
 
         Raises:
-            RunError: if an image and all that could stand in for it are broken.
+            RunError: if an image and all its replacements are broken.
         """
-        if self.cached is not None:
-            for part in parts:
-                yield self._from_cache(torch.arange(part.start, part.stop))
+        if self.cache is not None:
+            for part in position_ranges:
+                yield self._load_cached_batch(torch.arange(part.start, part.stop))
             return
         loader = DataLoader(
-            _StreamedSamples(self.source, self.stream, self.image_size, self.policy, self.fill, self.views),
-            batch_sampler=_Parts(parts),
-            num_workers=self.workers,
+            _StreamDataset(
+                self.source,
+                self.stream,
+                self.image_size,
+                self.randaugment_policy,
+                self.fill_color,
+                self.views,
+            ),
+            batch_sampler=_RangeBatchSampler(position_ranges),
+            num_workers=self.num_workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=ignore_signals if self.workers else None,
-            prefetch_factor=4 if self.workers else None,
+            worker_init_fn=ignore_signals if self.num_workers else None,
+            prefetch_factor=4 if self.num_workers else None,
         )
-        with watched(iter(loader)) as samples:
+        with watch_workers(iter(loader)) as samples:
             for collated in samples:
                 if isinstance(collated, Exception):
                     raise collated
-                pixels, ids, epochs, shown, reports = collated
+                pixels, ids, epochs, image_ids, reports = collated
                 for report in reports:
-                    self.report(report)
+                    self.on_report(report)
                 pixels, ids, epochs = (x.to(self.device, non_blocking=True) for x in (pixels, ids, epochs))
-                yield self._batch([to_float(view) for view in pixels.unbind(1)], ids, epochs, shown)
+                yield self._make_batch([to_float(view) for view in pixels.unbind(1)], ids, epochs, image_ids)
 
-    def held_out(self) -> Batch | None:
-        """The held-out images, cut to the largest central box; broken ones are left out."""
+    def load_held_out(self) -> Batch | None:
+        """Load all held-out images as center crops, without the broken ones; None if none can be read."""
         kept: list[tuple[int, Tensor]] = []
-        for sample, picture, reports in read_many(self.source, self.stream.held_out().tolist(), self.workers):
+        for sample, image, reports in read_samples(
+            self.source, self.stream.get_held_out_ids().tolist(), self.num_workers
+        ):
             for report in reports:
-                self.report(report)
-            if picture is not None:
-                kept.append((sample, central(picture.pixels, self.image_size)))
+                self.on_report(report)
+            if image is not None:
+                kept.append((sample, resized_center_crop(image.pixels, self.image_size)))
         if not kept:
             return None
         ids = torch.tensor([sample for sample, _ in kept])
-        pixels, ids = (x.to(self.device) for x in (stack([pixels for _, pixels in kept]), ids))
+        pixels, ids = (x.to(self.device) for x in (stack_images([pixels for _, pixels in kept]), ids))
         labels = None if self.labels is None else self.labels[[sample for sample, _ in kept]].to(self.device)
-        images = normalise(to_float(pixels), self.mean, self.std)
+        images = normalize(to_float(pixels), self.mean, self.std)
         return Batch(images, ids, torch.zeros_like(ids), labels)
 
-    def _from_cache(self, positions: Tensor) -> Batch:
-        assert self.cached is not None
-        epochs, ids = self.stream.at(positions)
-        shown = self.cached.rows(self.stream, epochs, ids)
-        images = self.cached.images[shown.to(self.device, non_blocking=True)]
+    def _load_cached_batch(self, positions: Tensor) -> Batch:
+        assert self.cache is not None
+        epochs, ids = self.stream.get_samples(positions)
+        image_ids = self.cache.replace_broken(self.stream, epochs, ids)
+        images = self.cache.images[image_ids.to(self.device, non_blocking=True)]
         sizes = torch.tensor(images.shape[2:]).expand(len(ids), 2)
         crops = []
-        for number, view in enumerate(self.views):
-            placed = boxes_of(view, number, self.image_size, self.stream.seed, epochs, ids, sizes)
-            boxes, flips = (x.to(self.device, non_blocking=True) for x in placed)
+        for view_index, view in enumerate(self.views):
+            view_crops = draw_view_crops(
+                view, view_index, self.image_size, self.stream.seed, epochs, ids, sizes
+            )
+            boxes, flips = (x.to(self.device, non_blocking=True) for x in view_crops)
             crops.append(crop_resize_batch(images, boxes, flips, self.image_size) / 255)
         ids, epochs = (x.to(self.device, non_blocking=True) for x in (ids, epochs))
-        return self._batch(crops, ids, epochs, shown)
+        return self._make_batch(crops, ids, epochs, image_ids)
 
-    def _batch(self, crops: Sequence[Tensor], ids: Tensor, epochs: Tensor, shown: Tensor) -> Batch:
-        """Crops float [B, C, H, W] in [0, 1] of each view, with what is done on the device, and the labels of
-        the pictures that are `shown`."""
+    def _make_batch(self, crops: Sequence[Tensor], ids: Tensor, epochs: Tensor, image_ids: Tensor) -> Batch:
+        """Distort, normalise and erase the crops on the device, and add the labels.
+
+        Args:
+            crops: float [B, C, H, W] in [0, 1], for each view.
+            image_ids: int64 [B], the samples whose images these are: replacements, for broken samples.
+        """
         finished = []
-        for number, (view, images) in enumerate(zip(self.views, crops, strict=True)):
+        for view_index, (view, images) in enumerate(zip(self.views, crops, strict=True)):
             if view.colors is not None:
-                images = distort(images, view.colors, number, self.stream.seed, epochs, ids)  # noqa: PLW2901
-            finished.append(normalise(images, self.mean, self.std))
+                images = distort_colors(images, view.colors, view_index, self.stream.seed, epochs, ids)  # noqa: PLW2901
+            finished.append(normalize(images, self.mean, self.std))
         if self.erase_prob:
-            finished[0] = erase(finished[0], self.erase_prob, self.stream.seed, epochs, ids)
-        labels = None if self.labels is None else self.labels[shown].to(self.device, non_blocking=True)
+            finished[0] = apply_random_erasing(finished[0], self.erase_prob, self.stream.seed, epochs, ids)
+        labels = None if self.labels is None else self.labels[image_ids].to(self.device, non_blocking=True)
         return Batch(finished[0], ids, epochs, labels, *finished[1:])
 
 
-def central(pixels: Tensor, image_size: Sequence[int], crop_pct: float = 1.0) -> Tensor:
-    """One image [C, H, W] cut to a share of the largest central box of the wanted shape, and resized."""
-    box = eval_box(pixels.shape[1], pixels.shape[2], image_size, crop_pct)
-    return crop_resize(pixels, box, image_size)
+def resized_center_crop(image: Tensor, image_size: Sequence[int], crop_pct: float = 1.0) -> Tensor:
+    """Crop one image [C, H, W] to the largest central box of the aspect ratio of `image_size`, and resize it.
+
+    Args:
+        crop_pct: sides of the box as a fraction of the largest ones.
+    """
+    box = get_center_box(image.shape[1], image.shape[2], image_size, crop_pct)
+    return crop_resize(image, box, image_size)
 
 
-def stack(images: Sequence[Tensor]) -> Tensor:
-    """[B, C, H, W]: uint8 if all of them are, else float32 in [0, 1]."""
+def stack_images(images: Sequence[Tensor]) -> Tensor:
+    """Stack images [C, H, W] into a batch: uint8 if all images are uint8, otherwise float32 in [0, 1]."""
     if any(image.dtype != torch.uint8 for image in images):
         images = [to_float(image) for image in images]
     return torch.stack(list(images))
 
 
-class _Parts(Sampler[list[int]]):
-    """Ranges of positions, as the lists that a DataLoader wants, each made when its turn comes."""
+class _RangeBatchSampler(Sampler[list[int]]):
+    """A batch sampler that yields the positions of each range as a list."""
 
-    def __init__(self, parts: Iterable[range]) -> None:
-        self.parts = parts
+    def __init__(self, position_ranges: Iterable[range]) -> None:
+        self.position_ranges = position_ranges
 
     def __iter__(self) -> Iterator[list[int]]:
-        return map(list, self.parts)
+        return map(list, self.position_ranges)
 
 
-class _StreamedSamples(Dataset):
-    """Decodes and augments the samples at positions of the stream, in a worker."""
+class _StreamDataset(Dataset):
+    """A map-style dataset that decodes and augments the samples at positions of the stream."""
 
     def __init__(
         self,
         source: Source,
         stream: SampleStream,
         image_size: Sequence[int],
-        policy: str | None,
-        fill: tuple[float, ...],
+        randaugment_policy: str | None,
+        fill_color: tuple[float, ...],
         views: Sequence[View],
     ) -> None:
         self.source, self.stream, self.image_size = source, stream, image_size
-        self.policy, self.fill, self.views = policy, fill, views
+        self.randaugment_policy, self.fill_color, self.views = randaugment_policy, fill_color, views
 
     def __getitems__(self, positions: Sequence[int]) -> "list[_Sample] | list[Exception]":
         try:
-            return self._samples(positions)
-        except (UserError, RunError) as error:  # raised in the main process, where it is told well
+            return self._load_samples(positions)
+        except (
+            UserError,
+            RunError,
+        ) as error:  # raised in the main process, which reports it without a worker's traceback
             return [error]
 
-    def _samples(self, positions: Sequence[int]) -> "list[_Sample]":
-        epochs, ids = self.stream.at(torch.tensor(positions))
-        parts = zip(epochs.split(_OPEN), ids.split(_OPEN), strict=True)
-        return [sample for part in parts for sample in self._cropped(*part)]
+    def _load_samples(self, positions: Sequence[int]) -> "list[_Sample]":
+        epochs, ids = self.stream.get_samples(torch.tensor(positions))
+        parts = zip(epochs.split(_MAX_OPEN_IMAGES), ids.split(_MAX_OPEN_IMAGES), strict=True)
+        return [sample for part in parts for sample in self._load_chunk(*part)]
 
-    def _cropped(self, epochs: Tensor, ids: Tensor) -> "list[_Sample]":
-        """The samples int64 [B]: opened together, so that all their boxes are drawn at once."""
+    def _load_chunk(self, epochs: Tensor, ids: Tensor) -> "list[_Sample]":
+        """Load the samples int64 [B]. All images are opened first, so that their boxes are drawn at once."""
         slots = list(zip(ids.tolist(), epochs.tolist(), strict=True))
-        reports: list[list[Report]] = [[] for _ in slots]
-        tries = [
-            opened(self.source, self.stream, *slot, told) for slot, told in zip(slots, reports, strict=True)
+        reports: list[list[SampleReport]] = [[] for _ in slots]
+        candidates = [
+            open_candidates(self.source, self.stream, *slot, slot_reports)
+            for slot, slot_reports in zip(slots, reports, strict=True)
         ]
-        images = [next(candidates) for candidates in tries]
+        images = [next(images) for images in candidates]
         samples: list[_Sample | None] = [None] * len(slots)
-        while missing := [place for place, sample in enumerate(samples) if sample is None]:
-            sizes = torch.tensor([images[place][1].size for place in missing])
-            placed = [
-                boxes_of(
-                    *(view, number, self.image_size, self.stream.seed, epochs[missing], ids[missing], sizes)
+        while missing := [index for index, sample in enumerate(samples) if sample is None]:
+            sizes = torch.tensor([images[index][1].size for index in missing])
+            view_crops = [
+                draw_view_crops(
+                    *(
+                        view,
+                        view_index,
+                        self.image_size,
+                        self.stream.seed,
+                        epochs[missing],
+                        ids[missing],
+                        sizes,
+                    )
                 )
-                for number, view in enumerate(self.views)
+                for view_index, view in enumerate(self.views)
             ]
-            for row, place in enumerate(missing):
-                shown, image = images[place]
-                boxes = [boxes[row].tolist() for boxes, _ in placed]
-                views = self._views(image, shown, boxes, reports[place])
-                if views is None:  # what had opened well could not be decoded
-                    images[place] = next(tries[place])
+            for row, index in enumerate(missing):
+                image_id, image = images[index]
+                boxes = [boxes[row].tolist() for boxes, _ in view_crops]
+                views = self._decode_crops(image, image_id, boxes, reports[index])
+                if views is None:  # the image could be opened, but not decoded
+                    images[index] = next(candidates[index])
                     continue
-                turned = [
-                    self._augmented(pixels, bool(flips[row]), *slots[place])
-                    for pixels, (_, flips) in zip(views, placed, strict=True)
+                augmented = [
+                    self._augment(pixels, bool(flips[row]), *slots[index])
+                    for pixels, (_, flips) in zip(views, view_crops, strict=True)
                 ]
-                samples[place] = _Sample(torch.stack(turned), *slots[place], shown, reports[place])
+                samples[index] = _Sample(torch.stack(augmented), *slots[index], image_id, reports[index])
         return [sample for sample in samples if sample is not None]
 
-    def _views(
-        self, image: Croppable, shown: int, boxes: Sequence[Sequence[int]], reports: list[Report]
+    def _decode_crops(
+        self, image: Croppable, image_id: int, boxes: Sequence[Sequence[int]], reports: list[SampleReport]
     ) -> list[Tensor] | None:
-        """The boxes of an image, resized; None if it is broken. What was done to it is told once."""
-        first = attempt_picture(self.source, shown, partial(image.crop, boxes[0], self.image_size), reports)
+        """Decode the boxes of an image, resized; None if it is broken. Conversions are reported once."""
+        first = try_decode(self.source, image_id, partial(image.crop, boxes[0], self.image_size), reports)
         others = [
-            attempt(self.source, shown, partial(image.crop, box, self.image_size), reports)
+            try_read(self.source, image_id, partial(image.crop, box, self.image_size), reports)
             for box in boxes[1:]
             if first is not None
         ]
-        pictures = [picture.pixels for picture in (first, *others) if picture is not None]
-        return pictures if len(pictures) == len(boxes) else None
+        crops = [crop.pixels for crop in (first, *others) if crop is not None]
+        return crops if len(crops) == len(boxes) else None
 
-    def _augmented(self, pixels: Tensor, flip: bool, sample: int, epoch: int) -> Tensor:
+    def _augment(self, pixels: Tensor, flip: bool, sample: int, epoch: int) -> Tensor:
         pixels = pixels.flip(2) if flip else pixels
-        if self.policy is None:
+        if self.randaugment_policy is None:
             return pixels
-        return randaugment(pixels, self.policy, self.fill, self.stream.seed, epoch, sample)
+        return apply_randaugment(
+            pixels, self.randaugment_policy, self.fill_color, self.stream.seed, epoch, sample
+        )
 
 
 class _Sample(NamedTuple):
@@ -289,23 +331,29 @@ class _Sample(NamedTuple):
     """[views, C, H, W]"""
     id: int
     epoch: int
-    shown: int
-    """The sample whose picture it is: another one if the sample is broken."""
-    reports: list[Report]
+    image_id: int
+    """The sample whose image this is: the replacement, if sample `id` is broken."""
+    reports: list[SampleReport]
 
 
 def _collate(
     samples: list[_Sample] | list[Exception],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Report]] | Exception:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[SampleReport]] | Exception:
     if isinstance(samples[0], Exception):
         return samples[0]
-    pixels, ids, epochs, shown, reports = zip(*samples, strict=True)
-    numbers = [torch.tensor(x) for x in (ids, epochs, shown)]
-    return stack(pixels), numbers[0], numbers[1], numbers[2], [r for many in reports for r in many]
+    pixels, ids, epochs, image_ids, reports = zip(*samples, strict=True)
+    ids, epochs, image_ids = (torch.tensor(x) for x in (ids, epochs, image_ids))
+    return (
+        stack_images(pixels),
+        ids,
+        epochs,
+        image_ids,
+        [r for sample_reports in reports for r in sample_reports],
+    )
 
 
 def ignore_signals(_worker: int) -> None:
-    """The main process decides when to stop; its workers end with it."""
-    # Slurm sends its warning, one of the last two, to every process of a job.
-    for number in (SIGINT, SIGTERM, SIGUSR1, SIGUSR2):
-        signal(number, SIG_IGN)
+    """Ignore stop signals in a worker process: the main process decides when to stop."""
+    # Slurm sends its warning signal, SIGUSR1 or SIGUSR2, to every process of a job.
+    for signal_number in (SIGINT, SIGTERM, SIGUSR1, SIGUSR2):
+        signal(signal_number, SIG_IGN)

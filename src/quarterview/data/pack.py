@@ -1,9 +1,9 @@
-"""Write a packed store, by as many processes and machines as there are, to the same bytes.
+"""Write a packed store (see docs/pack.md), with any number of processes and machines.
 
-Where a shard begins and what it holds depends on the source and the settings alone. Its files are written
-under other names, synced, and renamed; the last of them says that it is whole. So writers need not know of
-one another: whoever was interrupted goes on with the shards that are missing, and whoever finds all of them
-there completes ``store.json``.
+The bytes of a shard depend only on the source and the settings. Its files are written under temporary names,
+synced and renamed; the .json file is written last and marks the shard as complete. So writers need no
+coordination: a restarted writer writes the missing shards, and the writer that finds all shards complete
+writes the final ``store.json``.
 """
 
 import io
@@ -25,134 +25,135 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from quarterview.data.bad_samples import Ledger
+from quarterview.data.bad_samples import BadSampleLog
 from quarterview.data.config import LoaderConfig
 from quarterview.data.decode import MAX_PIXELS
 from quarterview.data.pack_config import PackConfig
-from quarterview.data.reading import Report, read
-from quarterview.data.sources.base import Source, remarks
+from quarterview.data.reading import SampleReport, read_sample
+from quarterview.data.sources.base import Source, get_remarks
 from quarterview.data.sources.open import open_sources
 from quarterview.data.sources.packed import (
     BROKEN,
     FLOAT32,
     FORMAT,
-    INDEX,
+    INDEX_DTYPE,
     JPEG,
-    MOST_LABELS,
-    RECORD,
+    LABEL_LIMIT,
+    STORE_JSON,
     UINT8,
     Shard,
     Store,
-    blake2b,
-    damage,
-    read_record,
+    compute_blake2b,
+    find_damage,
+    get_shard_ranges,
     read_store,
-    shard_ranges,
+    read_store_json,
 )
 from quarterview.data.transforms.crop import crop_resize
-from quarterview.data.workers import watched
-from quarterview.errors import RunError, UserError
+from quarterview.data.workers import watch_workers
+from quarterview.errors import RunError, UserError, invalid
 
 LOGGER = logging.getLogger("quarterview")
-_SHOWN = 10
-_JPEG_SIDE = 65_500  # pixels that JPEG can count
-_STALE_SECONDS = 3600  # a file that is being written is touched more often
+_MAX_LISTED = 10
+_MAX_JPEG_SIDE = 65_500  # pixels, the limit of libjpeg
+_STALE_SECONDS = 3600  # files that are being written are modified more often
 
 
-class Packed(NamedTuple):
-    """How far a packed store is."""
+class PackResult(NamedTuple):
+    """The state of a packed store after a call of `pack`."""
 
-    shards: int
-    """Shards that are there."""
-    all_shards: int
-    """Shards that the whole store has."""
-    images: int
-    """Images that the whole store has."""
-    size: int
-    """Bytes of the images in the shards that are there."""
+    num_written_shards: int
+    """Number of shards that are complete."""
+    num_shards: int
+    """Number of shards of the whole store."""
+    num_images: int
+    """Number of images of the whole store."""
+    num_bytes: int
+    """Total size of the images in the complete shards, in bytes."""
 
     @property
-    def complete(self) -> bool:
-        """Whether the store can be read."""
-        return self.shards == self.all_shards
+    def is_complete(self) -> bool:
+        """True if all shards are complete, so that the store can be read."""
+        return self.num_written_shards == self.num_shards
 
 
-class Verified(NamedTuple):
-    """What a packed store holds whose checksums were all found right."""
+class VerifyResult(NamedTuple):
+    """The contents of a packed store whose checksums are all correct."""
 
-    images: int
-    """How many there are."""
-    broken: int
-    """How many of them could not be read when they were packed."""
-
-
-Progress = Callable[[int, int], object]
-"""Called with the shards that are done, and with those that there are to do."""
+    num_images: int
+    """Number of images."""
+    num_broken: int
+    """Number of images that could not be read when the store was packed."""
 
 
-def pack(config: PackConfig, progress: Progress = lambda _done, _total: None) -> Packed:
-    """Write a packed store, or one part of it, or what is missing of it.
+ProgressCallback = Callable[[int, int], object]
+"""A function that is called with the number of finished shards and the total number of shards."""
 
-    What is odd about the images, and which of them are broken, is logged at WARNING.
+
+def pack(config: PackConfig, on_progress: ProgressCallback = lambda _done, _total: None) -> PackResult:
+    """Write the shards of a packed store that are missing, of the whole store or of one part.
+
+    Conversions of images and broken images are logged at WARNING.
 
     Args:
-        config: what to pack, and how.
-        progress: told how far it is, first with no shard done.
+        on_progress: called before the first shard and after each shard.
 
     Raises:
-        UserError: if the folder holds anything else, or a store of other images or by other settings.
-        RunError: if too many of the images are broken.
+        UserError: if the folder contains other files, or a store of other images or other settings.
+        RunError: if too many images are broken.
     """
     folder = Path(config.out)
-    source = open_sources(config.data, config.in_chans, say=LOGGER.info)
-    settings = settings_of(config, source)
-    begin(folder, settings)
-    for line in remarks(source):
+    source = open_sources(config.data, config.in_chans, log=LOGGER.info)
+    settings = get_settings(config, source)
+    begin_store(folder, settings)
+    for line in get_remarks(source):
         LOGGER.warning(line)
-    ledger = Ledger(None, len(source), config.max_bad_samples)
-    mine = config.share(len(list(shard_ranges(len(source), config.shard_size))))
-    workers = LoaderConfig(workers=config.workers).threads
-    progress(0, len(mine))
-    for done, reports in enumerate(_ensured(_Shards(source, folder, config), mine, workers), 1):
+    bad_samples = BadSampleLog(None, len(source), config.max_bad_samples)
+    mine = config.select_shards(len(list(get_shard_ranges(len(source), config.shard_size))))
+    workers = LoaderConfig(workers=config.workers).num_workers
+    on_progress(0, len(mine))
+    for done, reports in enumerate(
+        _write_missing_shards(_ShardDataset(source, folder, config), mine, workers), 1
+    ):
         for report in reports:
-            ledger(report)
-        progress(done, len(mine))
-    for line in ledger.summary():
+            bad_samples(report)
+        on_progress(done, len(mine))
+    for line in bad_samples.summarize():
         LOGGER.warning(line)
-    return finish(folder, settings, source, config.max_bad_samples)
+    return finish_store(folder, settings, source, config.max_bad_samples)
 
 
-def verify(folder: Path, progress: Progress = lambda _done, _total: None) -> Verified:
+def verify(folder: Path, on_progress: ProgressCallback = lambda _done, _total: None) -> VerifyResult:
     """Compare every image and index of a packed store with its checksum.
 
     Args:
         folder: the store.
-        progress: told how far it is, first with no shard done.
+        on_progress: called before the first shard and after each shard.
 
     Raises:
-        UserError: if the folder is no complete store, or an index is damaged.
+        UserError: if the folder is not a complete store, or an index is damaged.
         RunError: if an image is damaged.
     """
     store = read_store(folder)
-    wrong: list[str] = []
-    progress(0, len(store.shards))
-    for number, shard in enumerate(store.shards):
-        wrong += damage(folder, number, shard, store)
-        progress(number + 1, len(store.shards))
-    if wrong:
-        listed = "\n".join(f"  {what}" for what in wrong[:_SHOWN])
+    errors: list[str] = []
+    on_progress(0, len(store.shards))
+    for shard_index, shard in enumerate(store.shards):
+        errors += find_damage(folder, shard_index, shard, store)
+        on_progress(shard_index + 1, len(store.shards))
+    if errors:
+        listed = "\n".join(f"  {error}" for error in errors[:_MAX_LISTED])
         raise RunError(
-            f"{folder} is damaged in {len(wrong)} place(s):\n{listed}\nThe `quarterview pack` that wrote it "
-            "once more writes the damaged shards anew."
+            f"{folder} is damaged in {len(errors)} place(s):\n{listed}\nRun the `quarterview pack` command "
+            "that wrote the store again: it rewrites the damaged shards."
         )
-    return Verified(store.images, sum(shard.broken for shard in store.shards))
+    return VerifyResult(store.images, sum(shard.broken for shard in store.shards))
 
 
 # ---------------------------------------------------------------------- the folder
 
 
-def settings_of(config: PackConfig, source: Source) -> dict[str, Any]:
-    """All that the bytes of a store depend on."""
+def get_settings(config: PackConfig, source: Source) -> dict[str, Any]:
+    """Return everything that the bytes of a store depend on, as the entry "settings" of ``store.json``."""
     return {
         "source": source.fingerprint(),
         "images": len(source),
@@ -165,57 +166,60 @@ def settings_of(config: PackConfig, source: Source) -> dict[str, Any]:
     }
 
 
-def begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Note the settings in a new folder, or compare them with those that an old one was begun with.
+def begin_store(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the settings into a new folder, or compare them with those of an existing store.
 
     Raises:
-        UserError: if the folder holds other things, or a store of other images or by other settings.
+        UserError: if the folder contains other files, or a store of other images or other settings.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--out {folder} is a file, or lies in one; accepted: a folder") from None
-    there = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if RECORD not in there:
-        if there:
+        raise UserError(f"--out {folder} is a file, or is inside a file. Give a folder.") from None
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if STORE_JSON not in names:
+        if names:
             raise UserError(
-                f"--out {folder} holds other things, such as {there[0]}; accepted: a new or empty folder, "
-                "or a packed store of the same images to go on with"
+                f"--out {folder} contains other files, such as {names[0]}. Give a new or empty folder, or an "
+                "unfinished store of the same images."
             )
-        with _written(folder / RECORD) as file:
-            file.write(_as_text({"format": FORMAT, "complete": False, "settings": settings}))
+        with _open_atomic(folder / STORE_JSON) as file:
+            file.write(_encode_json({"format": FORMAT, "complete": False, "settings": settings}))
         return
-    before = read_record(folder).get("settings")
+    before = read_store_json(folder).get("settings")
     before = before if isinstance(before, dict) else {}
     different = [
-        f"{name} {before.get(name)} there, {value} here"
+        f"{name} is {before.get(name)}, not {value}"
         for name, value in settings.items()
         if before.get(name) != value
     ]
     if different:
         raise UserError(
-            f"--out {folder} holds another packed store: {'; '.join(different)}; accepted: the same images "
-            "and settings, or another folder"
+            f"--out {folder} contains a store with other settings: {'; '.join(different)}. Use the same "
+            "images and settings, or another folder."
         )
 
 
-def finish(folder: Path, settings: dict[str, Any], source: Source, max_bad_samples: float) -> Packed:
-    """Complete ``store.json`` if every shard is there, whoever wrote it.
+def finish_store(
+    folder: Path, settings: dict[str, Any], source: Source, max_bad_samples: float
+) -> PackResult:
+    """Write the final ``store.json`` if all shards are complete, and return the state of the store.
 
     Raises:
-        RunError: if more than a share `max_bad_samples` of all images are broken.
+        RunError: if more than the fraction `max_bad_samples` of all images is broken.
     """
-    ranges = list(shard_ranges(settings["images"], settings["shard_size"]))
-    shards = [sealed(folder, number) for number in range(len(ranges))]
-    there = [shard for shard in shards if shard is not None]
-    found = Packed(len(there), len(shards), len(source), sum(shard.bin_bytes for shard in there))
-    if not found.complete:
-        return found
-    broken = sum(shard.broken for shard in there)
+    ranges = list(get_shard_ranges(settings["images"], settings["shard_size"]))
+    shards = [read_shard_record(folder, shard_index) for shard_index in range(len(ranges))]
+    written = [shard for shard in shards if shard is not None]
+    result = PackResult(len(written), len(shards), len(source), sum(shard.bin_bytes for shard in written))
+    if not result.is_complete:
+        return result
+    broken = sum(shard.broken for shard in written)
     if broken > max_bad_samples * len(source):
         raise RunError(
             f"{broken} of {len(source)} images are broken, which is more than the {max_bad_samples:.2%} that "
-            "--max-bad-samples allows; their names and the reasons are in the .jsonl files of the shards"
+            "--max-bad-samples allows. Repair or remove those listed in the .jsonl files of the shards, or "
+            "allow more with --max-bad-samples."
         )
     record = {
         "format": FORMAT,
@@ -223,29 +227,32 @@ def finish(folder: Path, settings: dict[str, Any], source: Source, max_bad_sampl
         "settings": settings,
         "classes": None if source.classes is None else list(source.classes),
         "broken": broken,
-        "shards": [shard._asdict() for shard in there],
+        "shards": [shard._asdict() for shard in written],
     }
-    remove_stale(folder)
-    with _written(folder / RECORD) as file:
-        file.write(_as_text(record))
-    return found
+    remove_stale_files(folder)
+    with _open_atomic(folder / STORE_JSON) as file:
+        file.write(_encode_json(record))
+    return result
 
 
-def remove_stale(folder: Path) -> None:
-    """Remove what writers that were killed left half written. Others may be at work: theirs is young."""
+def remove_stale_files(folder: Path) -> None:
+    """Remove partial files of killed writers. Recent ones are kept: their writers may still be running."""
     for partial in folder.glob(".*.partial"):
         with suppress(FileNotFoundError):
             if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
                 partial.unlink()
 
 
-def _as_text(record: dict[str, Any]) -> bytes:
+def _encode_json(record: dict[str, Any]) -> bytes:
     return (json.dumps(record, indent=1) + "\n").encode()
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[BinaryIO]:
-    """A file to fill, which is there whole or not at all, whoever else writes it too."""
+def _open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that replaces `path` at the end, or is removed if an exception is raised.
+
+    Several processes and machines may write the same path at the same time.
+    """
     partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
@@ -266,61 +273,74 @@ def _written(path: Path) -> Iterator[BinaryIO]:
 # ---------------------------------------------------------------------- a shard
 
 
-class _Shards(Dataset):
-    """Makes sure of a shard, in a worker: what happened to its images."""
+class _ShardDataset(Dataset):
+    """A map-style dataset of shards that writes the shard at an index, unless it is intact.
+
+    An item is the list of reports on the images of the shard, or the exception that was raised.
+    """
 
     def __init__(self, source: Source, folder: Path, config: PackConfig) -> None:
         self.source, self.folder, self.config = source, folder, config
         classes = None if source.classes is None else list(source.classes)
         self.store = Store(len(source), config.in_chans, config.shard_size, classes, [])
 
-    def __getitem__(self, index: int) -> list[Report] | Exception:
+    def __getitem__(self, index: int) -> list[SampleReport] | Exception:
         start = index * self.config.shard_size
         ids = range(start, min(start + self.config.shard_size, len(self.source)))
         try:
-            if not _is_whole(self.folder, index, self.store):
+            if not _is_shard_intact(self.folder, index, self.store):
                 write_shard(self.folder, index, self.source, ids, self.config)
-            return _reports(self.folder, index, ids)
-        except (UserError, RunError, OSError) as error:  # raised in the main process, where it is told well
+            return _read_reports(self.folder, index, ids)
+        except (
+            UserError,
+            RunError,
+            OSError,
+        ) as error:  # raised in the main process, which reports it without a worker's traceback
             return error
 
 
-def _ensured(shards: _Shards, numbers: range, workers: int) -> Iterator[list[Report]]:
-    """What happened to the images of each shard, all of which are there when this ends."""
+def _write_missing_shards(
+    dataset: _ShardDataset, shard_indices: range, num_workers: int
+) -> Iterator[list[SampleReport]]:
+    """Write the shards that are missing or damaged, and yield the reports on the images of every shard."""
     loader = DataLoader(
-        shards,
+        dataset,
         batch_size=None,
-        sampler=numbers,
-        num_workers=min(workers, len(numbers)),
-        collate_fn=_as_it_is,
-        worker_init_fn=_ignore_interrupt,
+        sampler=shard_indices,
+        num_workers=min(num_workers, len(shard_indices)),
+        collate_fn=_identity,
+        worker_init_fn=_init_worker,
     )
-    with watched(iter(loader)) as found:
-        for reports in found:
+    with watch_workers(iter(loader)) as shard_reports:
+        for reports in shard_reports:
             if isinstance(reports, Exception):
                 raise reports
             yield reports
 
 
-def _as_it_is(reports: list[Report] | Exception) -> list[Report] | Exception:
+def _identity(reports: list[SampleReport] | Exception) -> list[SampleReport] | Exception:
     return reports
 
 
-def _ignore_interrupt(_worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one ends the others."""
+def _init_worker(_worker: int) -> None:
+    """Ignore SIGINT in a worker: Ctrl-C reaches every process, and the main one stops the workers."""
     signal(SIGINT, SIG_IGN)
     signal(SIGTERM, SIG_DFL)
 
 
-def write_shard(folder: Path, number: int, source: Source, ids: range, config: PackConfig) -> None:
-    """Read the images `ids` and write them as one shard."""
-    stem = folder / f"{number:05d}"
-    rows = np.zeros(len(ids), INDEX)
+def write_shard(folder: Path, shard_index: int, source: Source, ids: range, config: PackConfig) -> None:
+    """Read the images `ids` and write them as one shard.
+
+    Raises:
+        UserError: if an image or a label cannot be stored.
+    """
+    stem = folder / f"{shard_index:05d}"
+    rows = np.zeros(len(ids), INDEX_DTYPE)
     lines = io.BytesIO()
-    with _written(stem.with_suffix(".bin")) as images:
+    with _open_atomic(stem.with_suffix(".bin")) as images:
         for row, sample in zip(rows, ids, strict=True):
-            data, fields, said = _packed(source, sample, config)
-            line = json.dumps(said).encode() + b"\n"
+            data, fields, description = _encode_sample(source, sample, config)
+            line = json.dumps(description).encode() + b"\n"
             fields |= {"offset": images.tell(), "length": len(data), "checksum": zlib.crc32(data)}
             fields |= {"line": lines.tell(), "line_length": len(line)}
             for name, value in fields.items():
@@ -335,42 +355,44 @@ def write_shard(folder: Path, number: int, source: Source, ids: range, config: P
         broken=int((rows["encoding"] == BROKEN).sum()),
         bin_bytes=size,
         jsonl_bytes=lines.tell(),
-        npy_blake2b=blake2b(index.getvalue()),
-        jsonl_blake2b=blake2b(lines.getvalue()),
+        npy_blake2b=compute_blake2b(index.getvalue()),
+        jsonl_blake2b=compute_blake2b(lines.getvalue()),
     )
-    contents = {".npy": index.getvalue(), ".jsonl": lines.getvalue(), ".json": _as_text(shard._asdict())}
-    for suffix, content in contents.items():  # the last one says that the others are there
-        with _written(stem.with_suffix(suffix)) as file:
+    contents = {".npy": index.getvalue(), ".jsonl": lines.getvalue(), ".json": _encode_json(shard._asdict())}
+    for suffix, content in contents.items():  # the .json file comes last: it marks the shard as complete
+        with _open_atomic(stem.with_suffix(suffix)) as file:
             file.write(content)
 
 
-def _packed(source: Source, sample: int, config: PackConfig) -> tuple[bytes, dict[str, int], dict[str, Any]]:
-    """The bytes of an image, what its row says of it, and what its line says."""
-    picture, reports = read(source, sample)
+def _encode_sample(
+    source: Source, sample: int, config: PackConfig
+) -> tuple[bytes, dict[str, int], dict[str, Any]]:
+    """Return the bytes of an image, the fields of its row in the index, and its line in the .jsonl file."""
+    image, reports = read_sample(source, sample)
     label = source.label(sample)
-    if label is not None and not 0 <= label < MOST_LABELS:
-        raise UserError(
-            f"{source.name(sample)}: label {label}; accepted: 0 to {MOST_LABELS - 1}, or none at all"
+    if label is not None and not 0 <= label < LABEL_LIMIT:
+        raise invalid(
+            f"The label of {source.name(sample)}", label, f"a label from 0 to {LABEL_LIMIT - 1}, or none"
         )
     fields = {"label": -1 if label is None else label}
-    said: dict[str, Any] = {"name": source.name(sample)}
-    if picture is None:
-        return b"", fields, said | {"broken": reports[-1].broken}
-    pixels = reduced(picture.pixels, config.short_side)
+    description: dict[str, Any] = {"name": source.name(sample)}
+    if image is None:
+        return b"", fields, description | {"broken": reports[-1].broken}
+    pixels = resize_short_side(image.pixels, config.short_side)
     if pixels.shape[1] * pixels.shape[2] > MAX_PIXELS:
         raise UserError(
-            f"{source.name(sample)}: {pixels.shape[1]} × {pixels.shape[2]} pixels; accepted: {MAX_PIXELS} in "
-            "all, which a smaller --short-side gives"
+            f"{source.name(sample)} has {pixels.shape[1]} × {pixels.shape[2]} pixels, more than "
+            f"{MAX_PIXELS // 1_000_000} megapixels. Give a smaller --short-side."
         )
-    encoding, data = encoded(pixels, config)
+    encoding, data = encode_image(pixels, config)
     fields |= {"height": pixels.shape[1], "width": pixels.shape[2], "encoding": encoding}
-    if picture.notes:
-        return data, fields | {"noted": 1}, said | {"notes": picture.notes}
-    return data, fields, said
+    if image.notes:
+        return data, fields | {"noted": 1}, description | {"notes": image.notes}
+    return data, fields, description
 
 
-def reduced(pixels: Tensor, short_side: int | None) -> Tensor:
-    """An image [C, H, W] whose shorter side is at most `short_side`."""
+def resize_short_side(pixels: Tensor, short_side: int | None) -> Tensor:
+    """Resize an image [C, H, W] so that its shorter side is at most `short_side`; None keeps the size."""
     height, width = pixels.shape[1:]
     if short_side is None or min(height, width) <= short_side:
         return pixels
@@ -378,40 +400,40 @@ def reduced(pixels: Tensor, short_side: int | None) -> Tensor:
     return crop_resize(pixels, (0, 0, height, width), (round(height * scale), round(width * scale)))
 
 
-def encoded(pixels: Tensor, config: PackConfig) -> tuple[int, bytes]:
-    """How an image [C, H, W] is stored, and its bytes."""
+def encode_image(pixels: Tensor, config: PackConfig) -> tuple[int, bytes]:
+    """Encode an image [C, H, W]. Returns one of the encodings of `sources.packed`, and the bytes."""
     samples = pixels.permute(1, 2, 0).contiguous().numpy()
     height, width, channels = samples.shape
     if samples.dtype != np.uint8:
         return FLOAT32, samples.astype("<f4").tobytes()
-    if config.encoding == "raw" or channels not in (1, 3) or max(height, width) > _JPEG_SIDE:
+    if config.encoding == "raw" or channels not in (1, 3) or max(height, width) > _MAX_JPEG_SIDE:
         return UINT8, samples.tobytes()
     file = io.BytesIO()
     Image.fromarray(samples if channels == 3 else samples[..., 0]).save(file, "JPEG", quality=config.quality)
     return JPEG, file.getvalue()
 
 
-def sealed(folder: Path, number: int) -> Shard | None:
-    """What a shard that was finished says of itself; None if it is not there, or was cut short."""
+def read_shard_record(folder: Path, shard_index: int) -> Shard | None:
+    """Read the .json file of a shard; None if it is missing or incomplete."""
     try:
-        return Shard(**json.loads((folder / f"{number:05d}.json").read_text("utf-8")))
+        return Shard(**json.loads((folder / f"{shard_index:05d}.json").read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _is_whole(folder: Path, number: int, store: Store) -> bool:
-    shard = sealed(folder, number)
+def _is_shard_intact(folder: Path, shard_index: int, store: Store) -> bool:
+    shard = read_shard_record(folder, shard_index)
     try:
-        return shard is not None and not damage(folder, number, shard, store)
+        return shard is not None and not find_damage(folder, shard_index, shard, store)
     except (UserError, OSError):
         return False
 
 
-def _reports(folder: Path, number: int, ids: range) -> list[Report]:
-    """What a shard says of its images that were broken or converted."""
-    lines = map(json.loads, (folder / f"{number:05d}.jsonl").read_bytes().splitlines())
+def _read_reports(folder: Path, shard_index: int, ids: range) -> list[SampleReport]:
+    """Read the reports on the broken and converted images of a shard."""
+    lines = map(json.loads, (folder / f"{shard_index:05d}.jsonl").read_bytes().splitlines())
     return [
-        Report(sample, line["name"], line.get("broken"), tuple(line.get("notes", ())))
+        SampleReport(sample, line["name"], line.get("broken"), tuple(line.get("notes", ())))
         for sample, line in zip(ids, lines, strict=True)
         if "broken" in line or "notes" in line
     ]

@@ -1,38 +1,38 @@
-"""What can be told to packing images."""
+"""Configuration of ``quarterview pack``."""
 
 from typing import Annotated, Literal
 
 from quarterview.config import FIRST, PATH, POSITIONAL, RESEARCH, Ge, Le, Text, Texts, part
-from quarterview.errors import UserError
+from quarterview.errors import UserError, invalid
 
 
 @part
 class PackConfig:
-    """Make images small once, in few files that are read fast."""
+    """Resize images once, and pack them into a few files that are read fast."""
 
     data: Annotated[Texts, POSITIONAL, PATH]
     """Images: anything that --data of pretrain takes; with --verify, the packed store."""
     out: Annotated[Text, FIRST, PATH] = ""
-    """The folder to write; the same command goes on with one that was interrupted."""
+    """Folder of the packed store. Repeat the command to continue after an interruption."""
     short_side: Annotated[int | None, Ge(1), FIRST] = 256
-    """Pixels that the shorter side of larger pictures is reduced to; unset keeps every picture's size."""
+    """Shorter side of the packed images, in pixels. Smaller images keep their size; unset keeps all."""
     encoding: Annotated[Literal["raw", "jpeg"], FIRST] = "raw"
-    """raw pixels are read fastest; JPEG takes a ninth of the space. Pictures that JPEG cannot hold, such
-    as those of 16 bits, are stored raw in any case."""
+    """raw pixels are read fastest. jpeg takes about a ninth of the space; images that JPEG cannot store,
+    such as 16-bit ones, are stored raw."""
     quality: Annotated[int, Ge(1), Le(95)] = 90
-    """Of --encoding jpeg: 1 to 95."""
+    """JPEG quality for --encoding jpeg, 1 to 95."""
     shard_size: Annotated[int, Ge(1), RESEARCH] = 1024
-    """Images in a shard."""
+    """Number of images per shard."""
     in_chans: Annotated[int, Ge(1)] = 3
-    """Channels of the pictures; a store of 1 can be read as any number."""
+    """Channels of the packed images. A store with 1 channel can be read with any number of channels."""
     part: Text = "0/1"
-    """Which share of the shards to write, such as 0/4 on the first of four machines."""
+    """Part of the shards to write, as INDEX/COUNT: 0/4 on the first of four machines."""
     workers: Annotated[int | None, Ge(0)] = None
-    """Processes that write shards; by default one a core, eight at most. 0 writes in the main process."""
+    """Processes that write shards. Default: one per core, at most 8. 0 writes in the main process."""
     max_bad_samples: Annotated[float, Ge(0), Le(1)] = 0.01
-    """Share of broken images above which packing stops. Broken images are recorded, and keep their place."""
+    """Maximum fraction of broken images before packing stops. They are recorded and keep their index."""
     verify: bool = False
-    """Check every checksum of a packed store, and write nothing."""
+    """Verify the checksums of a packed store, without writing anything."""
 
     def __post_init__(self) -> None:
         if self.verify and (len(self.data) != 1 or self.out):
@@ -40,14 +40,12 @@ class PackConfig:
                 "--verify checks one packed store and writes nothing. Use quarterview pack STORE --verify."
             )
         if not (self.verify or self.out):
-            raise UserError("no folder for the packed store. Give --out STORE.")
-        self.share(0)
+            raise UserError("A folder for the packed store is missing. Give --out STORE.")
+        self.select_shards(0)
 
-    def share(self, shards: int) -> range:
-        """The numbers of the shards that this part writes, of all."""
-        number, slash, parts = self.part.partition("/")
-        if not (slash and number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
-            raise UserError(
-                f"--part {self.part} is no share of the shards. Give such as 0/4, for the first of four."
-            )
-        return range(int(number), shards, int(parts))
+    def select_shards(self, num_shards: int) -> range:
+        """Return the indices of the shards that --part selects, of `num_shards`."""
+        index, slash, num_parts = self.part.partition("/")
+        if not (slash and index.isdecimal() and num_parts.isdecimal() and int(index) < int(num_parts)):
+            raise invalid("--part", self.part, "INDEX/COUNT, such as 0/4 for the first of four parts")
+        return range(int(index), num_shards, int(num_parts))

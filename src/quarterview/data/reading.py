@@ -1,4 +1,4 @@
-"""One sample of a set, or what stands in for it when it is broken."""
+"""Read samples, and choose a replacement for one that is broken."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,125 +10,131 @@ import torch
 from torch import Tensor
 
 from quarterview.data.sampler import SampleStream
-from quarterview.data.sources.base import BadSampleError, Croppable, Picture, Source, croppable
+from quarterview.data.sources.base import BadSampleError, Croppable, DecodedImage, Source, open_croppable
 from quarterview.errors import RunError, UserError
 
-_REPLACEMENT_ATTEMPTS = 32
-_CHUNK = 256
-_TRIED = 8
-_QUICK = 2e-4  # seconds, below which handing an image to a thread takes longer than decoding it
+_MAX_REPLACEMENTS = 32
+_CHUNK_SIZE = 256
+_NUM_TIMED = 8
+_FAST_SECONDS = 2e-4  # below this, handing an image to a thread takes longer than decoding it
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 
 @runtime_checkable
 class BulkSource(Protocol):
-    """A source that makes many images at once faster than one by one, such as generated ones."""
+    """A source that produces many images at once faster than one by one, such as generated images."""
 
     def images(self, ids: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] of the samples int64 [B]."""
+        """Return the images uint8 [B, C, H, W] of the samples int64 [B]."""
         ...
 
 
-class Report(NamedTuple):
-    """What happened to one image on its way in."""
+class SampleReport(NamedTuple):
+    """A remark on one sample: that it is broken, or how it was converted."""
 
-    sample: int
+    sample_id: int
     name: str
     broken: str | None
-    """Why it could not be used, or None."""
+    """Why the sample cannot be used; None if it can."""
     notes: tuple[str, ...] = ()
-    """What was done to it."""
+    """The conversions that were applied to it."""
 
 
-def opened(
-    source: Source, stream: SampleStream, sample: int, epoch: int, reports: list[Report]
+def open_candidates(
+    source: Source, stream: SampleStream, sample_id: int, epoch: int, reports: list[SampleReport]
 ) -> Iterator[tuple[int, Croppable]]:
-    """A sample, then those that stand in for it should it be broken: which, and the image, opened.
+    """Open a sample, and then its replacements, and yield the id and the opened image of each.
 
-    Those that cannot be opened are left out, and told in `reports`.
+    Samples that cannot be opened are skipped and added to `reports`. The caller takes the first one that
+    can be decoded.
 
     Raises:
-        RunError: when there are no more.
+        RunError: if no replacement is left.
     """
-    for candidate in candidates(stream, sample, epoch, reports):
-        image = attempt(source, candidate, lambda candidate=candidate: croppable(source, candidate), reports)
+    for candidate in iterate_candidates(stream, sample_id, epoch, reports):
+        image = try_read(
+            source, candidate, lambda candidate=candidate: open_croppable(source, candidate), reports
+        )
         if image is not None:
             yield candidate, image
 
 
-def read(source: Source, sample: int) -> tuple[Picture | None, list[Report]]:
-    """Decode one sample and say what happened to it; None if it is broken."""
-    reports: list[Report] = []
-    return attempt_picture(source, sample, lambda: source.image(sample), reports), reports
+def read_sample(source: Source, sample_id: int) -> tuple[DecodedImage | None, list[SampleReport]]:
+    """Decode one sample. Return the image, or None if it is broken, and the remarks on it."""
+    reports: list[SampleReport] = []
+    return try_decode(source, sample_id, lambda: source.image(sample_id), reports), reports
 
 
-def attempt_picture(
-    source: Source, sample: int, make: Callable[[], Picture], reports: list[Report]
-) -> Picture | None:
-    """The picture that `make` makes of a sample, with its notes told in `reports`; None if it is broken."""
-    picture = attempt(source, sample, make, reports)
-    if picture is not None and picture.notes:
-        reports.append(Report(sample, source.name(sample), None, picture.notes))
-    return picture
+def try_decode(
+    source: Source, sample_id: int, decode: Callable[[], DecodedImage], reports: list[SampleReport]
+) -> DecodedImage | None:
+    """Return the image that `decode` returns, or None if it is broken; add its notes to `reports`."""
+    image = try_read(source, sample_id, decode, reports)
+    if image is not None and image.notes:
+        reports.append(SampleReport(sample_id, source.name(sample_id), None, image.notes))
+    return image
 
 
-def attempt(source: Source, sample: int, make: Callable[[], Made], reports: list[Report]) -> Made | None:
-    """What `make` makes of a sample; None if it is broken, which is told in `reports`."""
+def try_read(source: Source, sample_id: int, load: Callable[[], T], reports: list[SampleReport]) -> T | None:
+    """Return what `load` returns, or None if the sample is broken, which is added to `reports`."""
     try:
-        return make()
+        return load()
     except BadSampleError as error:
-        reports.append(Report(sample, source.name(sample), str(error)))
+        reports.append(SampleReport(sample_id, source.name(sample_id), str(error)))
         return None
     except UserError as error:
-        raise UserError(f"{source.name(sample)}: {error}") from None
+        raise UserError(f"{source.name(sample_id)}: {error}") from None
 
 
-def candidates(
-    stream: SampleStream, sample: int, epoch: int, reports: Sequence[Report] = ()
+def iterate_candidates(
+    stream: SampleStream, sample_id: int, epoch: int, reports: Sequence[SampleReport] = ()
 ) -> Iterator[int]:
-    """The sample itself, then those that stand in for it should it be broken.
+    """Yield the sample itself, and then its replacements.
 
     Args:
-        reports: to which is added why they are broken, for the error.
+        reports: why the earlier ones could not be read, for the error message.
 
     Raises:
-        RunError: after 32 of them.
+        RunError: after 32 replacements.
     """
-    yield sample
-    for attempt in range(_REPLACEMENT_ATTEMPTS):
-        yield stream.replacement(epoch, sample, attempt)
+    yield sample_id
+    for attempt in range(_MAX_REPLACEMENTS):
+        yield stream.get_replacement(epoch, sample_id, attempt)
     raise RunError(
-        f"sample {sample} and {_REPLACEMENT_ATTEMPTS} others in its place could not be read"
+        f"Cannot read sample {sample_id} nor any of {_MAX_REPLACEMENTS} replacements"
         + "".join(f"; {report.name}: {report.broken}" for report in reports[-3:])
+        + ". Check that the images can still be reached and are not broken."
     )
 
 
-def read_many(
-    source: Source, samples: Sequence[int], threads: int
-) -> Iterator[tuple[int, Picture | None, list[Report]]]:
-    """What `read` gives for each sample, in order, several decoded at a time where that is faster."""
+def read_samples(
+    source: Source, sample_ids: Sequence[int], num_threads: int
+) -> Iterator[tuple[int, DecodedImage | None, list[SampleReport]]]:
+    """Yield the id and the result of `read_sample` of each sample in order, in threads if that is faster."""
     if isinstance(source, BulkSource):
-        for chunk in (samples[start : start + _CHUNK] for start in range(0, len(samples), _CHUNK)):
-            for sample, pixels in zip(chunk, source.images(torch.tensor(chunk)), strict=True):
-                yield sample, Picture(pixels), []
+        for chunk in (
+            sample_ids[start : start + _CHUNK_SIZE] for start in range(0, len(sample_ids), _CHUNK_SIZE)
+        ):
+            for sample_id, pixels in zip(chunk, source.images(torch.tensor(chunk)), strict=True):
+                yield sample_id, DecodedImage(pixels), []
         return
     times = []
-    for sample in samples[:_TRIED]:
-        began = time.perf_counter()
-        found = read(source, sample)
-        times.append(time.perf_counter() - began)
-        yield sample, *found
+    for sample_id in sample_ids[:_NUM_TIMED]:
+        start = time.perf_counter()
+        result = read_sample(source, sample_id)
+        times.append(time.perf_counter() - start)
+        yield sample_id, *result
     if not times:
         return
-    rest = samples[_TRIED:]
-    if threads <= 1 or median(times) < _QUICK:
-        for sample in rest:
-            yield sample, *read(source, sample)
+    rest = sample_ids[_NUM_TIMED:]
+    if num_threads <= 1 or median(times) < _FAST_SECONDS:
+        for sample_id in rest:
+            yield sample_id, *read_sample(source, sample_id)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(rest), _CHUNK):
-            chunk = rest[start : start + _CHUNK]
-            found = pool.map(lambda i: read(source, i), chunk)
-            for sample, (picture, reports) in zip(chunk, found, strict=True):
-                yield sample, picture, reports
+    with ThreadPoolExecutor(num_threads) as pool:
+        for start in range(0, len(rest), _CHUNK_SIZE):
+            chunk = rest[start : start + _CHUNK_SIZE]
+            results = pool.map(lambda i: read_sample(source, i), chunk)
+            for sample_id, (image, reports) in zip(chunk, results, strict=True):
+                yield sample_id, image, reports

@@ -1,9 +1,8 @@
-"""Which sample comes when.
+"""The order of the samples in training.
 
-The stream is the concatenation of the epochs' permutations, without end. It is cut into batches
-of exactly the batch size, so a batch may straddle two epochs, none is short and nothing is dropped.
-The position of a run is therefore one integer, the samples consumed, and nothing else about the
-order has to be stored to resume it anywhere.
+A sample stream is the endless concatenation of one permutation of the training samples per epoch. It is
+split into batches of exactly the batch size, so a batch may span two epochs and no sample is dropped. The
+position of a run is one integer, the number of samples consumed; a resume needs nothing else.
 """
 
 from collections.abc import Sequence
@@ -13,110 +12,136 @@ import torch
 from torch import Tensor
 
 from quarterview import rng
-from quarterview.errors import UserError
+from quarterview.errors import UserError, invalid
 
-HOLDOUT_SHARE = 0.01
-HOLDOUT_MOST = 512
+HOLDOUT_FRACTION = 0.01
+MAX_HOLDOUT = 512
 
 
-def default_holdout(size: int) -> int:
-    """How many images are kept out of training by default: the smaller of 1% and 512."""
-    return min(int(size * HOLDOUT_SHARE), HOLDOUT_MOST)
+def compute_default_holdout(num_images: int) -> int:
+    """Return the default number of held-out images: 1% of all, at most 512."""
+    return min(int(num_images * HOLDOUT_FRACTION), MAX_HOLDOUT)
 
 
 class SampleStream:
-    """The order of the samples of one set, for one seed.
+    """The order of the samples of a dataset, computed from the seed and never stored.
 
-    A keyed permutation of the whole set comes first: its first `holdout` samples are never
-    trained on, and the epochs permute the rest. Both are computed, never stored.
+    The first `holdout` samples of a permutation of the whole dataset are held out. Each epoch permutes the
+    others, the training samples.
+
+    Args:
+        size: number of images in the dataset.
+        holdout: number of images never trained on.
+
+    Raises:
+        UserError: if no image is left for training.
     """
 
     def __init__(self, size: int, holdout: int, seed: int) -> None:
         if not 0 <= holdout < size:
-            raise UserError(f"a holdout of {holdout} from {size} images; accepted: 0 to {size - 1}")
+            raise UserError(f"--holdout is {holdout}, of {size} images. Give 0 to {size - 1}.")
         self.size, self.holdout, self.seed = size, holdout, seed
-        self.trained = size - holdout
+        self.num_train = size - holdout
 
-    def _sample(self, places: Tensor) -> Tensor:
-        return rng.permute(self.seed, "holdout", 0, places, self.size)
+    def _permute_all(self, indices: Tensor) -> Tensor:
+        """Return the ids at `indices` of the permutation of the whole dataset: int64 [B]."""
+        return rng.permute(self.seed, "holdout", 0, indices, self.size)
 
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The epochs and the sample ids at positions of the stream: int64 [B] twice."""
-        epochs, places = positions // self.trained, positions % self.trained
-        order = rng.permute(self.seed, "order", epochs, places, self.trained)
-        return epochs, self._sample(self.holdout + order)
+    def get_samples(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the epochs and the sample ids at positions of the stream: int64 [B] each."""
+        epochs, offsets = positions // self.num_train, positions % self.num_train
+        order = rng.permute(self.seed, "order", epochs, offsets, self.num_train)
+        return epochs, self._permute_all(self.holdout + order)
 
-    def held_out(self) -> Tensor:
-        """The ids that are never trained on: int64 [holdout]."""
-        return self._sample(torch.arange(self.holdout))
+    def get_held_out_ids(self) -> Tensor:
+        """Return the ids of the held-out samples: int64 [holdout]."""
+        return self._permute_all(torch.arange(self.holdout))
 
-    def training_sample(self, count: int) -> Tensor:
-        """The ids of `count` different training samples (all if there are fewer): int64 [≤ count]."""
-        places = rng.permute(self.seed, "statistics", 0, torch.arange(min(count, self.trained)), self.trained)
-        return self._sample(self.holdout + places)
+    def select_train_ids(self, num_samples: int) -> Tensor:
+        """Return the ids of `num_samples` different training samples, or of all if there are fewer."""
+        indices = torch.arange(min(num_samples, self.num_train))
+        indices = rng.permute(self.seed, "statistics", 0, indices, self.num_train)
+        return self._permute_all(self.holdout + indices)
 
-    def replacement(self, epoch: int, sample: int, attempt: int) -> int:
-        """Which training sample stands in for a broken one: the same one whenever it is asked."""
+    def get_replacement(self, epoch: int, sample: int, attempt: int) -> int:
+        """Return the id of a training sample that replaces a broken one. Equal arguments give equal ids.
+
+        Args:
+            epoch: epoch in which the broken sample occurs.
+            sample: id of the broken sample.
+            attempt: 0, or the number of replacements that turned out to be broken too.
+        """
         draw = rng.key(self.seed, "replacement", epoch, torch.tensor([sample]), attempt)
-        return int(self._sample(self.holdout + draw.remainder(self.trained)))
+        return int(self._permute_all(self.holdout + draw.remainder(self.num_train)))
 
 
 class ShardedStream(SampleStream):
-    """An order for sets that lie in shards: a few shards at a time, each read once an epoch.
+    """An order for sharded datasets that reads each shard once per epoch, a few shards at a time.
 
-    An epoch permutes the shards by key and takes them in windows of `mixed` shards; the training samples of
-    a window are permuted by key. The held-out samples are those of `SampleStream`, drawn from the whole set,
-    and so are replacements. A position is found from the sums of the shards' sizes: memory goes by the number
-    of shards.
+    Each epoch permutes the shards, splits them into windows of `shards_per_window`, and permutes the training
+    samples within each window. The held-out samples and the replacements are those of `SampleStream`, from
+    the whole dataset. Memory is proportional to the number of shards.
 
     Args:
-        starts: int64 [shards + 1], the first sample of each shard, and the number of all.
-        mixed: how many shards make a window.
+        shard_starts: int64 [num_shards + 1], the id of the first sample of each shard, then the dataset size.
+        shards_per_window: number of shards whose samples are shuffled together.
     """
 
-    def __init__(self, starts: Sequence[int] | np.ndarray, holdout: int, seed: int, mixed: int) -> None:
-        self.starts = torch.as_tensor(np.asarray(starts, np.int64))
-        super().__init__(int(self.starts[-1]), holdout, seed)
-        if mixed < 1:
-            raise UserError(f"{mixed} shards mixed; accepted: 1 or more")
-        self.mixed = mixed
-        held = super().held_out().sort().values
-        # How many training samples come before each held-out one; so the k-th of them can be found.
-        self._before_held = held - torch.arange(holdout)
-        self._begins = self.starts - torch.searchsorted(held, self.starts)  # [shards + 1], likewise
-        self._windows = -(-(len(self.starts) - 1) // mixed)
-        self._epochs: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(
+        self, shard_starts: Sequence[int] | np.ndarray, holdout: int, seed: int, shards_per_window: int
+    ) -> None:
+        self.shard_starts = torch.as_tensor(np.asarray(shard_starts, np.int64))
+        super().__init__(int(self.shard_starts[-1]), holdout, seed)
+        if shards_per_window < 1:
+            raise invalid("--shuffle-shards", shards_per_window, "1 or more")
+        self.shards_per_window = shards_per_window
+        held_out = super().get_held_out_ids().sort().values
+        # The number of training samples before each held-out one maps a training index to a sample id.
+        self._num_train_before = held_out - torch.arange(holdout)
+        self._train_starts = self.shard_starts - torch.searchsorted(
+            held_out, self.shard_starts
+        )  # [num_shards + 1]
+        self._num_windows = -(-(len(self.shard_starts) - 1) // shards_per_window)
+        self._order_cache: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        epochs, places = positions // self.trained, positions % self.trained
-        ranks = torch.empty_like(places)
+    def get_samples(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        epochs, offsets = positions // self.num_train, positions % self.num_train
+        indices = torch.empty_like(offsets)
         for epoch in epochs.unique().tolist():
-            asked = epochs == epoch
-            ranks[asked] = self._ranks(epoch, places[asked])
-        return epochs, ranks + torch.searchsorted(self._before_held, ranks, right=True)
+            in_epoch = epochs == epoch
+            indices[in_epoch] = self._get_train_indices(epoch, offsets[in_epoch])
+        return epochs, indices + torch.searchsorted(self._num_train_before, indices, right=True)
 
-    def _ranks(self, epoch: int, places: Tensor) -> Tensor:
-        """Which of the training samples, by id, are at places of an epoch: int64 [B]."""
-        order, ends = self._epoch(epoch)
-        within = torch.searchsorted(ends, places, right=True)  # places among the permuted shards
-        windows = within // self.mixed
-        mixed = torch.empty_like(places)
+    def _get_train_indices(self, epoch: int, offsets: Tensor) -> Tensor:
+        """Return indices into the training samples, sorted by id, at `offsets` of an epoch: int64 [B]."""
+        order, ends = self._get_shard_order(epoch)
+        ordinals = torch.searchsorted(ends, offsets, right=True)  # of the shards in the epoch's order
+        windows = ordinals // self.shards_per_window
+        shuffled = torch.empty_like(offsets)
         for window in windows.unique().tolist():
-            asked = windows == window
-            first, last = window * self.mixed, min((window + 1) * self.mixed, len(order)) - 1
+            in_window = windows == window
+            first, last = (
+                window * self.shards_per_window,
+                min((window + 1) * self.shards_per_window, len(order)) - 1,
+            )
             begin = int(ends[first - 1]) if first else 0
-            key = epoch * self._windows + window
+            key = epoch * self._num_windows + window
             size = int(ends[last]) - begin
-            mixed[asked] = begin + rng.permute(self.seed, "window", key, places[asked] - begin, size)
-        shard = torch.searchsorted(ends, mixed, right=True)
+            shuffled[in_window] = begin + rng.permute(
+                self.seed, "window", key, offsets[in_window] - begin, size
+            )
+        shard = torch.searchsorted(ends, shuffled, right=True)
         before = torch.where(shard > 0, ends[shard - 1], 0)
-        return self._begins[order[shard]] + mixed - before
+        return self._train_starts[order[shard]] + shuffled - before
 
-    def _epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """The shards in the order of an epoch, and where the training samples of each end: [shards] twice."""
-        if epoch not in self._epochs:
-            count = len(self.starts) - 1
-            order = rng.permute(self.seed, "shards", epoch, torch.arange(count), count)
-            ends = (self._begins[1:] - self._begins[:-1])[order].cumsum(0)
-            self._epochs = {**dict(list(self._epochs.items())[-1:]), epoch: (order, ends)}  # two are held
-        return self._epochs[epoch]
+    def _get_shard_order(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Return the order of the shards in an epoch, and the end of each in the epoch: [num_shards] each."""
+        if epoch not in self._order_cache:
+            num_shards = len(self.shard_starts) - 1
+            order = rng.permute(self.seed, "shards", epoch, torch.arange(num_shards), num_shards)
+            ends = (self._train_starts[1:] - self._train_starts[:-1])[order].cumsum(0)
+            self._order_cache = {
+                **dict(list(self._order_cache.items())[-1:]),
+                epoch: (order, ends),
+            }  # keeps 2
+        return self._order_cache[epoch]

@@ -1,54 +1,55 @@
-"""Which order a set is trained in, and where copies of its shards are kept, by the configuration."""
+"""Creation of the sample stream and of the cache of remote shards, from the configuration."""
 
 from typing import Literal
 
 from quarterview.data.config import DataConfig
 from quarterview.data.sampler import SampleStream, ShardedStream
-from quarterview.data.sources.base import Source, is_remote, shard_starts
+from quarterview.data.sources.base import Source, get_shard_starts, is_remote
 from quarterview.data.sources.shard_cache import ShardCache
-from quarterview.data.sources.tar_index import cache_folder
-from quarterview.errors import UserError
+from quarterview.data.sources.tar_index import get_cache_folder
+from quarterview.errors import not_supported
 
 
-def chosen_shuffle(config: DataConfig, source: Source) -> Literal["full", "shards"]:
-    """What ``--shuffle auto`` comes to: shards for remote data, else full.
+def resolve_shuffle(config: DataConfig, source: Source) -> Literal["full", "shards"]:
+    """Return the value of ``--shuffle``, with auto resolved: shards for remote data, otherwise full.
 
     Raises:
-        UserError: if shards are asked for, and the data has none.
+        UserError: if the value is shards and the data has no shards.
     """
     if config.shuffle == "auto":
         return "shards" if is_remote(source) else "full"
-    if config.shuffle == "shards" and shard_starts(source) is None:
-        raise UserError(
-            f"--shuffle shards, but {', '.join(config.data)} has no shards; accepted: full, or tar shards, "
-            "parquet or packed stores"
+    if config.shuffle == "shards" and get_shard_starts(source) is None:
+        raise not_supported(
+            "--shuffle shards",
+            f"{', '.join(config.data)}, which has no shards",
+            "Use --shuffle full, or give tar shards, parquet or a packed store.",
         )
     return config.shuffle
 
 
-def stream_of(
+def create_stream(
     config: DataConfig,
     source: Source,
     holdout: int,
     seed: int,
     shuffle: Literal["full", "shards"] | None = None,
 ) -> SampleStream:
-    """The order of a run.
+    """Create the sample stream of a run.
 
     Args:
-        shuffle: what was chosen before, if it was.
+        shuffle: the resolved value of a resumed run, or None to resolve it.
 
     Raises:
-        UserError: as of `chosen_shuffle`, or if the holdout leaves nothing.
+        UserError: if --shuffle does not fit the data, or no image is left for training.
     """
-    starts = shard_starts(source)
-    if (shuffle or chosen_shuffle(config, source)) == "full" or starts is None:
+    starts = get_shard_starts(source)
+    if (shuffle or resolve_shuffle(config, source)) == "full" or starts is None:
         return SampleStream(len(source), holdout, seed)
     return ShardedStream(starts, holdout, seed, config.shuffle_shards)
 
 
-def shard_cache(config: DataConfig) -> ShardCache | None:
-    """Where copies of remote shards are kept; None if none are."""
+def create_shard_cache(config: DataConfig) -> ShardCache | None:
+    """Create the local cache of remote shards; None if it is disabled."""
     if not config.shard_cache_gib:
         return None
-    return ShardCache(config.shard_cache_dir or cache_folder(), int(config.shard_cache_gib * 2**30))
+    return ShardCache(config.shard_cache_dir or get_cache_folder(), int(config.shard_cache_gib * 2**30))

@@ -1,4 +1,4 @@
-"""The processes that decode: what is said when one dies, and that none outlives its work."""
+"""Supervision of the worker processes of a DataLoader."""
 
 import threading
 from collections.abc import Iterator
@@ -14,85 +14,85 @@ from quarterview.errors import RunError
 
 
 @contextmanager
-def watched(batches: Any) -> Iterator[Any]:
-    """The iterator of a DataLoader with workers, whose deaths are told as a RunError, and soon.
+def watch_workers(loader_iter: Any) -> Iterator[Any]:
+    """Raise a RunError as soon as a worker of a DataLoader dies, and stop all workers at the end.
 
-    torch raises a RuntimeError from a signal handler, wherever the main thread is when a worker dies; it is
-    given our words there. On leaving, no worker is left.
+    torch raises a RuntimeError from its SIGCHLD handler, anywhere in the main thread; this context manager
+    wraps the handler, to raise a RunError instead.
 
     Args:
-        batches: of `iter(DataLoader(…))`.
+        loader_iter: from `iter(DataLoader(…))`.
 
     Raises:
-        RunError: if a worker dies, anywhere in the main thread until this is left.
+        RunError: if a worker dies, anywhere in the main thread within the context.
     """
-    torchs = getsignal(SIGCHLD)
-    ours = threading.current_thread() is threading.main_thread() and callable(torchs)
+    torch_handler = getsignal(SIGCHLD)
+    is_handling = threading.current_thread() is threading.main_thread() and callable(torch_handler)
 
-    def told(number: int, frame: FrameType | None) -> None:
+    def handle(signal_number: int, frame: FrameType | None) -> None:
         try:
-            torchs(number, frame)  # type: ignore[operator]
+            torch_handler(signal_number, frame)  # type: ignore[operator]
         except RuntimeError as error:
-            raise _death(error) from None
+            raise _make_worker_error(error) from None
 
-    if ours:
-        signal(SIGCHLD, told)
+    if is_handling:
+        signal(SIGCHLD, handle)
     try:
-        yield batches
+        yield loader_iter
     except RunError:
         raise
-    except (RuntimeError, OSError, EOFError) as error:  # OSError: what a dead one had sent cannot be fetched
-        if not (str(error).startswith(_TORCH_SAYS) or _one_died(batches)):
+    except (RuntimeError, OSError, EOFError) as error:  # OSError: memory shared by a dead worker is gone
+        if not (str(error).startswith(_TORCH_MESSAGE_PREFIX) or _has_failed_worker(loader_iter)):
             raise
-        raise _death(error) from None
-    finally:  # which another thread may run, where a generator is left to the garbage collector
-        ours = ours and threading.current_thread() is threading.main_thread()
-        if ours:
-            signal(SIGCHLD, SIG_DFL)  # what dies now is meant to
-        _end(batches)
-        if ours:
-            signal(SIGCHLD, torchs)
+        raise _make_worker_error(error) from None
+    finally:  # in another thread, if the garbage collector closes the generator there
+        is_handling = is_handling and threading.current_thread() is threading.main_thread()
+        if is_handling:
+            signal(SIGCHLD, SIG_DFL)  # the workers are stopped on purpose now
+        _stop_workers(loader_iter)
+        if is_handling:
+            signal(SIGCHLD, torch_handler)
 
 
-_TORCH_SAYS = "DataLoader worker"
+_TORCH_MESSAGE_PREFIX = "DataLoader worker"
 
 
-def _one_died(batches: Any) -> bool:
-    """Whether a worker was killed or failed; a second is given to one that is about to be gone."""
-    workers = getattr(batches, "_workers", [])
+def _has_failed_worker(loader_iter: Any) -> bool:
+    """Return True if a worker was killed or failed. Wait up to a second for one that is about to exit."""
+    workers = getattr(loader_iter, "_workers", [])
     ended = wait([worker.sentinel for worker in workers], timeout=1)
     for worker in workers:
         if worker.sentinel in ended:
-            worker.join()  # the sentinel is closed a moment before there is an exit code
+            worker.join()  # the sentinel closes shortly before the exit code is available
     return any(worker.exitcode for worker in workers)
 
 
-def _death(error: Exception) -> RunError:
+def _make_worker_error(error: Exception) -> RunError:
     return RunError(
-        f"a process that decodes images died ({' '.join(str(error).split())}); the same command goes on from "
-        "what is saved, if anything is. If the system ended it for want of memory, give fewer --workers"
+        f"A process that decodes images died ({' '.join(str(error).split())}). Repeat the command "
+        "to continue from what was saved. If the system was out of memory, give fewer --workers."
     )
 
 
-def _end(batches: Any) -> None:
-    """End the workers.
+def _stop_workers(loader_iter: Any) -> None:
+    """Stop the workers.
 
-    torch asks them to, and waits. If one was killed, it may have held a lock for which that would wait for
-    ever; then, and if one does not end, they are killed: they may ignore SIGTERM, and Python waits for them
-    when it exits.
+    torch normally asks the workers to exit, and waits. After a worker was killed this could wait forever for
+    a lock that the worker had acquired, so that step is skipped. Remaining workers are killed, because they
+    may ignore SIGTERM and Python waits for them at exit.
     """
-    workers = getattr(batches, "_workers", [])
+    workers = getattr(loader_iter, "_workers", [])
     if any(worker.exitcode for worker in workers):
-        batches._shutdown = True  # there is nothing left for torch to do, but to forget them
-        if batches._worker_pids_set:
-            _remove_worker_pids(id(batches))
-            batches._worker_pids_set = False
-        for queue in batches._index_queues:
+        loader_iter._shutdown = True  # tells torch that the shutdown is done
+        if loader_iter._worker_pids_set:
+            _remove_worker_pids(id(loader_iter))
+            loader_iter._worker_pids_set = False
+        for queue in loader_iter._index_queues:
             queue.cancel_join_thread()
-        if hasattr(batches, "_pin_memory_thread_done_event"):
-            batches._pin_memory_thread_done_event.set()
+        if hasattr(loader_iter, "_pin_memory_thread_done_event"):
+            loader_iter._pin_memory_thread_done_event.set()
     elif workers:
-        batches._shutdown_workers()
+        loader_iter._shutdown_workers()
     for worker in workers:
         worker.kill()
         worker.join()

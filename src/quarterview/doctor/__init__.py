@@ -1,1 +1,1 @@
-"""Is a run working?"""
+"""Checks of whether a pre-training run works."""

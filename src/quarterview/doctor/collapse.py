@@ -1,4 +1,4 @@
-"""Whether an encoder still tells images apart."""
+"""Measures of the collapse of an encoder: are the features of different images different?"""
 
 from typing import NamedTuple
 
@@ -6,30 +6,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quarterview.evaluation.features import pixel_features
+from quarterview.evaluation.features import compute_pixel_features
 from quarterview.models.mae import MaskedAutoencoder
 
 _BATCH = 64
 
 
-class Spread(NamedTuple):
-    """How different the features of different images are."""
+class FeatureStatistics(NamedTuple):
+    """Statistics of the differences between the features of images."""
 
     effective_rank: float
-    """See `effective_rank`."""
+    """Effective rank of the features, see `compute_effective_rank`."""
     variance: float
-    """Mean variance of a feature over the images."""
-    share: float
-    """Of the features' mean square, what varies from image to image: 0 if all images look the same."""
-    similarity: float
-    """Mean cosine between the features of two images."""
+    """Mean over the features of their variance over images."""
+    between_variance_ratio: float
+    """Total variance over images divided by the mean squared norm; 0 if all features are equal."""
+    mean_cosine: float
+    """Mean cosine similarity of the features of two different images."""
 
 
-def effective_rank(features: Tensor) -> float:
-    """The exponential of the entropy of the singular values, centred (Roy and Vetterli 2007).
+def compute_effective_rank(features: Tensor) -> float:
+    """Compute the effective rank of centered features (Roy and Vetterli 2007).
 
-    D for features of identity covariance, 1 if they lie on a line, and 0 if they are all equal; nan if
-    any is not finite.
+    It is the exponential of the entropy of the normalised singular values: D for features with identity
+    covariance, 1 for features on a line, 0 for equal features, and nan if a feature is not finite.
 
     Args:
         features: float [N, D].
@@ -40,34 +40,36 @@ def effective_rank(features: Tensor) -> float:
     total = float(values.sum())
     if total <= 1e-9 * float(features.double().norm()) or total == 0:
         return 0.0
-    shares = values / total
-    return float(torch.special.entr(shares).sum().exp())
+    probabilities = values / total
+    return float(torch.special.entr(probabilities).sum().exp())
 
 
-def spread(features: Tensor) -> Spread:
-    """All four measures of float [N, D]."""
+def compute_feature_statistics(features: Tensor) -> FeatureStatistics:
+    """Compute the statistics of features float [N, D]."""
     features = features.double()
     variance = features.var(dim=0, correction=0)
     square = float(features.square().sum(dim=1).mean())
     unit = F.normalize(features, dim=1)
     count = len(unit)
-    similarity = (float(unit.sum(dim=0).square().sum()) - count) / (count * (count - 1)) if count > 1 else 1.0
-    return Spread(
-        effective_rank(features),
+    mean_cosine = (
+        (float(unit.sum(dim=0).square().sum()) - count) / (count * (count - 1)) if count > 1 else 1.0
+    )
+    return FeatureStatistics(
+        compute_effective_rank(features),
         float(variance.mean()),
         float(variance.sum()) / square if square else 0.0,
-        similarity,
+        mean_cosine,
     )
 
 
 @torch.no_grad()
-def encoder_spread(model: MaskedAutoencoder, images: Tensor) -> Spread:
-    """Of the mean patch tokens of whole images, float [B, C, H, W], normalised."""
+def compute_encoder_statistics(model: MaskedAutoencoder, images: Tensor) -> FeatureStatistics:
+    """Compute the statistics of the mean patch tokens of unmasked images, float [N, C, H, W], normalised."""
     cls = model.config.cls_tokens
-    parts = [model.encode(some)[:, cls:].float().mean(dim=1).cpu() for some in images.split(_BATCH)]
-    return spread(torch.cat(parts))
+    features = [model.encode(batch)[:, cls:].float().mean(dim=1).cpu() for batch in images.split(_BATCH)]
+    return compute_feature_statistics(torch.cat(features))
 
 
-def image_spread(images: Tensor) -> Spread:
-    """Of the pixels themselves, at most 32 on a side: what there is to be told apart."""
-    return spread(pixel_features(images.float().cpu()))
+def compute_pixel_statistics(images: Tensor) -> FeatureStatistics:
+    """Compute the statistics of the pixels of images, resized to at most 32 × 32, as a reference."""
+    return compute_feature_statistics(compute_pixel_features(images.float().cpu()))

@@ -1,4 +1,4 @@
-"""Look at a run: its folder, its model and its images."""
+"""Measurement of a run: its folder, its model and its images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -10,40 +10,44 @@ from torch import Tensor
 
 from quarterview import rng
 from quarterview.data.config import DataConfig
-from quarterview.data.sampler import SampleStream, default_holdout
+from quarterview.data.sampler import SampleStream, compute_default_holdout
 from quarterview.data.sources.base import Source
 from quarterview.data.sources.open import open_sources
-from quarterview.data.statistics import channel_statistics
-from quarterview.data.transforms.crop import normalise
-from quarterview.doctor.collapse import Spread, encoder_spread, image_spread
+from quarterview.data.statistics import compute_channel_statistics
+from quarterview.data.transforms.crop import normalize
+from quarterview.doctor.collapse import (
+    FeatureStatistics,
+    compute_encoder_statistics,
+    compute_pixel_statistics,
+)
 from quarterview.doctor.config import MIN_IMAGES
-from quarterview.doctor.examined import MODEL, Examined
+from quarterview.doctor.examined import MODEL, RunMeasurements
 from quarterview.doctor.findings import Finding
-from quarterview.doctor.history import read_history
-from quarterview.doctor.inpainters import inpainted_losses, model_losses
+from quarterview.doctor.history import summarize_history
+from quarterview.doctor.inpainters import compute_inpainter_losses, compute_model_losses
 from quarterview.errors import UserError
-from quarterview.evaluation.pictures import Pictures, describe, read_sample
+from quarterview.evaluation.pictures import ImageStatistics, compute_image_statistics, read_image_sample
 from quarterview.models import masking
 from quarterview.models.config import MAEConfig
-from quarterview.models.create import fresh_model
+from quarterview.models.create import create_mae
 from quarterview.models.mae import MaskedAutoencoder
 from quarterview.safe_yaml import read_yaml
 from quarterview.training import checkpoint
 from quarterview.training.config import LoopConfig, OptimConfig
 from quarterview.training.metric_writers import read_metrics
-from quarterview.training.optim import warmup_steps
-from quarterview.training.trainer import precision_context, usable_precision
-from quarterview.weights.facts import flat_settings
+from quarterview.training.optim import compute_warmup_steps
+from quarterview.training.trainer import get_autocast_context, get_supported_precision
+from quarterview.weights.facts import flatten_settings
 from quarterview.weights.loading import load_autoencoder
 
-_THREADS = 4
-_MOST_IMAGES, _LEAST_IMAGES, _MOST_PIXELS = 256, 48, 1 << 22
+_NUM_THREADS = 4
+_MAX_IMAGES, _MIN_LARGE_IMAGES, _MAX_PIXELS = 256, 48, 1 << 22
 
-Part = TypeVar("Part", MAEConfig, DataConfig, OptimConfig, LoopConfig)
+ConfigT = TypeVar("ConfigT", MAEConfig, DataConfig, OptimConfig, LoopConfig)
 
 
-class Record(NamedTuple):
-    """What a run's folder says of itself."""
+class RunRecord(NamedTuple):
+    """The contents of a run's folder."""
 
     folder: Path
     model: MAEConfig
@@ -51,18 +55,18 @@ class Record(NamedTuple):
     optim: OptimConfig
     loop: LoopConfig
     resolved: Mapping[str, Any]
-    """Decisions of the start; empty if there is no checkpoint yet."""
+    """Values that were resolved at the start of the run; empty without a checkpoint."""
     step: int | None
-    """Of the newest checkpoint; None if there is none."""
+    """Step of the newest checkpoint; None without a checkpoint."""
 
 
-def read_record(folder: Path) -> Record:
-    """Read a run's configuration, from its newest checkpoint or else from ``config.yaml``.
+def read_run_record(folder: Path) -> RunRecord:
+    """Read the configuration of a run, from its newest checkpoint or else from ``config.yaml``.
 
     Raises:
-        UserError: if the folder is no run.
+        UserError: if the folder is not a run, or a run of another method than mae with target pixels.
     """
-    newest = checkpoint.newest(folder / "checkpoints")
+    newest = checkpoint.find_newest(folder / "checkpoints")
     if newest is not None:
         state = checkpoint.read_state(newest)
         values, resolved, step = state.get("config", {}), state.get("resolved", {}), int(state["step"])
@@ -72,61 +76,65 @@ def read_record(folder: Path) -> Record:
             values = read_yaml((folder / "config.yaml").read_bytes())
         except (OSError, ValueError):
             raise UserError(
-                f"{folder} is no run: it holds neither checkpoints nor config.yaml; accepted: a folder "
-                "that `quarterview pretrain --out` wrote"
+                f"{folder} is not a run: it has neither checkpoints nor config.yaml. Give the --out of a "
+                "quarterview pretrain."
             ) from None
-    values = flat_settings(values) if isinstance(values, dict) else {}
+    values = flatten_settings(values) if isinstance(values, dict) else {}
     if "model" not in values:
         raise UserError(
-            f"{folder} says nothing of how it was trained; accepted: a run of `quarterview pretrain`"
+            f"The configuration of {folder} has no model. Give the --out of a quarterview pretrain."
         )
-    method = values.get("method", values.get("objective", "mae"))  # which version 0.1 called objective
+    method = values.get("method", values.get("objective", "mae"))  # `objective` in version 0.1
     target = values.get("target", "pixels")
     if (method, target) != ("mae", "pixels"):
         raise UserError(
             f"{folder} was trained with --method {method}{f' --target {target}' if method == 'mae' else ''}, "
-            "and the doctor compares predictions of pixels with inpainters. Give a run of --method mae "
-            "--target pixels, or use quarterview knn or linear."
+            "but quarterview doctor needs --method mae --target pixels. Use quarterview knn or linear."
         )
-    return Record(
+    return RunRecord(
         folder,
-        part(MAEConfig, values),
-        part(DataConfig, values),
-        part(OptimConfig, values),
-        part(LoopConfig, values),
+        create_config(MAEConfig, values),
+        create_config(DataConfig, values),
+        create_config(OptimConfig, values),
+        create_config(LoopConfig, values),
         resolved,
         step,
     )
 
 
-def part(kind: type[Part], values: Mapping[str, Any]) -> Part:
-    """The fields of one configuration out of those of a run."""
-    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
+def create_config(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Create a configuration of one class from the values of a whole run."""
+    return config_class(
+        **{field.name: values[field.name] for field in fields(config_class) if field.name in values}
+    )
 
 
-class Seen(NamedTuple):
-    """What looking at the images gave; see `Examined`."""
+class ImageMeasurements(NamedTuple):
+    """The measurements that need the images, see `RunMeasurements`."""
 
     fingerprint: str
-    size: int
-    held_out: bool
+    num_images: int
+    is_held_out: bool
     losses: dict[str, Tensor]
-    trained_losses: Tensor | None
-    pictures: Pictures
-    eight_bit: bool
-    encoder: Spread | None
-    fresh: Spread
-    pixels: Spread
+    train_losses: Tensor | None
+    image_statistics: ImageStatistics
+    is_eight_bit: bool
+    encoder_statistics: FeatureStatistics | None
+    random_encoder_statistics: FeatureStatistics
+    pixel_statistics: FeatureStatistics
 
 
-def see_images(
-    record: Record, data: Sequence[str], count: int | None, device: torch.device
-) -> tuple[Seen | None, list[Finding]]:
-    """Everything that takes the images, and what could not be done for want of them.
+def measure_images(
+    record: RunRecord, data: Sequence[str], num_images: int | None, device: torch.device
+) -> tuple[ImageMeasurements | None, list[Finding]]:
+    """Measure everything that needs the images.
 
     Args:
-        data: where the images are, if elsewhere than they were.
-        count: of held-out images, and of training images, to look at.
+        data: paths of the images, if they have been moved, or an empty sequence.
+        num_images: number of held-out images, and of training images, to evaluate; None for the default.
+
+    Returns:
+        The measurements, or None if the images cannot be read, and findings on what was not measured.
 
     Raises:
         UserError: if `data` cannot be read.
@@ -137,130 +145,150 @@ def see_images(
     except UserError as error:
         if data:
             raise
-        seen = f"the images cannot be read ({error}); loss, features and pictures were not looked at"
+        evidence = f"the images cannot be read ({error}), so loss, features and images were not checked"
         return None, [
-            Finding("caution", "no images", seen, "they were moved", "--data with where they are now")
-        ]
-    notes = []
-    if record.step is None:
-        notes.append(
             Finding(
-                "caution", "no checkpoint", "there is no complete checkpoint, so the model was not looked at"
+                "warning", "no images", evidence, "the images were moved", "give their new path with --data"
+            )
+        ]
+    findings = []
+    if record.step is None:
+        findings.append(
+            Finding(
+                "warning", "no checkpoint", "there is no complete checkpoint, so the model was not checked"
             )
         )
     if fingerprint != record.resolved.get("fingerprint", fingerprint):
-        seen = f"{len(source)} images with fingerprint {fingerprint}; the run was trained on others"
-        notes.append(
-            Finding("caution", "other images", seen, "the set was changed", "--data with the set of then")
+        evidence = f"{len(source)} images with fingerprint {fingerprint}; the run was trained on others"
+        findings.append(
+            Finding(
+                "warning",
+                "other images",
+                evidence,
+                "the dataset was changed",
+                "give the images of the run with --data",
+            )
         )
-    if count is None:
+    if num_images is None:
         pixels = record.model.image_size[0] * record.model.image_size[1]
-        count = min(_MOST_IMAGES, max(_LEAST_IMAGES, _MOST_PIXELS // pixels))
-    seen = _see(record, source, fingerprint, count, device)
-    if not seen.held_out:
-        told = "no images were held out, so these are of images that the model was trained on"
-        notes.append(Finding("caution", "no holdout", told, "--holdout 0 or few images", "--holdout 64"))
-    return seen, notes
+        num_images = min(_MAX_IMAGES, max(_MIN_LARGE_IMAGES, _MAX_PIXELS // pixels))
+    measured = _measure(record, source, fingerprint, num_images, device)
+    if not measured.is_held_out:
+        evidence = "no images were held out, so the losses are of training images"
+        findings.append(
+            Finding("warning", "no holdout", evidence, "--holdout 0, or few images", "--holdout 64")
+        )
+    return measured, findings
 
 
-def stream_of(record: Record, source: Source) -> SampleStream:
-    """The run's order of samples, which says what was held out."""
+def create_stream(record: RunRecord, source: Source) -> SampleStream:
+    """Create the sample stream of the run, which defines the held-out images."""
     holdout = record.resolved.get("holdout", record.data.holdout)
-    holdout = default_holdout(len(source)) if holdout is None else holdout
+    holdout = compute_default_holdout(len(source)) if holdout is None else holdout
     return SampleStream(len(source), min(holdout, len(source) - 1), record.loop.seed)
 
 
-def _see(record: Record, source: Source, fingerprint: str, count: int, device: torch.device) -> Seen:
-    stream = stream_of(record, source)
-    new, known = stream.held_out()[:count], stream.training_sample(count)
-    held_out = len(new) >= MIN_IMAGES  # otherwise training images stand in for them
-    ids = torch.cat([new, known]) if held_out else known
-    sample = read_sample(source, ids.tolist(), record.model.image_size)
+def _measure(
+    record: RunRecord, source: Source, fingerprint: str, num_images: int, device: torch.device
+) -> ImageMeasurements:
+    stream = create_stream(record, source)
+    held_out_ids, train_ids = stream.get_held_out_ids()[:num_images], stream.select_train_ids(num_images)
+    has_held_out = len(held_out_ids) >= MIN_IMAGES  # otherwise training images are used
+    ids = torch.cat([held_out_ids, train_ids]) if has_held_out else train_ids
+    sample = read_image_sample(source, ids.tolist(), record.model.image_size)
     if len(sample.ids) == 0:
-        raise UserError(f"no image can be read, {source.name(0)} among them; accepted: images that can")
+        raise UserError(
+            f"No image can be read, for example {source.name(0)}. Give readable images with --data."
+        )
     model = load_autoencoder(record.folder) if record.step is not None else None
-    fresh = fresh_model(model.config if model else with_statistics(record, source, stream), record.loop.seed)
-    fresh = fresh.to(device).eval()
-    images = normalised(fresh.config, sample.images).to(device)
-    mask = masks(fresh, record.loop.seed, sample.ids.to(device))
-    is_new = torch.isin(sample.ids, new) if held_out else torch.ones(len(sample.ids), dtype=torch.bool)
-    losses = inpainted_losses(fresh, images[is_new.to(device)], mask[is_new.to(device)])
-    ours: Tensor | None = None
-    precision = usable_precision(record.resolved.get("precision", "bf16"), device)
-    with precision_context(precision, device)():
+    config = model.config if model else add_channel_statistics(record, source, stream)
+    random_model = create_mae(config, record.loop.seed).to(device).eval()
+    images = normalize_for_model(random_model.config, sample.images).to(device)
+    mask = make_validation_masks(random_model, record.loop.seed, sample.ids.to(device))
+    if has_held_out:
+        is_evaluated = torch.isin(sample.ids, held_out_ids)
+    else:
+        is_evaluated = torch.ones(len(sample.ids), dtype=torch.bool)
+    losses = compute_inpainter_losses(
+        random_model, images[is_evaluated.to(device)], mask[is_evaluated.to(device)]
+    )
+    model_losses: Tensor | None = None
+    model_statistics: FeatureStatistics | None = None
+    precision = get_supported_precision(record.resolved.get("precision", "bf16"), device)
+    with get_autocast_context(precision, device)():
         if model is not None:
             model = model.to(device)
-            ours = model_losses(model, images, mask)
-            losses[MODEL] = ours[is_new]
-        spreads = [None if m is None else encoder_spread(m, images) for m in (model, fresh)]
-    assert spreads[1] is not None
-    return Seen(
+            model_losses = compute_model_losses(model, images, mask)
+            losses[MODEL] = model_losses[is_evaluated]
+            model_statistics = compute_encoder_statistics(model, images)
+        random_statistics = compute_encoder_statistics(random_model, images)
+    return ImageMeasurements(
         fingerprint=fingerprint,
-        size=len(source),
-        held_out=held_out,
+        num_images=len(source),
+        is_held_out=has_held_out,
         losses=losses,
-        trained_losses=ours[~is_new] if ours is not None and held_out else None,
-        pictures=describe(sample, record.model.shape.patch_size),
-        eight_bit=sample.eight_bit,
-        encoder=spreads[0],
-        fresh=spreads[1],
-        pixels=image_spread(images),
+        train_losses=model_losses[~is_evaluated] if model_losses is not None and has_held_out else None,
+        image_statistics=compute_image_statistics(sample, record.model.shape.patch_size),
+        is_eight_bit=sample.eight_bit,
+        encoder_statistics=model_statistics,
+        random_encoder_statistics=random_statistics,
+        pixel_statistics=compute_pixel_statistics(images),
     )
 
 
-def with_statistics(record: Record, source: Source, stream: SampleStream) -> MAEConfig:
-    """The model's configuration with the channel means that the run measured, or would."""
+def add_channel_statistics(record: RunRecord, source: Source, stream: SampleStream) -> MAEConfig:
+    """Return the model configuration with channel statistics, computing them if they are missing."""
     mean, std = record.model.mean, record.model.std
     if mean is None or std is None:
-        measured = channel_statistics(source, stream, _THREADS, lambda _: None)
-        mean, std = mean or measured[0], std or measured[1]
+        computed = compute_channel_statistics(source, stream, _NUM_THREADS, lambda _: None)
+        mean, std = mean or computed[0], std or computed[1]
     return replace(record.model, mean=mean, std=std)
 
 
-def normalised(config: MAEConfig, images: Tensor) -> Tensor:
-    """Images [B, C, H, W] in [0, 1] as the model wants them."""
+def normalize_for_model(config: MAEConfig, images: Tensor) -> Tensor:
+    """Normalise images [B, C, H, W] in [0, 1] by the channel statistics of a model."""
     mean, std = config.mean or (0.0,) * config.in_chans, config.std or (1.0,) * config.in_chans
-    return normalise(images, mean, std)
+    return normalize(images, mean, std)
 
 
-def masks(model: MaskedAutoencoder, seed: int, ids: Tensor) -> Tensor:
-    """The masks that validation gives these images, bool [B, L]."""
-    noise = model.mask_noise(rng.uniform(seed, "mask", 0, ids, model.uniforms_needed))
-    return masking.mask_from_noise(noise, model.kept)
+def make_validation_masks(model: MaskedAutoencoder, seed: int, ids: Tensor) -> Tensor:
+    """Return the masks that validation uses for these images: bool [B, L]."""
+    noise = model.mask_noise(rng.uniform(seed, "mask", 0, ids, model.num_mask_uniforms))
+    return masking.mask_from_noise(noise, model.num_visible)
 
 
-def examine(record: Record, seen: Seen | None) -> Examined:
-    """Put together what the folder and the images gave."""
-    images = seen.size if seen else record.resolved.get("images")
+def combine_measurements(record: RunRecord, measured: ImageMeasurements | None) -> RunMeasurements:
+    """Combine the measurements of the images with those of the run's folder."""
+    images = measured.num_images if measured else record.resolved.get("images")
     steps = record.resolved.get("steps") or record.loop.steps
     holdout = record.resolved.get("holdout", record.data.holdout or 0)
-    trained = max(1, (images or 1) - holdout)
-    steps = steps or record.loop.total_steps(trained)
-    planned, _ = warmup_steps(record.optim.warmup_epochs, trained / record.loop.batch_size, steps)
+    num_train = max(1, (images or 1) - holdout)
+    steps = steps or record.loop.total_steps(num_train)
+    planned, _ = compute_warmup_steps(record.optim.warmup_epochs, num_train / record.loop.batch_size, steps)
     warmup = record.resolved.get("warmup_steps", planned)
-    history = read_history(read_metrics(record.folder), warmup)
-    # A run that the loop gave up wrote no row of its last steps.
-    skipped = max(history.skipped, lines(record.folder / "skipped_steps.jsonl"))
-    return Examined(
+    history = summarize_history(read_metrics(record.folder), warmup)
+    # A run that stopped because of skipped steps has no rows for the last of them in metrics.jsonl.
+    skipped = max(history.num_skipped, count_lines(record.folder / "skipped_steps.jsonl"))
+    return RunMeasurements(
         model=record.model,
         optim=record.optim,
         loop=record.loop,
-        steps=steps,
-        warmup=warmup,
-        history=history._replace(skipped=skipped),
-        images=images,
-        broken=lines(record.folder / "bad_samples.jsonl"),
-        held_out=seen.held_out if seen else False,
-        losses=seen.losses if seen else None,
-        trained_losses=seen.trained_losses if seen else None,
-        pictures=seen.pictures if seen else None,
-        eight_bit=seen.eight_bit if seen else False,
-        encoder=seen.encoder if seen else None,
-        fresh=seen.fresh if seen else None,
-        pixels=seen.pixels if seen else None,
+        num_steps=steps,
+        warmup_steps=warmup,
+        history=history._replace(num_skipped=skipped),
+        num_images=images,
+        num_broken=count_lines(record.folder / "bad_samples.jsonl"),
+        is_held_out=measured.is_held_out if measured else False,
+        losses=measured.losses if measured else None,
+        train_losses=measured.train_losses if measured else None,
+        image_statistics=measured.image_statistics if measured else None,
+        is_eight_bit=measured.is_eight_bit if measured else False,
+        encoder_statistics=measured.encoder_statistics if measured else None,
+        random_encoder_statistics=measured.random_encoder_statistics if measured else None,
+        pixel_statistics=measured.pixel_statistics if measured else None,
     )
 
 
-def lines(path: Path) -> int:
-    """How many lines a file has; none if it is not there."""
+def count_lines(path: Path) -> int:
+    """Count the lines of a file; 0 if the file does not exist."""
     return len(path.read_text("utf-8").splitlines()) if path.exists() else 0

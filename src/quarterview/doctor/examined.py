@@ -1,4 +1,4 @@
-"""What is measured of a run, and how two losses are compared."""
+"""Measurements of a run, and the comparison of its losses."""
 
 import math
 from collections.abc import Mapping
@@ -6,108 +6,118 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from quarterview.doctor.collapse import Spread
-from quarterview.doctor.history import History
+from quarterview.doctor.collapse import FeatureStatistics
+from quarterview.doctor.history import TrainingHistory
 from quarterview.doctor.inpainters import INPAINTERS, MEAN, ZERO
-from quarterview.evaluation.pictures import Pictures
+from quarterview.evaluation.pictures import ImageStatistics
 from quarterview.models.config import MAEConfig
 from quarterview.training.config import LoopConfig, OptimConfig
 
 MODEL = "this model"
-"""The name that the model has beside the inpainters."""
-LEAST_GAIN = 0.03
-"""By what share, at least, the loss must be below that of the mean for anything to be learned."""
-CERTAIN = 2.0
-"""Standard errors that a difference must exceed to be one."""
+"""Name of the model among the inpainters."""
+MIN_IMPROVEMENT = 0.03
+"""Minimum relative improvement over the best constant for a model that has learned something."""
+MIN_STANDARD_ERRORS = 2.0
+"""Minimum size of a significant difference, in standard errors."""
 
 
 @dataclass(frozen=True)
-class Examined:
-    """All that was measured of a run; None where something could not be."""
+class RunMeasurements:
+    """All measurements of a run; None where something could not be measured."""
 
     model: MAEConfig
     optim: OptimConfig
     loop: LoopConfig
-    steps: int
-    """Updates of the whole run."""
-    warmup: int
-    """Updates of warm-up."""
-    history: History
-    images: int | None
-    """In the whole set."""
-    broken: int
-    """Of them that could not be read so far."""
-    held_out: bool
-    """Whether the losses are of images that were never trained on."""
+    num_steps: int
+    """Number of steps of the whole run."""
+    warmup_steps: int
+    """Number of warm-up steps."""
+    history: TrainingHistory
+    num_images: int | None
+    """Number of images of the whole dataset."""
+    num_broken: int
+    """Number of images that could not be read so far."""
+    is_held_out: bool
+    """True if `losses` are of held-out images, False if they are of training images."""
     losses: Mapping[str, Tensor] | None
-    """float [N] for each inpainter and, if there is a checkpoint, `MODEL`."""
-    trained_losses: Tensor | None
-    """float [M], the model's on images that were trained on, seen in the same way."""
-    pictures: Pictures | None
-    eight_bit: bool
-    encoder: Spread | None
-    fresh: Spread | None
-    """Of an encoder with the initial weights of the same seed."""
-    pixels: Spread | None
+    """Losses float [N] of each inpainter and, if there is a checkpoint, of `MODEL`."""
+    train_losses: Tensor | None
+    """Losses float [M] of the model on training images, without augmentation."""
+    image_statistics: ImageStatistics | None
+    is_eight_bit: bool
+    encoder_statistics: FeatureStatistics | None
+    random_encoder_statistics: FeatureStatistics | None
+    """Statistics of a random encoder: the initial weights of the same seed."""
+    pixel_statistics: FeatureStatistics | None
 
     @property
-    def done(self) -> bool:
-        """Whether the run has made all its updates."""
-        return self.history.step >= self.steps
+    def is_finished(self) -> bool:
+        """True if the run has completed all steps."""
+        return self.history.step >= self.num_steps
 
     @property
-    def rate(self) -> float:
-        """The peak learning rate over the usual one."""
-        return self.optim.peak_lr(self.loop.batch_size) / usual_rate(
+    def relative_lr(self) -> float:
+        """The peak learning rate divided by the reference learning rate."""
+        return self.optim.peak_lr(self.loop.batch_size) / compute_reference_lr(
             self.loop.batch_size, self.model.shape.width
         )
 
-    def loss(self, name: str) -> float | None:
-        """The mean of one row of the table."""
+    def get_mean_loss(self, name: str) -> float | None:
+        """Return the mean loss of an inpainter or of `MODEL`; None if it was not measured."""
         return float(self.losses[name].mean()) if self.losses and name in self.losses else None
 
-    def gain(self, over: str) -> tuple[float, float] | None:
-        """By what share the model's loss is below another's, and by how many standard errors."""
+    def compute_improvement(self, baseline: str) -> tuple[float, float] | None:
+        """Compute the improvement of the model over a baseline; None if the model was not evaluated.
+
+        Returns:
+            The difference of the losses, relative to the baseline's loss and in standard errors.
+        """
         if self.losses is None or MODEL not in self.losses:
             return None
-        theirs, ours = self.losses[over].double(), self.losses[MODEL].double()
-        return standardised(theirs - ours, float(theirs.mean()))
+        baseline_losses, model_losses = self.losses[baseline].double(), self.losses[MODEL].double()
+        return compute_mean_difference(baseline_losses - model_losses, float(baseline_losses.mean()))
 
     @property
-    def floor(self) -> str:
-        """The better of those two that know nothing of where things are."""
-        return min((ZERO, MEAN), key=lambda name: self.loss(name) or 0.0)
+    def best_constant(self) -> str:
+        """The better of the two inpainters that predict the same color for all patches."""
+        return min((ZERO, MEAN), key=lambda name: self.get_mean_loss(name) or 0.0)
 
     @property
-    def best(self) -> str:
+    def best_inpainter(self) -> str:
         """The best trivial inpainter."""
-        return min(INPAINTERS, key=lambda name: self.loss(name) or 0.0)
+        return min(INPAINTERS, key=lambda name: self.get_mean_loss(name) or 0.0)
 
     @property
-    def learned(self) -> bool | None:
-        """Whether the model is certainly better than a constant; None if that is unknown."""
-        gain = self.gain(self.floor) if self.losses else None
-        return None if gain is None else gain[0] > LEAST_GAIN and gain[1] > CERTAIN
+    def has_learned(self) -> bool | None:
+        """True if the model is significantly better than the best constant; None if it was not evaluated."""
+        improvement = self.compute_improvement(self.best_constant) if self.losses else None
+        return (
+            None
+            if improvement is None
+            else improvement[0] > MIN_IMPROVEMENT and improvement[1] > MIN_STANDARD_ERRORS
+        )
 
     @property
-    def beats_all(self) -> bool | None:
-        """Whether the model is better than every trivial inpainter."""
-        gain = self.gain(self.best) if self.losses else None
-        return None if gain is None else bool(self.learned) and gain[0] > 0
+    def beats_all_inpainters(self) -> bool | None:
+        """True if the model is better than every inpainter; None if it was not evaluated."""
+        improvement = self.compute_improvement(self.best_inpainter) if self.losses else None
+        return None if improvement is None else bool(self.has_learned) and improvement[0] > 0
 
 
-def usual_rate(batch_size: int, width: int) -> float:
-    """The paper's peak rate, 2.4e-3 at a batch of 4096 for ViT-B, carried to other batches and widths.
+def compute_reference_lr(batch_size: int, width: int) -> float:
+    """Compute the reference peak learning rate: the paper's 2.4e-3 for ViT-B at batch size 4096, rescaled.
 
-    The paper scales with the batch size, from 4096 down to nothing smaller. Adam's rate goes with its
-    square root (Malladi et al. 2022) and with the inverse of the width (Yang et al. 2022): small models
-    on small batches take, and need, much more than the linear rule gives.
+    The paper does not test its linear rule below a batch size of 4096. With Adam, the learning rate scales
+    with the square root of the batch size (Malladi et al. 2022) and the inverse of the width (Yang et al.
+    2022), so small models with small batches need a much higher learning rate than the linear rule gives.
     """
     return OptimConfig().peak_lr(4096) * math.sqrt(batch_size / 4096) * 768 / width
 
 
-def standardised(differences: Tensor, of: float) -> tuple[float, float]:
-    """The mean of float [N] as a share of a loss, and over its standard error."""
+def compute_mean_difference(differences: Tensor, reference: float) -> tuple[float, float]:
+    """Return the mean of differences float [N], divided by a reference loss and by its standard error."""
     mean, count = float(differences.mean()), len(differences)
     error = float(differences.std()) / math.sqrt(count) if count > 1 else math.inf
-    return (mean / of if of > 0 else 0.0), (mean / error if error > 0 else math.copysign(math.inf, mean))
+    return (mean / reference if reference > 0 else 0.0), (
+        mean / error if error > 0 else math.copysign(math.inf, mean)
+    )

@@ -1,133 +1,140 @@
-"""From what was measured of a run to what is wrong with it, why, and which flag to change.
+"""Findings on a run: problems, their likely causes and fixes, from its measurements.
 
-The thresholds were fixed on other runs than those that `benchmarks/doctor_runs.py` judges.
+The thresholds were chosen on other runs than those of `benchmarks/doctor_runs.py`.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
-from quarterview.doctor.examined import CERTAIN, LEAST_GAIN, MODEL, Examined, usual_rate
+from quarterview.doctor.examined import (
+    MIN_IMPROVEMENT,
+    MIN_STANDARD_ERRORS,
+    MODEL,
+    RunMeasurements,
+    compute_reference_lr,
+)
 from quarterview.doctor.inpainters import INTERPOLATED, NEAREST, ZERO
 from quarterview.training.config import OptimConfig
 
-Severity = Literal["ailment", "caution", "fine"]
+Severity = Literal["error", "warning", "ok"]
 
-RATE_HIGH, RATE_SUSPECT, RATE_LOW = 10.0, 3.0, 0.02
-"""How many times `usual_rate` the peak learning rate may be: beyond the first it is worth a word, and to
-blame if the model is weak; beyond the second to blame if nothing is learned; below the third low."""
-RATIO_USEFUL, RATIO_POSSIBLE = (0.4, 0.9), (0.1, 0.95)
-"""Mask ratios that are known to work well (He et al. 2021, figure 5), and beyond which nothing is learned."""
-NO_NEIGHBOURS, FEW_NEIGHBOURS = 0.1, 0.3
-"""Correlations of neighbouring pixels: of noise, and of very noisy pictures."""
-SAME, ALIKE = 0.01, 0.05
-"""Shares of the variance that is between images: equal ones, and nearly so."""
-_GREY_LEVEL = 1 / 255
-_FEW_STEPS = 500
-_YOUNG = ("a short run, so far", "more --epochs or --steps")
+HIGH_LR_RATIO, SUSPECT_LR_RATIO, LOW_LR_RATIO = 10.0, 3.0, 0.02
+"""Ratios of the peak learning rate to that of `compute_reference_lr`. Above the first, the learning rate is
+reported, and an error if the model is bad. Above the second, it is an error if nothing was learned. Below the
+third, it is reported as low."""
+USEFUL_MASK_RATIOS, POSSIBLE_MASK_RATIOS = (0.4, 0.9), (0.1, 0.95)
+"""Ranges of mask ratios that work well (He et al. 2021, figure 5), and of those that can work at all."""
+NOISE_CORRELATION, LOW_CORRELATION = 0.1, 0.3
+"""Maximum correlation of neighbouring pixels in pure noise, and in very noisy images."""
+EQUAL_VARIANCE_RATIO, SIMILAR_VARIANCE_RATIO = 0.01, 0.05
+"""Maximum between-image variance ratio of equal images, and of similar images."""
+_GRAY_LEVEL = 1 / 255  # one step of 8-bit values, in [0, 1]
+_MIN_STEPS = 500  # a shorter run may not have learned anything yet
+_SHORT_RUN = ("a short run", "more --epochs or --steps")
 
 
 class Finding(NamedTuple):
-    """One thing that was found."""
+    """A result of the diagnosis."""
 
     severity: Severity
     name: str
-    """A word or two by which programs know it, such as ``learning rate``."""
-    seen: str
-    """What was measured, with the figures."""
+    """A stable short name, such as ``learning rate``."""
+    evidence: str
+    """The measurements that show it."""
     cause: str = ""
-    """What likely brought it about."""
-    remedy: str = ""
-    """The flag to change, or what else to do."""
+    """The likely cause."""
+    fix: str = ""
+    """The flag to change, or another fix."""
 
 
-def diagnose(run: Examined) -> list[Finding]:
-    """Everything worth saying, ailments first."""
-    rules: tuple[Callable[[Examined], list[Finding]], ...] = (
-        equal_images,
-        structure,
-        broken_images,
-        mask_ratio,
-        learning_rate,
-        skipped_steps,
-        course,
-        overfitting,
-        collapse,
-        waiting,
+def diagnose(run: RunMeasurements) -> list[Finding]:
+    """Return all findings on a run, errors first."""
+    checks: tuple[Callable[[RunMeasurements], list[Finding]], ...] = (
+        check_equal_images,
+        check_structure,
+        check_broken_images,
+        check_mask_ratio,
+        check_learning_rate,
+        check_skipped_steps,
+        check_training_loss,
+        check_overfitting,
+        check_collapse,
+        check_data_wait,
     )
-    found = [finding for rule in rules for finding in rule(run)]
-    found += progress(run, explained=any(f.severity == "ailment" for f in found))
-    return by_severity(found)
+    findings = [finding for check in checks for finding in check(run)]
+    findings += check_reconstruction(run, is_explained=any(f.severity == "error" for f in findings))
+    return sort_by_severity(findings)
 
 
-def by_severity(findings: Iterable[Finding]) -> list[Finding]:
-    """The same findings, the worst first."""
-    order = ("ailment", "caution", "fine")
+def sort_by_severity(findings: Iterable[Finding]) -> list[Finding]:
+    """Sort findings: errors, then warnings, then ok."""
+    order = ("error", "warning", "ok")
     return sorted(findings, key=lambda finding: order.index(finding.severity))
 
 
 # ---------------------------------------------------------------------- the images
 
 
-def equal_images(run: Examined) -> list[Finding]:
-    """Are the images different from one another?"""
-    p = run.pictures
+def check_equal_images(run: RunMeasurements) -> list[Finding]:
+    """Check that the images differ from each other."""
+    p = run.image_statistics
     if p is None or p.count < 2:
         return []
-    figures = (
-        f"of {p.count} images {p.repeated:.0%} repeat an earlier one and {p.constant:.0%} are of one colour; "
-        f"at one place a pixel varies by {255 * p.difference:.2f} of 255 between images, {p.between:.2%} of "
-        "all variance"
+    evidence = (
+        f"of {p.count} images, {p.repeated:.0%} are copies of another one and {p.constant:.0%} have a single "
+        f"color; the standard deviation of a pixel over the images is {255 * p.difference:.2f} of 255, and "
+        f"{p.between_variance_ratio:.2%} of the variance is between images"
     )
-    cause = "another folder than meant: labels, masks, thumbnails or one picture many times"
-    remedy = "look at the files that --data names, and name those of the pictures"
-    faint = run.eight_bit and p.difference < 1.5 * _GREY_LEVEL
-    if p.between < SAME or faint or p.repeated > 0.5 or p.constant > 0.5:
-        return [Finding("ailment", "equal images", f"the images are all but equal: {figures}", cause, remedy)]
-    if p.between < ALIKE or p.repeated > 0.05 or p.constant > 0.1:
-        return [Finding("caution", "similar images", figures, cause, remedy)]
+    cause = "the wrong folder: labels, masks, thumbnails or copies of one image"
+    fix = "check the files of --data, and give the folder of the images"
+    faint = run.is_eight_bit and p.difference < 1.5 * _GRAY_LEVEL
+    if p.between_variance_ratio < EQUAL_VARIANCE_RATIO or faint or p.repeated > 0.5 or p.constant > 0.5:
+        return [Finding("error", "equal images", f"the images are nearly equal: {evidence}", cause, fix)]
+    if p.between_variance_ratio < SIMILAR_VARIANCE_RATIO or p.repeated > 0.05 or p.constant > 0.1:
+        return [Finding("warning", "similar images", evidence, cause, fix)]
     return []
 
 
-def structure(run: Examined) -> list[Finding]:
-    """Do neighbouring pixels have to do with each other?"""
-    p = run.pictures
-    if p is None or p.neighbours is None or any(f.severity == "ailment" for f in equal_images(run)):
+def check_structure(run: RunMeasurements) -> list[Finding]:
+    """Check that neighbouring pixels are correlated."""
+    p = run.image_statistics
+    if p is None or p.neighbours is None or any(f.severity == "error" for f in check_equal_images(run)):
         return []
-    seen = f"neighbouring pixels correlate by {p.neighbours:.2f} (photographs: 0.8 to 1)"
-    floor, nearest, smooth = (run.loss(name) for name in (run.floor, NEAREST, INTERPOLATED))
-    if floor is not None and nearest is not None and smooth is not None:
-        seen += f"; interpolation scores {smooth:.3f} and a constant {floor:.3f}"
-        useless = min(nearest, smooth) > 0.98 * floor
-    else:
-        useless = False
-    cause = (
-        "pixels out of order: a wrong shape, stride or byte order when the file was written, or pure noise"
-    )
-    remedy = "view some images as --data gives them (the top row of samples/*.png)"
-    if p.neighbours < NO_NEIGHBOURS or (p.neighbours < FEW_NEIGHBOURS and useless):
+    evidence = f"the correlation of neighbouring pixels is {p.neighbours:.2f} (photographs: 0.8 to 1)"
+    names = (run.best_constant, NEAREST, INTERPOLATED)
+    constant, nearest, interpolated = (run.get_mean_loss(name) for name in names)
+    is_unpredictable = False
+    if constant is not None and nearest is not None and interpolated is not None:
+        evidence += f"; the loss of interpolation is {interpolated:.3f}, that of a constant {constant:.3f}"
+        is_unpredictable = min(nearest, interpolated) > 0.98 * constant
+    cause = "pixels in the wrong order (shape, stride or byte order of the file), or pure noise"
+    fix = "check the images as the run reads them (the top row of samples/*.png)"
+    if p.neighbours < NOISE_CORRELATION or (p.neighbours < LOW_CORRELATION and is_unpredictable):
         return [
-            Finding("ailment", "no structure", f"the images have no spatial structure: {seen}", cause, remedy)
+            Finding("error", "no structure", f"the images have no spatial structure: {evidence}", cause, fix)
         ]
-    if p.neighbours < FEW_NEIGHBOURS:
+    if p.neighbours < LOW_CORRELATION:
         return [
-            Finding("caution", "noisy images", seen, "very noisy pictures", "denoise or shrink them first")
+            Finding(
+                "warning", "noisy images", evidence, "very noisy images", "denoise or downscale the images"
+            )
         ]
     return []
 
 
-def broken_images(run: Examined) -> list[Finding]:
-    """Could the images be read?"""
-    if not run.broken or not run.images:
+def check_broken_images(run: RunMeasurements) -> list[Finding]:
+    """Check that the images can be read."""
+    if not run.num_broken or not run.num_images:
         return []
-    share = run.broken / run.images
+    fraction = run.num_broken / run.num_images
     return [
         Finding(
-            "ailment" if share > 0.1 else "caution",
+            "error" if fraction > 0.1 else "warning",
             "broken images",
-            f"{run.broken} of {run.images} images ({share:.2%}) could not be read",
-            "cut off downloads, or files that are no images",
-            "bad_samples.jsonl names them: mend or remove them; --max-bad-samples is the limit",
+            f"{run.num_broken} of {run.num_images} images ({fraction:.2%}) could not be read",
+            "incomplete downloads, or files that are not images",
+            "repair or remove the images listed in bad_samples.jsonl; --max-bad-samples is the limit",
         )
     ]
 
@@ -135,272 +142,280 @@ def broken_images(run: Examined) -> list[Finding]:
 # ---------------------------------------------------------------------- the configuration
 
 
-def mask_ratio(run: Examined) -> list[Finding]:
-    """Is there something to see, and something to guess?"""
-    ratio, kept = run.model.mask_ratio, int(run.model.patches * (1 - run.model.mask_ratio))
-    if RATIO_USEFUL[0] <= ratio <= RATIO_USEFUL[1]:
+def check_mask_ratio(run: RunMeasurements) -> list[Finding]:
+    """Check that the mask ratio leaves enough visible patches, and enough masked ones."""
+    ratio, num_visible = run.model.mask_ratio, int(run.model.num_patches * (1 - run.model.mask_ratio))
+    if USEFUL_MASK_RATIOS[0] <= ratio <= USEFUL_MASK_RATIOS[1]:
         return []
-    seen = f"a mask ratio of {ratio:g} leaves {kept} of {run.model.patches} patches visible"
-    gain = run.gain(run.floor) if run.losses else None
-    if gain is not None:
-        seen += f"; from those the model gets {gain[0]:.1%} below a constant"
-    high = ratio > RATIO_USEFUL[1]
-    far = not RATIO_POSSIBLE[0] <= ratio <= RATIO_POSSIBLE[1]
+    evidence = f"a mask ratio of {ratio:g} leaves {num_visible} of {run.model.num_patches} patches visible"
+    improvement = run.compute_improvement(run.best_constant) if run.losses else None
+    if improvement is not None:
+        evidence += f"; the loss of the model is {improvement[0]:.1%} below that of a constant"
+    is_high = ratio > USEFUL_MASK_RATIOS[1]
+    is_extreme = not POSSIBLE_MASK_RATIOS[0] <= ratio <= POSSIBLE_MASK_RATIOS[1]
     cause = (
-        "too little is seen to guess the rest"
-        if high
-        else "so little is hidden that copying neighbours will do"
+        "too few visible patches to predict the others"
+        if is_high
+        else "so few masked patches that copying their neighbours is enough"
     )
     return [
         Finding(
-            "ailment" if far else "caution", "mask ratio", seen, cause, "--mask-ratio 0.75; 0.4 to 0.9 work"
+            "error" if is_extreme else "warning",
+            "mask ratio",
+            evidence,
+            cause,
+            "--mask-ratio 0.75 (0.4 to 0.9 work)",
         )
     ]
 
 
-def learning_rate(run: Examined) -> list[Finding]:
-    """Is the peak where such models learn, and if not, does it show?"""
+def check_learning_rate(run: RunMeasurements) -> list[Finding]:
+    """Check the peak learning rate, its effects on the run, and the warm-up."""
     batch, width = run.loop.batch_size, run.model.shape.width
-    peak, usual, rule = run.optim.peak_lr(batch), usual_rate(batch, width), OptimConfig().peak_lr(batch)
-    seen = (
-        f"the peak learning rate {peak:.2g} is {peak / rule:.3g} times the paper's rule "
-        f"(1.5e-4 × batch / 256) and {run.rate:.2g} times {usual:.1g}, the same with allowance for a "
-        f"batch of {batch} and a width of {width}"
+    peak_lr, reference_lr = run.optim.peak_lr(batch), compute_reference_lr(batch, width)
+    paper_lr = OptimConfig().peak_lr(batch)
+    evidence = (
+        f"the peak learning rate {peak_lr:.2g} is {peak_lr / paper_lr:.3g} times that of the paper's rule "
+        f"(1.5e-4 × batch / 256) and {run.relative_lr:.2g} times {reference_lr:.1g}, the paper's rescaled "
+        f"to batch size {batch} and width {width}"
     )
-    found = []
-    weak = run.beats_all is False and not only_begun(run)
-    ill = run.rate > RATE_HIGH and (weak or risen(run) or run.history.skipped > 0)
-    ill |= run.rate > RATE_SUSPECT and stuck(run)
-    if ill or run.rate > RATE_HIGH:
-        symptom = ", and it shows: " + symptoms(run) if ill else "; so far no harm is to be seen"
-        remedy = f"--lr {usual:.1g}"
-        severity: Severity = "ailment" if ill else "caution"
-        cause = "--blr or --lr far too high: each step undoes the one before"
-        found.append(Finding(severity, "learning rate", seen + symptom, cause, remedy))
-    elif run.rate < RATE_LOW:
-        cause = "--blr or --lr too low for so small a batch: the run learns slowly"
-        found.append(Finding("caution", "low learning rate", seen, cause, f"--lr {usual:.1g}"))
-    if run.warmup == 0 and run.steps > 1 and run.rate > 1:
-        seen = "there is no warm-up, at a learning rate above the usual"
-        found.append(
-            Finding(
-                "caution", "warm-up", seen, "--warmup-epochs 0", "leave --warmup-epochs out: 5% of the run"
-            )
-        )
-    elif run.warmup > 0.3 * run.steps:
-        seen = f"the warm-up takes {run.warmup} of {run.steps} updates"
-        cause = "a warm-up meant for a longer run"
-        found.append(Finding("caution", "warm-up", seen, cause, "leave --warmup-epochs out: 5% of the run"))
-    return found
+    findings = []
+    is_weak = run.beats_all_inpainters is False and not has_just_begun(run)
+    is_bad = is_weak or has_loss_risen(run) or run.history.num_skipped > 0
+    has_symptoms = run.relative_lr > HIGH_LR_RATIO and is_bad
+    has_symptoms |= run.relative_lr > SUSPECT_LR_RATIO and is_stuck(run)
+    if has_symptoms or run.relative_lr > HIGH_LR_RATIO:
+        evidence += "; " + (describe_symptoms(run) if has_symptoms else "it has done no visible harm so far")
+        severity: Severity = "error" if has_symptoms else "warning"
+        cause = "--blr or --lr is far too high"
+        findings.append(Finding(severity, "learning rate", evidence, cause, f"--lr {reference_lr:.1g}"))
+    elif run.relative_lr < LOW_LR_RATIO:
+        cause = "--blr or --lr is too low for this batch size, so the run learns slowly"
+        findings.append(Finding("warning", "low learning rate", evidence, cause, f"--lr {reference_lr:.1g}"))
+    fix = "remove --warmup-epochs: the default is 5% of the run"
+    if run.warmup_steps == 0 and run.num_steps > 1 and run.relative_lr > 1:
+        evidence = "there is no warm-up, and the learning rate is above the reference"
+        findings.append(Finding("warning", "warm-up", evidence, "--warmup-epochs 0", fix))
+    elif run.warmup_steps > 0.3 * run.num_steps:
+        evidence = f"the warm-up takes {run.warmup_steps} of {run.num_steps} steps"
+        findings.append(Finding("warning", "warm-up", evidence, "a warm-up meant for a longer run", fix))
+    return findings
 
 
-def symptoms(run: Examined) -> str:
-    """What a learning rate that is too high did."""
-    said = []
-    if run.learned is False:
-        said.append(
-            f"the model ({run.loss(MODEL):.3f}) is no better than a constant ({run.loss(run.floor):.3f})"
-        )
-    elif run.beats_all is False:
-        said.append(f"the model ({run.loss(MODEL):.3f}) is worse than {run.best} ({run.loss(run.best):.3f})")
-    if risen(run):
-        said.append(f"the loss rose from {run.history.lowest:.3f} to {run.history.loss:.3f}")
-    if run.history.skipped:
-        said.append(f"{run.history.skipped} updates gave gradients that are not finite")
-    return "; ".join(said)
+def describe_symptoms(run: RunMeasurements) -> str:
+    """Describe the effects of a learning rate that is too high."""
+    symptoms = []
+    loss = run.get_mean_loss(MODEL)
+    if run.has_learned is False:
+        constant_loss = run.get_mean_loss(run.best_constant)
+        symptoms.append(f"the model (loss {loss:.3f}) is no better than a constant ({constant_loss:.3f})")
+    elif run.beats_all_inpainters is False:
+        best_loss = run.get_mean_loss(run.best_inpainter)
+        symptoms.append(f"the model (loss {loss:.3f}) is worse than {run.best_inpainter} ({best_loss:.3f})")
+    if has_loss_risen(run):
+        symptoms.append(f"the training loss rose from {run.history.min_loss:.3f} to {run.history.loss:.3f}")
+    if run.history.num_skipped:
+        symptoms.append(f"{run.history.num_skipped} steps had gradients that are not finite")
+    return "; ".join(symptoms)
 
 
-def only_begun(run: Examined) -> bool:
-    """Whether it is too early to ask what was learned."""
+def has_just_begun(run: RunMeasurements) -> bool:
+    """Return True if the run is too young to judge what it has learned."""
     h = run.history
-    return not run.done and (h.step < 2 * run.warmup or h.rows < 6)
+    return not run.is_finished and (h.step < 2 * run.warmup_steps or h.num_rows < 6)
 
 
-def stuck(run: Examined) -> bool:
-    """Whether nothing was learned in a time that should do, and nothing is under way."""
-    h, begun = run.history, run.gain(ZERO)
-    if run.learned is not False or h.step < max(100, 2 * run.warmup):
+def is_stuck(run: RunMeasurements) -> bool:
+    """Return True if the model has learned nothing in enough steps, and its loss is not decreasing."""
+    h, over_zero = run.history, run.compute_improvement(ZERO)
+    if run.has_learned is not False or h.step < max(100, 2 * run.warmup_steps):
         return False
-    return begun is None or begun[0] <= LEAST_GAIN or (h.step >= _FEW_STEPS and h.falling <= 0.02)
+    return (
+        over_zero is None
+        or over_zero[0] <= MIN_IMPROVEMENT
+        or (h.step >= _MIN_STEPS and h.recent_decrease <= 0.02)
+    )
 
 
-def risen(run: Examined) -> bool:
-    """Whether the training loss ended well above where it once was."""
+def has_loss_risen(run: RunMeasurements) -> bool:
+    """Return True if the last training loss is more than 1.3 times the minimum."""
     h = run.history
-    return h.loss is not None and h.lowest is not None and h.loss > 1.3 * h.lowest
+    return h.loss is not None and h.min_loss is not None and h.loss > 1.3 * h.min_loss
 
 
-# ---------------------------------------------------------------------- the course of the run
+# ---------------------------------------------------------------------- the training history
 
 
-def skipped_steps(run: Examined) -> list[Finding]:
-    """Were there gradients that are not finite?"""
-    skipped = run.history.skipped
+def check_skipped_steps(run: RunMeasurements) -> list[Finding]:
+    """Check for steps that were skipped because of gradients that are not finite."""
+    skipped = run.history.num_skipped
     if not skipped:
         return []
-    share = skipped / max(1, run.history.step)
+    fraction = skipped / max(1, run.history.step)
     return [
         Finding(
-            "ailment" if share > 0.01 else "caution",
+            "error" if fraction > 0.01 else "warning",
             "skipped steps",
-            f"{skipped} of {run.history.step} updates ({share:.2%}) had gradients that are not finite",
-            "a learning rate too high, pixels out of range, or bf16",
-            "--clip-grad 1, a lower --lr, or --precision fp32; skipped_steps.jsonl names the images",
+            f"{skipped} of {run.history.step} steps ({fraction:.2%}) had gradients that are not finite",
+            "a learning rate that is too high, pixels out of range, or bf16",
+            "--clip-grad 1, a lower --lr, or --precision fp32; skipped_steps.jsonl lists the images",
         )
     ]
 
 
-def course(run: Examined) -> list[Finding]:
-    """Spikes, and a loss that went up and stayed there."""
-    h, found = run.history, []
-    if risen(run) and run.rate <= RATE_HIGH:
-        seen = f"the training loss rose from {h.lowest:.3f} to {h.loss:.3f} and stayed there"
-        cause = "the run diverged"
-        found.append(
-            Finding("ailment", "diverged", seen, cause, "--clip-grad 1, a lower --lr, or a longer warm-up")
-        )
+def check_training_loss(run: RunMeasurements) -> list[Finding]:
+    """Check for divergence, loss spikes and growing gradients."""
+    h, findings = run.history, []
+    if has_loss_risen(run) and run.relative_lr <= HIGH_LR_RATIO:
+        evidence = f"the training loss rose from {h.min_loss:.3f} to {h.loss:.3f} and stayed there"
+        fix = "--clip-grad 1, a lower --lr, or a longer warm-up"
+        findings.append(Finding("error", "diverged", evidence, "the run diverged", fix))
     elif h.spikes:
-        step, times = max(h.spikes, key=lambda spike: spike[1])
-        seen = (
-            f"the loss jumped {len(h.spikes)} time(s), most at step {step} to {times:.1f} times what it was"
+        step, ratio = max(h.spikes, key=lambda spike: spike[1])
+        evidence = (
+            f"the training loss has {len(h.spikes)} spike(s), the largest at step {step} ({ratio:.1f} times)"
         )
-        found.append(
-            Finding(
-                "caution", "spikes", seen, "a learning rate near its limit", "--clip-grad 1, or a lower --lr"
-            )
-        )
-    if h.gradient_growth is not None and h.gradient_growth > 10:
-        seen = f"the gradient's norm grew {h.gradient_growth:.0f} times over the run"
-        found.append(
-            Finding(
-                "caution",
-                "growing gradients",
-                seen,
-                "on its way to diverge",
-                "--clip-grad 1, or a lower --lr",
-            )
-        )
-    return found
+        cause = "a learning rate close to the limit of stability"
+        findings.append(Finding("warning", "spikes", evidence, cause, "--clip-grad 1, or a lower --lr"))
+    if h.grad_norm_growth is not None and h.grad_norm_growth > 10:
+        evidence = f"the gradient norm grew by a factor of {h.grad_norm_growth:.0f} over the run"
+        cause = "the run is about to diverge"
+        fix = "--clip-grad 1, or a lower --lr"
+        findings.append(Finding("warning", "growing gradients", evidence, cause, fix))
+    return findings
 
 
-def overfitting(run: Examined) -> list[Finding]:
-    """Does the model know the images it was trained on better than others?"""
-    h, ours = run.history, run.losses.get(MODEL) if run.losses else None
-    if not run.held_out or ours is None or run.trained_losses is None or len(ours) < 2:
+def check_overfitting(run: RunMeasurements) -> list[Finding]:
+    """Check that the loss on held-out images is not much higher than that on training images."""
+    h, val_losses = run.history, run.losses.get(MODEL) if run.losses else None
+    if not run.is_held_out or val_losses is None or run.train_losses is None or len(val_losses) < 2:
         return []
-    known, new = float(run.trained_losses.mean()), float(ours.mean())
-    error = math.sqrt(sum(float(losses.var()) / len(losses) for losses in (run.trained_losses, ours)))
-    if h.val_last is None or h.val_lowest is None or h.val_last < 1.05 * h.val_lowest or risen(run):
+    train_loss, val_loss = float(run.train_losses.mean()), float(val_losses.mean())
+    error = math.sqrt(sum(float(losses.var()) / len(losses) for losses in (run.train_losses, val_losses)))
+    if (
+        h.last_val_loss is None
+        or h.min_val_loss is None
+        or h.last_val_loss < 1.05 * h.min_val_loss
+        or has_loss_risen(run)
+    ):
         return []
-    if new < 1.05 * known or new - known < CERTAIN * error:
+    if val_loss < 1.05 * train_loss or val_loss - train_loss < MIN_STANDARD_ERRORS * error:
         return []
-    seen = (
-        f"the held-out loss was lowest at step {h.val_lowest_step}, {h.val_lowest:.3f}, and is now "
-        f"{h.val_last:.3f}; images that were trained on score {known:.3f}, others {new:.3f}"
+    evidence = (
+        f"the held-out loss rose from its minimum {h.min_val_loss:.3f} at step {h.min_val_loss_step} to "
+        f"{h.last_val_loss:.3f}; the loss on training images is {train_loss:.3f}, on others {val_loss:.3f}"
     )
-    cause = f"too many passes ({h.epoch:.0f}) over too few images for a model of this size"
-    return [
-        Finding("caution", "overfitting", seen, cause, "fewer --epochs, a smaller --model, or more images")
-    ]
+    cause = f"too many epochs ({h.epoch:.0f}) on too few images for a model of this size"
+    fix = "fewer --epochs, a smaller --model, or more images"
+    return [Finding("warning", "overfitting", evidence, cause, fix)]
 
 
-def collapse(run: Examined) -> list[Finding]:
-    """Does the encoder tell images apart, where they differ?"""
-    ours, fresh, pixels = run.encoder, run.fresh, run.pixels
-    if ours is None or fresh is None or pixels is None:
+def check_collapse(run: RunMeasurements) -> list[Finding]:
+    """Check that the encoder gives different features for different images."""
+    features, random, pixels = run.encoder_statistics, run.random_encoder_statistics, run.pixel_statistics
+    if features is None or random is None or pixels is None:
         return []
-    seen = (
-        f"features of the images: effective rank {ours.effective_rank:.1f} (fresh encoder "
-        f"{fresh.effective_rank:.1f}, pixels {pixels.effective_rank:.1f}), {ours.share:.2%} of their square "
-        f"differs between images (fresh {fresh.share:.2%}), mean cosine {ours.similarity:.3f} "
-        f"(fresh {fresh.similarity:.3f}, pixels {pixels.similarity:.3f})"
+    ratio, random_ratio = features.between_variance_ratio, random.between_variance_ratio
+    evidence = (
+        f"the features have effective rank {features.effective_rank:.1f} (random encoder "
+        f"{random.effective_rank:.1f}, pixels {pixels.effective_rank:.1f}), between-image variance ratio "
+        f"{ratio:.2%} (random encoder {random_ratio:.2%}) and mean cosine similarity "
+        f"{features.mean_cosine:.3f} (random {random.mean_cosine:.3f}, pixels {pixels.mean_cosine:.3f})"
     )
-    if any(f.severity == "ailment" for f in (*equal_images(run), *structure(run))):
+    if any(f.severity == "error" for f in (*check_equal_images(run), *check_structure(run))):
         return []
-    dull = ours.share < 0.1 * fresh.share or ours.effective_rank < 0.25 * fresh.effective_rank
-    if (ours.share < 1e-3 * fresh.share) or (dull and run.learned is False):
-        cause = "the encoder gives nearly the same features for every image; most often the learning rate"
-        return [Finding("ailment", "collapse", seen, cause, "a lower --lr, or start again with --seed")]
-    if dull:
-        cause = "the encoder keeps little of what differs between images"
-        return [Finding("caution", "poor features", seen, cause, "a lower --lr, or a longer run")]
-    return [Finding("fine", "features", seen)]
+    is_poor = ratio < 0.1 * random_ratio or features.effective_rank < 0.25 * random.effective_rank
+    if ratio < 1e-3 * random_ratio or (is_poor and run.has_learned is False):
+        cause = "the encoder gives nearly equal features for all images, mostly because of the learning rate"
+        return [Finding("error", "collapse", evidence, cause, "a lower --lr, or another --seed")]
+    if is_poor:
+        cause = "the features keep little of the differences between images"
+        return [Finding("warning", "poor features", evidence, cause, "a lower --lr, or a longer run")]
+    return [Finding("ok", "features", evidence)]
 
 
-def waiting(run: Examined) -> list[Finding]:
-    """Does the model wait for images?"""
-    share = run.history.waiting
-    if share is None or share < 0.3:
+def check_data_wait(run: RunMeasurements) -> list[Finding]:
+    """Check that training does not wait for images."""
+    fraction = run.history.data_wait
+    if fraction is None or fraction < 0.3:
         return []
     return [
         Finding(
-            "caution",
+            "warning",
             "data wait",
-            f"{share:.0%} of the time was spent waiting for images",
+            f"{fraction:.0%} of the time was spent waiting for images",
             "decoding is slower than the model",
             "more --workers, smaller files, or --cache device",
         )
     ]
 
 
-# ---------------------------------------------------------------------- the verdict on the model
+# ---------------------------------------------------------------------- the reconstruction
 
 
-def progress(run: Examined, explained: bool) -> list[Finding]:
-    """Is the model better than what needs no learning?
+def check_reconstruction(run: RunMeasurements, is_explained: bool) -> list[Finding]:
+    """Check that the model is better than the trivial inpainters.
 
     Args:
-        explained: whether an ailment has been named that explains it if not.
+        is_explained: True if another error explains a model that is not better.
     """
-    if run.learned is None:
+    if run.has_learned is None:
         return []
-    figures = f"loss {run.loss(MODEL):.3f}, {run.floor} {run.loss(run.floor):.3f}"
-    if run.best != run.floor:
-        figures += f", {run.best} {run.loss(run.best):.3f}"
-    found = []
-    if not run.learned:
-        if not explained:
-            found.append(nothing_learned(run, figures))
-        return found
-    if run.beats_all:
-        found.append(Finding("fine", "reconstruction", f"better than every trivial inpainter: {figures}"))
-    elif not explained:
-        seen = f"better than a constant, not yet than {run.best}: {figures}"
-        found.append(Finding("caution", "young", seen, *_YOUNG))
-    if run.model.normalises_patches:
-        found.append(normalised(run))
-    return found
+    losses = (
+        f"loss {run.get_mean_loss(MODEL):.3f}, {run.best_constant} {run.get_mean_loss(run.best_constant):.3f}"
+    )
+    if run.best_inpainter != run.best_constant:
+        losses += f", {run.best_inpainter} {run.get_mean_loss(run.best_inpainter):.3f}"
+    findings = []
+    if not run.has_learned:
+        if not is_explained:
+            findings.append(explain_nothing_learned(run, losses))
+        return findings
+    if run.beats_all_inpainters:
+        evidence = f"the model is better than every trivial inpainter: {losses}"
+        findings.append(Finding("ok", "reconstruction", evidence))
+    elif not is_explained:
+        evidence = f"the model is better than a constant, but not than {run.best_inpainter}: {losses}"
+        findings.append(Finding("warning", "young", evidence, *_SHORT_RUN))
+    if run.model.normalizes_patches:
+        findings.append(describe_normalized_targets(run))
+    return findings
 
 
-def nothing_learned(run: Examined, figures: str) -> Finding:
-    """The model is no better than a constant, and nothing else explains it."""
-    seen, h = f"no better than a constant: {figures}", run.history
-    begun = run.gain(ZERO)
-    short = h.step < _FEW_STEPS or h.falling > 0.02
-    if short and begun is not None and begun[0] > LEAST_GAIN and begun[1] > CERTAIN:
-        return Finding("caution", "young", seen, *_YOUNG)
-    if only_begun(run) or (not run.done and h.falling > 0.005):
-        return Finding("caution", "young", seen, "the run has only begun", "wait, and ask again")
-    if short:
-        cause = f"{h.step} updates are too few"
-        return Finding("ailment", "nothing learned", seen, cause, "more --epochs or --steps")
-    flat = run.pictures.flat if run.pictures and run.model.normalises_patches else 0.0
+def explain_nothing_learned(run: RunMeasurements, losses: str) -> Finding:
+    """Return the finding for a model that is no better than a constant, if no other error explains it.
+
+    Args:
+        losses: the losses of the model and of the inpainters, as a text.
+    """
+    evidence, h = f"the model is no better than a constant: {losses}", run.history
+    over_zero = run.compute_improvement(ZERO)
+    beats_zero = (
+        over_zero is not None and over_zero[0] > MIN_IMPROVEMENT and over_zero[1] > MIN_STANDARD_ERRORS
+    )
+    is_short = h.step < _MIN_STEPS or h.recent_decrease > 0.02
+    if is_short and beats_zero:
+        return Finding("warning", "young", evidence, *_SHORT_RUN)
+    if has_just_begun(run) or (not run.is_finished and h.recent_decrease > 0.005):
+        return Finding("warning", "young", evidence, "the run has just begun", "check again later")
+    if is_short:
+        cause = f"{h.step} steps are too few"
+        return Finding("error", "nothing learned", evidence, cause, "more --epochs or --steps")
+    flat = run.image_statistics.flat if run.image_statistics and run.model.normalizes_patches else 0.0
     if flat > 0.5:
-        cause = f"{flat:.0%} of the patches are flat, so that normalised targets are mostly noise"
-        return Finding("ailment", "nothing learned", seen, cause, "--no-norm-pix-loss")
-    cause = (
-        "images whose hidden parts cannot be guessed at this patch size, or a learning rate that does not fit"
-    )
-    usual = usual_rate(run.loop.batch_size, run.model.shape.width)
-    return Finding("ailment", "nothing learned", seen, cause, f"--lr {usual:.1g}, or larger images")
+        cause = f"{flat:.0%} of the patches are constant, so the normalised targets are mostly noise"
+        return Finding("error", "nothing learned", evidence, cause, "--no-norm-pix-loss")
+    cause = "images whose masked patches cannot be predicted at this patch size, or a wrong learning rate"
+    reference_lr = compute_reference_lr(run.loop.batch_size, run.model.shape.width)
+    return Finding("error", "nothing learned", evidence, cause, f"--lr {reference_lr:.1g}, or larger images")
 
 
-def normalised(run: Examined) -> Finding:
-    """Predictions of normalised patches look worse than they are."""
-    gain = run.gain(ZERO)
-    assert gain is not None
-    seen = (
-        "each patch is predicted up to its own brightness and contrast, so pictures look noisy and patchy; "
-        f"that is no failure: {gain[0]:.0%} of what is within hidden patches is explained"
+def describe_normalized_targets(run: RunMeasurements) -> Finding:
+    """Return the finding that explains why predictions of normalised patches look noisy."""
+    improvement = run.compute_improvement(ZERO)
+    assert improvement is not None
+    evidence = (
+        "the targets are normalised by the mean and standard deviation of each patch, so reconstructions "
+        f"look noisy and patchy; the model explains {improvement[0]:.0%} of the variance in masked patches"
     )
-    return Finding("fine", "normalised targets", seen, "", "--no-norm-pix-loss if the pictures matter to you")
+    return Finding("ok", "normalised targets", evidence, "", "--no-norm-pix-loss for better reconstructions")

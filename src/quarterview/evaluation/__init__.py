@@ -1,1 +1,1 @@
-"""What a backbone is worth."""
+"""Evaluation of a backbone: probes, robustness, embeddings and figures."""

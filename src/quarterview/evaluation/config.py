@@ -1,5 +1,5 @@
-"""What evaluation is asked: the parts of the configurations of knn, linear, robustness, embed, look and
-reconstruct, and of the probe that watches pre-training. Nothing here imports torch."""
+"""Configurations of the commands knn, linear, robustness, embed, look and reconstruct, and of the online
+probe of pre-training. Nothing here imports torch."""
 
 import re
 from collections.abc import Mapping
@@ -8,103 +8,107 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 from quarterview.config import FIRST, MAY_CHANGE, PATH, POSITIONAL, Ints, Text, Texts, part
-from quarterview.errors import UserError, unknown
+from quarterview.errors import UserError, invalid, unknown
 
-FeatureKind = Literal["mean", "cls"]
+FeaturePool = Literal["mean", "cls"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 CropPct = Annotated[float | None, Gt(0), Le(1)]
-"""A share of the sides of the largest central box of an image, or the default of `crop_share`."""
+"""Fraction of the sides of the largest central box of an image; None: the default of `resolve_crop_pct`."""
 
 
 @part
-class LabelledImagesConfig:
-    """Labelled images."""
+class LabeledImagesConfig:
+    """Labelled training and test images."""
 
     train: Annotated[Texts, FIRST, PATH, MAY_CHANGE] = ()
-    """Required: labelled images to learn from, anything that --data of pretrain takes."""
+    """Required: labelled training images, anything that --data of pretrain takes."""
     test: Annotated[Texts, FIRST, PATH, MAY_CHANGE] = ()
-    """Required: labelled images to be judged on. Nothing is chosen by them."""
+    """Required: labelled test images. No setting is chosen on them."""
 
 
 @part
 class ProbeConfig:
-    """Which model's features are judged, and how they are computed."""
+    """The model whose features are evaluated, and how they are computed."""
 
     run: Annotated[Text, PATH, POSITIONAL] = ""
     """A run, a checkpoint folder or a .safetensors file."""
-    features: Annotated[FeatureKind | None, FIRST] = None
-    """The mean of the patch tokens after the final norm, or the cls token (of several the mean). By default
-    the mean, and for the paper's linear probe the cls token."""
+    features: Annotated[FeaturePool | None, FIRST] = None
+    """mean: average the patch tokens after the final norm. cls: take the cls token, or the mean of several.
+    By default mean, and cls for the paper's linear probe."""
     labels: Annotated[int | None, Ge(1), FIRST] = None
-    """Use only so many labelled training images, equally many per class; by default all."""
+    """Number of labelled training images to use, equally many per class; by default all."""
     baselines: bool = True
-    """Judge raw pixels and an encoder with random weights beside the model."""
+    """Also evaluate raw pixels and an encoder with random weights."""
     ema: bool = False
-    """Judge the moving average of the weights, of a run with --ema."""
+    """Evaluate the moving average of the weights, from a run with --ema."""
     crop_pct: CropPct = None
-    """Share of the sides of the largest central box that an image is cut to. By default 0.875 for 224 × 224
-    pixels, as the paper does, and 1 for other sizes."""
+    """Fraction of the sides of the largest central box that an image is cropped to. By default 0.875 for
+    224 × 224 pixels, as in the paper, and 1 for other sizes."""
     device: Device = "auto"
-    """Where to compute the features."""
+    """Device that computes the features."""
     compile: bool = False
-    """Compile the encoders, which takes a minute and pays off over many images."""
+    """Compile the encoders. It takes a minute and pays off over many images."""
     seed: int = 0
-    """Seed of the choice of labelled images, of the random encoder, and of a probe's own draws."""
+    """Seed of the choice of labelled images, of the random encoder, and of the random draws of a probe."""
 
 
 @part
 class KnnClassifierConfig:
-    """How the k nearest neighbours classify."""
+    """The k-nearest-neighbour classifier."""
 
     k: Annotated[Ints, FIRST] = (20,)
-    """How many neighbours vote, equally and by exp(cosine / 0.07); several numbers give a row each."""
+    """Number of neighbours that vote, with equal weights and with weights exp(cosine / 0.07); several numbers
+    give a row each."""
 
     def __post_init__(self) -> None:
         if not self.k or min(self.k) < 1:
-            raise UserError(f"--k {' '.join(map(str, self.k))} is no number of neighbours. Give 1 or more.")
+            raise invalid(
+                "--k", " ".join(map(str, self.k)) or "empty", "one or more numbers, each at least 1"
+            )
 
 
 @part
 class LinearClassifierConfig:
-    """How the linear classifier is trained. The defaults of the paper's protocol are the paper's."""
+    """The training of the linear classifier. The defaults of --protocol paper are those of the paper."""
 
     protocol: Annotated[Literal["fast", "paper"], FIRST] = "fast"
-    """fast: features computed once, logistic regression whose regularisation is chosen on a fifth of the
-    training images. paper: BatchNorm and a linear layer, trained by LARS on new crops each epoch."""
+    """fast: logistic regression on features computed once, with the regularisation chosen on a fifth of the
+    training images. paper: BatchNorm and a linear layer, trained by LARS on new crops in each epoch."""
     epochs: Annotated[int, Ge(1)] = 90
-    """With --protocol paper: passes over the labelled images."""
+    """With --protocol paper: epochs over the labelled images."""
     warmup_epochs: Annotated[float, Ge(0)] = 10.0
     """With --protocol paper: epochs of linear warm-up from 0."""
-    batch_size: Annotated[int, Ge(2)] = 16384  # one image cannot be normalised
-    """With --protocol paper: images per update; the whole set where it has fewer."""
+    batch_size: Annotated[int, Ge(2)] = 16384  # BatchNorm cannot normalise a single image
+    """With --protocol paper: images per update, at most the whole set."""
     blr: Annotated[float, Gt(0)] = 0.1
-    """With --protocol paper: base learning rate: the rate is blr × batch size / 256."""
+    """With --protocol paper: base learning rate; the learning rate is blr × batch size / 256."""
 
 
-# ---------------------------------------------------------------------- while a run trains
+# ---------------------------------------------------------------------- online probe
 
 
 @part
 class OnlineProbeConfig:
-    """Labelled images that show, while a run trains, how good its features are."""
+    """A k-nearest-neighbour probe of the features during pre-training."""
 
     probe_train: Annotated[Texts, PATH, MAY_CHANGE] = ()
-    """Labelled images, named as in --data, whose labels a k-nearest-neighbour probe reads at validations, for
-    the column knn_accuracy; off by default. Nothing is trained on them."""
+    """Labelled reference images of a k-nearest-neighbour probe that runs at validations and writes the column
+    knn_accuracy; anything that --data takes. The model is not trained on them. By default there is no
+    probe."""
     probe_test: Annotated[Texts, PATH, MAY_CHANGE] = ()
-    """Labelled images that this probe classifies: other ones."""
+    """Labelled images that the probe classifies; not those of --probe-train."""
     probe_every: Annotated[float | None, Gt(0), MAY_CHANGE] = None
-    """Epochs from one probe to the next, which waits for a validation; by default every validation."""
+    """Epochs between probes, each of which runs at the next validation; by default every validation."""
     probe_labels: Annotated[int, Ge(1), MAY_CHANGE] = 1000
-    """At most so many images of probe_train, and of probe_test; equally many per class. They are held on the
-    device."""
+    """Maximum number of images of --probe-train, and of --probe-test, equally many per class. They are kept
+    in device memory."""
     probe_k: Annotated[int, Ge(1), MAY_CHANGE] = 20
-    """How many neighbours vote in this probe, each by exp(cosine / 0.07)."""
+    """Number of neighbours that vote in the probe, with weights exp(cosine / 0.07)."""
 
     def __post_init__(self) -> None:
         if bool(self.probe_train) != bool(self.probe_test):
             given, missing = ("train", "test") if self.probe_train else ("test", "train")
-            raise UserError(f"--probe-{given} is given without --probe-{missing}. Give both, or neither.")
+            raise UserError(f"--probe-{given} needs --probe-{missing}. Give both, or neither.")
         if self.probe_k > self.probe_labels:
             raise UserError(
                 f"--probe-k {self.probe_k} is more than the {self.probe_labels} images of --probe-labels. "
@@ -114,58 +118,63 @@ class OnlineProbeConfig:
 
 # ---------------------------------------------------------------------- robustness
 
-COMMON = (
+COMMON_CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise"),
     *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
     *("snow", "frost", "fog", "brightness"),
     *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 )
-"""The corruptions that ImageNet-C is made of, and over which its mean goes."""
-EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-"""The corruptions that ImageNet-C has beside them, for validation."""
-GROUPS: Mapping[str, tuple[str, ...]] = {"common": COMMON, "extra": EXTRA, "all": (*COMMON, *EXTRA)}
-"""Words for several corruptions."""
+"""The 15 corruptions of ImageNet-C over which the mean corruption error is taken."""
+EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+"""The four further corruptions of ImageNet-C, meant for validation."""
+CORRUPTION_GROUPS: Mapping[str, tuple[str, ...]] = {
+    "common": COMMON_CORRUPTIONS,
+    "extra": EXTRA_CORRUPTIONS,
+    "all": (*COMMON_CORRUPTIONS, *EXTRA_CORRUPTIONS),
+}
+"""Names of groups of corruptions, for --corruptions."""
 SEVERITIES = (1, 2, 3, 4, 5)
 _SET_NAME = re.compile(r"[\w.-]+")
 
 
 @part
 class RobustnessConfig:
-    """Which classifier is judged, and on what."""
+    """The classifier to evaluate, and the images to evaluate it on."""
 
     run: Annotated[Text, PATH, POSITIONAL] = ""
-    """A run of fine-tuning, a checkpoint folder, or other weights of a classifier."""
+    """A fine-tuning run, a checkpoint folder, or other weights of a classifier."""
     test: Annotated[Texts, PATH, FIRST] = ()
     """Labelled images to corrupt: anything that --data of pretrain takes."""
     sets: Annotated[Texts, PATH, FIRST] = ()
-    """Other labelled images, each with a name: sketch=FOLDER. Only classes that a set has are predicted."""
+    """Further labelled sets, each with a name: sketch=FOLDER. Predictions are limited to its classes."""
     class_map: Annotated[Text | None, PATH] = None
-    """A file that says which of the classifier's classes a class of --test or --sets is, where the names
-    differ: .json or .yaml with `name: class`, or .csv with `name,class`."""
+    """File that maps class names of --test and --sets to classes of the classifier, where the names differ:
+    .json or .yaml with `name: class`, or .csv with `name,class`."""
     corruptions: Annotated[Texts, FIRST] = ("common",)
-    """Names of corruptions, or common (the 15 of ImageNet-C), extra (its other 4), all."""
+    """Names of corruptions, or common (the 15 of ImageNet-C), extra (its other 4) or all."""
     severities: Ints = SEVERITIES
-    """From 1 to 5."""
+    """Severities of the corruptions, 1 to 5."""
     alexnet: bool = False
-    """Also give the mCE, of errors as shares of AlexNet's on ImageNet-C: it is for ImageNet's classes."""
+    """Also compute the mCE, which divides errors by those of AlexNet on ImageNet-C. It is meant for the
+    classes of ImageNet."""
     ema: bool = False
-    """Judge the moving average of the weights, of a run with --ema."""
+    """Evaluate the moving average of the weights, from a run with --ema."""
     crop_pct: CropPct = None
-    """Share of the sides of the largest central box that an image is cut to. By default 0.875 for 224 × 224
-    pixels, as the paper does, and 1 for other sizes."""
+    """Fraction of the sides of the largest central box that an image is cropped to. By default 0.875 for
+    224 × 224 pixels, as in the paper, and 1 for other sizes."""
     batch_size: Annotated[int, Ge(1)] = 256
-    """Images that the classifier sees at a time."""
+    """Images per forward pass of the classifier."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Precision of the classifier; fp32 where the device has no bf16."""
+    """Precision of the classifier; fp32 on devices without bf16."""
     workers: Annotated[int | None, Ge(0)] = None
-    """Processes that decode and corrupt; by default one on each core, up to 8."""
+    """Worker processes that decode and corrupt images; by default one per core, up to 8."""
     device: Device = "auto"
-    """Where to compute."""
+    """Device that runs the classifier."""
     seed: int = 0
-    """Seed of what the corruptions draw."""
+    """Seed of the random draws of the corruptions."""
 
     def __post_init__(self) -> None:
-        names = [*GROUPS["all"], *GROUPS]
+        names = [*CORRUPTION_GROUPS["all"], *CORRUPTION_GROUPS]
         for name in self.corruptions:
             if name not in names:
                 raise unknown("corruption", name, names)
@@ -174,101 +183,101 @@ class RobustnessConfig:
             raise UserError(f"{empty} is empty. Give one or more, or leave it out.")
         for severity in self.severities:
             if severity not in SEVERITIES:
-                raise UserError(f"--severities {severity} is out of range. Give numbers from 1 to 5.")
-        whole = self.test and {*COMMON} <= {*self.names} and {*SEVERITIES} <= {*self.severities}
-        if self.alexnet and not whole:
+                raise invalid("--severities", severity, "numbers from 1 to 5")
+        has_common = {*COMMON_CORRUPTIONS} <= {*self.corruption_names} and {*SEVERITIES} <= {*self.severities}
+        if self.alexnet and not (self.test and has_common):
             raise UserError(
-                "--alexnet needs --test with all 15 common corruptions and all five severities, which make "
-                "an mCE. Give --test, and neither --corruptions nor --severities."
+                "--alexnet needs --test with the 15 common corruptions and all five severities, over "
+                "which the mCE is a mean. Give --test, and leave out --corruptions and --severities."
             )
-        _ = self.named_sets  # which checks them
+        _ = self.named_sets  # raises UserError if a name is invalid
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The corruptions, each once, in the library's order."""
-        asked = {name for given in self.corruptions for name in GROUPS.get(given, (given,))}
-        return tuple(name for name in GROUPS["all"] if name in asked)
+    def corruption_names(self) -> tuple[str, ...]:
+        """The corruptions with groups expanded, each once, in the order of the corruption library."""
+        chosen = {name for word in self.corruptions for name in CORRUPTION_GROUPS.get(word, (word,))}
+        return tuple(name for name in CORRUPTION_GROUPS["all"] if name in chosen)
 
     @property
     def named_sets(self) -> dict[str, str]:
-        """The images of each of the other sets, by the set's name.
+        """The sets of --sets: name -> images.
 
         Raises:
-            UserError: if one of them has no name, or two have the same.
+            UserError: if a set has no name, or two sets have the same name.
         """
-        found: dict[str, str] = {}
-        for given in self.sets:
-            name, _, images = given.partition("=")
+        named: dict[str, str] = {}
+        for spec in self.sets:
+            name, _, images = spec.partition("=")
             if not images or not _SET_NAME.fullmatch(name):
                 raise UserError(
-                    f"--sets {given!r} is no set with a name. Give NAME=IMAGES, such as sketch=data/sketch."
+                    f"--sets {spec!r} has no valid name. Give NAME=IMAGES, such as sketch=data/sketch."
                 )
-            if name in found:
-                raise UserError(f"two of --sets are called {name!r}. Give them different names.")
-            found[name] = images
-        return found
+            if name in named:
+                raise UserError(f"--sets has two sets named {name!r}. Give them different names.")
+            named[name] = images
+        return named
 
 
-# ---------------------------------------------------------------------- features written and drawn
+# ---------------------------------------------------------------------- embeddings and figures
 
 
 @part
 class EmbedConfig:
-    """Which images are embedded, by what, and how the embeddings are written."""
+    """The model and the images to embed, and the format of the embeddings."""
 
     run: Annotated[Text, PATH, POSITIONAL] = ""
     """A run, a checkpoint folder or a .safetensors file."""
     data: Annotated[Texts, PATH, FIRST] = ()
-    """Images: anything that --data of pretrain takes; labels are taken along where there are any."""
+    """Images: anything that --data of pretrain takes. Labels are written, too, if there are any."""
     out: Annotated[Text, PATH, FIRST] = ""
-    """The folder to write; the same command continues one that was interrupted."""
+    """Output folder. Repeating the command continues an interrupted one."""
     features: Annotated[Literal["mean", "cls", "tokens"], FIRST] = "mean"
-    """The mean of the patch tokens, the cls token (of several the mean), or all tokens: cls, then the patches
-    by row."""
+    """mean: average the patch tokens. cls: take the cls token, or the mean of several. tokens: all tokens,
+    cls tokens first, then the patches row by row."""
     block: Annotated[int | None, Ge(1)] = None
-    """Take the tokens after so many blocks; by default after the last one and the final norm."""
+    """Take the tokens after this block, counted from 1; by default after the final norm."""
     dtype: Literal["float32", "float16"] = "float32"
-    """Type of the embeddings as they are written."""
+    """Data type of the written embeddings."""
     shard_size: Annotated[int, Ge(1)] = 8192
     """Images per shard."""
     batch_size: Annotated[int, Ge(1)] = 256
-    """Images that the encoder sees at a time."""
+    """Images per forward pass of the encoder."""
     crop_pct: CropPct = None
-    """Share of the sides of the largest central box that an image is cut to. By default 0.875 for 224 × 224
-    pixels, as the paper does, and 1 for other sizes."""
+    """Fraction of the sides of the largest central box that an image is cropped to. By default 0.875 for
+    224 × 224 pixels, as in the paper, and 1 for other sizes."""
     ema: bool = False
-    """Use the moving average of the weights, of a run with --ema."""
+    """Use the moving average of the weights, from a run with --ema."""
     device: Device = "auto"
-    """Where to compute."""
+    """Device that computes the embeddings."""
     compile: bool = False
-    """Compile the encoder, which takes a minute and pays off over many images."""
+    """Compile the encoder. It takes a minute and pays off over many images."""
 
 
 @part
 class LookConfig:
-    """Which model looks at which images, and what is drawn."""
+    """The model and the images whose attention and tokens are drawn."""
 
     run: Annotated[Text, PATH, POSITIONAL] = ""
     """A run, a checkpoint folder or a .safetensors file."""
     images: Annotated[Texts, PATH, POSITIONAL] = ()
     """Image files, or anything that --data of pretrain takes; the first eight are drawn."""
     out: Annotated[Text, PATH, FIRST] = "look.png"
-    """The PNG to write."""
+    """PNG file to write."""
     heads: Annotated[int, Ge(0)] = 6
-    """How many attention heads of the last block are drawn one by one."""
+    """Number of attention heads of the last block that are drawn separately."""
     seed: int = 0
     """Seed of the masks."""
 
 
 @part
 class ReconstructConfig:
-    """Which model completes which images."""
+    """The model and the images to reconstruct."""
 
     run: Annotated[Text, PATH, POSITIONAL] = ""
     """A run, a checkpoint folder or a .safetensors file."""
     images: Annotated[Texts, PATH, POSITIONAL] = ()
     """Image files, or anything that --data of pretrain takes; the first eight are drawn."""
     out: Annotated[Text, PATH, FIRST] = "panel.png"
-    """The PNG to write."""
+    """PNG file to write."""
     seed: int = 0
     """Seed of the masks."""

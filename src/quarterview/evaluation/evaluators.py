@@ -1,4 +1,4 @@
-"""What every way of judging frozen features offers."""
+"""The common interface of the classifiers that evaluate frozen features."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -8,15 +8,14 @@ from torch import Tensor
 from quarterview.evaluation.features import Features
 
 
-class Evaluator(Protocol):
-    """One way of judging frozen features, such as `Knn` or `LogisticRegression`.
+class FeatureEvaluator(Protocol):
+    """A classifier that evaluates frozen features, such as `Knn` or `LogisticRegression`.
 
-    `predict` is its core: whoever needs to know which test images are classified right compares its result
-    with their labels.
+    Calling it with features yields metrics. `predict` gives the prediction for each test image.
     """
 
     def predict(self, train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
-        """The class of each test feature, learned from training features and their labels.
+        """Return the predicted class of each test feature, learned from training features and their labels.
 
         Args:
             train: float32 [N, D].
@@ -29,5 +28,5 @@ class Evaluator(Protocol):
         ...
 
     def __call__(self, features: Features) -> Iterator[tuple[str, float]]:
-        """Yield the name and the value of each figure: accuracy, standard_error, and what else there is."""
+        """Yield the name and the value of each metric, with accuracy and standard_error among them."""
         ...

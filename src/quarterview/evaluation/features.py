@@ -1,4 +1,4 @@
-"""Features of images: encoders, and what they make of many images."""
+"""Feature extraction: encoders, and the features of many images."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,28 +10,28 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from quarterview import rng
-from quarterview.data.loader import central, stack
-from quarterview.data.reading import Report, read_many
+from quarterview.data.loader import resized_center_crop, stack_images
+from quarterview.data.reading import SampleReport, read_samples
 from quarterview.data.sources.base import Source
-from quarterview.data.transforms.crop import normalise, to_float
+from quarterview.data.transforms.crop import normalize, to_float
 from quarterview.errors import UserError
-from quarterview.evaluation.config import FeatureKind
+from quarterview.evaluation.config import FeaturePool
 from quarterview.models import masking
 from quarterview.models.classifier import Classifier
 from quarterview.models.mae import MaskedAutoencoder
 from quarterview.models.vit import VisionTransformer
-from quarterview.training.trainer import precision_context, usable_precision
+from quarterview.training.trainer import get_autocast_context, get_supported_precision
 
 PAPER_SIZE, PAPER_CROP_PCT = (224, 224), 224 / 256
-PIXEL_SIDE = 32
-"""Larger images are shrunk to this side before their pixels serve as features."""
+MAX_PIXEL_SIDE = 32
+"""Maximum longer side in pixels of the images whose pixels serve as features; larger images are shrunk."""
 
 Encoder = Callable[[Tensor], Tensor]
-"""float [B, C, H, W] in [0, 1], on the device -> float [B, D]."""
+"""Images, float [B, C, H, W] in [0, 1] on the device -> features, float [B, D]."""
 
 
 class BackboneConfig(Protocol):
-    """What there is to know of a backbone's images."""
+    """The input and token configuration of a backbone."""
 
     @property
     def image_size(self) -> tuple[int, ...]: ...
@@ -46,14 +46,15 @@ class BackboneConfig(Protocol):
 
 
 class Backbone(Protocol):
-    """A vision transformer of ours, in evaluation mode, whatever it was trained for."""
+    """A vision transformer in evaluation mode, of any training method."""
 
     @property
     def config(self) -> BackboneConfig: ...
     @property
     def blocks(self) -> nn.ModuleList: ...
     def encode(self, images: Tensor) -> Tensor:
-        """float [B, C, H, W], normalised -> float [B, K + L, D]: K cls tokens, then the patches by row."""
+        """Encode images: float [B, C, H, W], normalised -> tokens, float [B, K + L, D], the K cls tokens
+        first, then the patches row by row."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -63,7 +64,7 @@ AnyBackbone = TypeVar("AnyBackbone", bound=Backbone)
 
 
 class Features(NamedTuple):
-    """The features of one encoder, and the labels of the images that they are of."""
+    """Training and test features of one encoder, with labels."""
 
     train: Tensor
     """float32 [N, D]."""
@@ -79,47 +80,53 @@ class Features(NamedTuple):
 
 
 def make_encoders(
-    model: Backbone, kind: FeatureKind, baselines: bool = True, compile: bool = False, seed: int = 0
+    model: Backbone, pool: FeaturePool, baselines: bool = True, compile: bool = False, seed: int = 0
 ) -> dict[str, Encoder]:
-    """The encoders to compare, by the name they have in tables.
+    """Return the encoders to compare: name in tables -> encoder.
 
     Args:
-        baselines: raw pixels and an encoder with random weights, too.
+        pool: the kind of features, see `make_encoder`.
+        baselines: add raw pixels and an encoder with random weights.
         compile: compile the encoders.
-        seed: of the random weights.
+        seed: seed of the random weights.
     """
     models = {"this model": model}
     if baselines:
-        models = {"random encoder": fresh_twin(model, seed), **models}
+        models = {"random encoder": create_untrained_copy(model, seed), **models}
     if compile:
-        for each in models.values():
-            compile_blocks(each)
-    encoders = {name: encoder_features(each, kind) for name, each in models.items()}
-    return {"raw pixels": pixel_features, **encoders} if baselines else encoders
+        for backbone in models.values():
+            compile_blocks(backbone)
+    encoders = {name: make_encoder(backbone, pool) for name, backbone in models.items()}
+    return {"raw pixels": compute_pixel_features, **encoders} if baselines else encoders
 
 
-def fresh_twin(model: AnyBackbone, seed: int) -> AnyBackbone:
-    """A model of the same architecture, with the initial weights that belong to a seed."""
-    kind: Any = type(model)
+def create_untrained_copy(model: AnyBackbone, seed: int) -> AnyBackbone:
+    """Return a model of the same architecture in evaluation mode, with the initial weights of a seed."""
+    model_class: Any = type(model)
     with rng.seeded(seed, "init"):
-        twin = kind(model.config)
-    return twin.to(next(model.parameters()).device).eval()
+        copy = model_class(model.config)
+    return copy.to(next(model.parameters()).device).eval()
 
 
-def compile_blocks(model: Backbone, count: int | None = None) -> None:
-    """Compile the first `count` blocks of a model, by default all, when they are first used."""
-    for block in model.blocks[:count]:
+def compile_blocks(model: Backbone, num_blocks: int | None = None) -> None:
+    """Compile the first `num_blocks` blocks of a model, by default all, at their first call."""
+    for block in model.blocks[:num_blocks]:
         block.compile()
 
 
-def encoder_features(model: Backbone, kind: FeatureKind) -> Encoder:
-    """What a model makes of whole images."""
+def make_encoder(model: Backbone, pool: FeaturePool) -> Encoder:
+    """Return an encoder that gives the pooled tokens of unmasked images.
+
+    Args:
+        pool: ``mean`` of the patch tokens after the final norm (in a classifier, with its `fc_norm` after the
+            mean), or ``cls`` token; of several cls tokens the mean.
+    """
 
     cls = model.config.cls_tokens
 
     def encode(images: Tensor) -> Tensor:
-        tokens = model.encode(as_trained(model, images))  # [B, K + L, D]
-        if kind == "cls":
+        tokens = model.encode(normalize_for_model(model, images))  # [B, K + L, D]
+        if pool == "cls":
             return tokens[:, :cls].mean(dim=1)
         mean = tokens[:, cls:].mean(dim=1)
         return model.fc_norm(mean) if isinstance(model, Classifier) else mean
@@ -127,80 +134,87 @@ def encoder_features(model: Backbone, kind: FeatureKind) -> Encoder:
     return encode
 
 
-def partly_visible(model: MaskedAutoencoder, share: float, seed: int) -> Encoder:
-    """The mean of the patch tokens, of images of which a share of the patches is seen, chosen at random.
+def make_masked_encoder(model: MaskedAutoencoder, visible_ratio: float, seed: int) -> Encoder:
+    """Return an encoder that sees a random part of the patches of each image and averages their tokens.
 
-    What each image shows depends on its place among those that have been given, and on the seed.
+    The random mask of an image depends on the seed and on how many images were encoded before it.
+
+    Args:
+        visible_ratio: ratio of visible patches, above 0 to 1.
     """
-    given, kept = 0, max(1, int(model.config.patches * share))
+    num_encoded, kept = 0, max(1, int(model.config.num_patches * visible_ratio))
 
     def encode(images: Tensor) -> Tensor:
-        nonlocal given
-        places = torch.arange(given, given + len(images), device=images.device)
-        given += len(images)
-        noise = rng.uniform(seed, "visible", 0, places, model.config.patches)
+        nonlocal num_encoded
+        indices = torch.arange(num_encoded, num_encoded + len(images), device=images.device)
+        num_encoded += len(images)
+        noise = rng.uniform(seed, "visible", 0, indices, model.config.num_patches)
         mask = masking.mask_from_noise(noise, kept)
-        return model.encode(as_trained(model, images), mask)[:, model.config.cls_tokens :].mean(dim=1)
+        return model.encode(normalize_for_model(model, images), mask)[:, model.config.cls_tokens :].mean(
+            dim=1
+        )
 
     return encode
 
 
-def class_scores(model: Classifier, weights: Mapping[str, Tensor] | None = None) -> Encoder:
-    """What a classifier says of whole images: float [B, classes].
+def make_logits_fn(model: Classifier, weights: Mapping[str, Tensor] | None = None) -> Encoder:
+    """Return a function that computes the logits of unmasked images: float [B, num_classes].
 
     Args:
-        weights: to use in place of its own, by name.
+        weights: name -> tensor, to use in place of the classifier's own weights.
     """
 
-    def score(images: Tensor) -> Tensor:
-        images = as_trained(model, images)
+    def compute_logits(images: Tensor) -> Tensor:
+        images = normalize_for_model(model, images)
         return model(images) if weights is None else functional_call(model, dict(weights), (images,))
 
-    return score
+    return compute_logits
 
 
-def as_trained(model: Backbone, images: Tensor) -> Tensor:
-    """Images in [0, 1], normalised by the means and deviations that a model was trained with."""
+def normalize_for_model(model: Backbone, images: Tensor) -> Tensor:
+    """Normalise images in [0, 1] with the channel means and standard deviations that a model was trained
+    with."""
     mean = model.config.mean or (0.0,) * model.config.in_chans
     std = model.config.std or (1.0,) * model.config.in_chans
-    return normalise(images, mean, std)
+    return normalize(images, mean, std)
 
 
-def tokens_after(model: VisionTransformer, images: Tensor, block: int | None = None) -> Tensor:
-    """The tokens of whole images after the first `block` blocks; later blocks are not run.
+def get_intermediate_tokens(model: VisionTransformer, images: Tensor, block: int | None = None) -> Tensor:
+    """Return the tokens of unmasked images after the first `block` blocks. Later blocks are not run.
 
     Args:
         images: float [B, C, H, W], normalised.
-        block: 1 to the model's depth, before the final norm; None means after it.
+        block: from 1 to the depth of the model, before the final norm; None for the tokens after the final
+            norm.
 
     Returns:
         float [B, K + L, D], the K cls tokens first.
     """
     if block is None:
         return model.encode(images)
-    tokens, _ = model.forward_blocks(model.embed(model.patchify(images)), stop=block)
+    tokens, _ = model.forward_blocks(model.embed(model.patchify(images)), num_blocks=block)
     return tokens
 
 
-def pixel_features(images: Tensor) -> Tensor:
-    """The pixels themselves, of images shrunk to at most 32 on the longer side."""
-    return shrunk(images).flatten(1)
+def compute_pixel_features(images: Tensor) -> Tensor:
+    """Return the pixels of images that are shrunk to at most 32 pixels a side: float [B, D]."""
+    return shrink_images(images).flatten(1)
 
 
-def shrunk(images: Tensor) -> Tensor:
-    """Images [B, C, H, W] shrunk to at most 32 on the longer side."""
-    shrink = max(images.shape[2:]) / PIXEL_SIDE
-    if shrink <= 1:
+def shrink_images(images: Tensor) -> Tensor:
+    """Shrink images [B, C, H, W] so that the longer side has at most 32 pixels."""
+    factor = max(images.shape[2:]) / MAX_PIXEL_SIDE
+    if factor <= 1:
         return images
-    size = [max(1, round(side / shrink)) for side in images.shape[2:]]
+    size = [max(1, round(side / factor)) for side in images.shape[2:]]
     return F.interpolate(images, size=size, mode="bilinear", antialias=True)
 
 
-# ---------------------------------------------------------------------- over many images
+# ---------------------------------------------------------------------- features of many images
 
 
 @torch.inference_mode()
-def extract(
+def extract_features(
     encoders: Mapping[str, Encoder],
     source: Source,
     ids: Sequence[int],
@@ -210,68 +224,78 @@ def extract(
     crop_pct: float | None = None,
     precision: Literal["bf16", "fp32"] = "bf16",
 ) -> tuple[dict[str, Tensor], list[int]]:
-    """Features of the images `ids` by each encoder, in one pass over the images.
+    """Extract features of images with each encoder, in one pass over the images.
 
     Args:
-        crop_pct: as `central_batches`.
-        precision: of the encoders; fp32 where the device has no bf16.
+        encoders: name -> encoder.
+        ids: indices of the images in the source.
+        config: image size of the backbone.
+        batch_size: images per forward pass.
+        crop_pct: see `iterate_central_crops`.
+        precision: precision of the encoders; fp32 on devices without bf16.
 
     Returns:
-        float32 [N, D] on the CPU for each encoder, and the ids that could be read, in order.
+        Features, float32 [N, D] on the CPU, by the name of the encoder, and the N readable ids, in order.
+
+    Raises:
+        UserError: if none of the images can be read.
     """
-    found: dict[str, Tensor] = {}
-    kept: list[int] = []
-    context = precision_context(usable_precision(precision, device), device)
-    for some, pixels in central_batches(source, ids, config.image_size, batch_size, crop_pct=crop_pct):
+    features: dict[str, Tensor] = {}
+    read_ids: list[int] = []
+    context = get_autocast_context(get_supported_precision(precision, device), device)
+    for batch_ids, pixels in iterate_central_crops(
+        source, ids, config.image_size, batch_size, crop_pct=crop_pct
+    ):
         images = to_float(pixels.to(device))
         for name, encoder in encoders.items():
             with context():
-                rows = encoder(images).float().cpu()
-            if name not in found:  # all of it at once: parts put together at the end would take twice that
-                found[name] = torch.empty(len(ids), rows.shape[1])
-            found[name][len(kept) : len(kept) + len(some)] = rows
-        kept += some
-    if not kept:
-        raise UserError("none of the images could be read")
-    return {name: rows[: len(kept)] for name, rows in found.items()}, kept
+                batch_features = encoder(images).float().cpu()
+            if name not in features:  # allocated once: concatenating batches would need twice the memory
+                features[name] = torch.empty(len(ids), batch_features.shape[1])
+            features[name][len(read_ids) : len(read_ids) + len(batch_ids)] = batch_features
+        read_ids += batch_ids
+    if not read_ids:
+        raise UserError(f"None of the {len(ids)} images can be read. Give images in a supported format.")
+    return {name: rows[: len(read_ids)] for name, rows in features.items()}, read_ids
 
 
-def central_batches(
+def iterate_central_crops(
     source: Source,
     ids: Sequence[int],
     image_size: Sequence[int],
     batch_size: int,
-    broken: Callable[[Report], None] | None = None,
+    on_unreadable: Callable[[SampleReport], None] | None = None,
     crop_pct: float | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Central crops of the readable images: their ids and [B, C, *image_size].
+    """Yield central crops of the readable images in batches: their ids and pixels, [B, C, *image_size].
 
     Args:
-        broken: told of each image that cannot be read.
-        crop_pct: share of the sides of the largest central box; by default 0.875 for 224 × 224
-            pixels, as the official evaluation of the paper, and 1 for other sizes.
+        ids: indices of the images in the source.
+        on_unreadable: called with the report of each image that cannot be read.
+        crop_pct: fraction of the sides of the largest central box; by default 0.875 for 224 × 224 pixels, as
+            in the official evaluation of the paper, and 1 for other sizes.
     """
-    crop_pct = crop_share(crop_pct, image_size)
-    some: list[tuple[int, Tensor]] = []
-    for sample, picture, reports in read_many(source, ids, decoding_threads()):
-        if picture is not None:
-            some.append((sample, central(picture.pixels, image_size, crop_pct)))
-        elif broken is not None:
-            broken(reports[0])
-        if len(some) == batch_size:
-            yield [i for i, _ in some], stack([pixels for _, pixels in some])
-            some = []
-    if some:
-        yield [i for i, _ in some], stack([pixels for _, pixels in some])
+    crop_pct = resolve_crop_pct(crop_pct, image_size)
+    batch: list[tuple[int, Tensor]] = []
+    for sample, image, reports in read_samples(source, ids, get_num_decoding_threads()):
+        if image is not None:
+            batch.append((sample, resized_center_crop(image.pixels, image_size, crop_pct)))
+        elif on_unreadable is not None:
+            on_unreadable(reports[0])
+        if len(batch) == batch_size:
+            yield [i for i, _ in batch], stack_images([pixels for _, pixels in batch])
+            batch = []
+    if batch:
+        yield [i for i, _ in batch], stack_images([pixels for _, pixels in batch])
 
 
-def crop_share(crop_pct: float | None, image_size: Sequence[int]) -> float:
-    """The share that was asked for, or the default of `central_batches`."""
+def resolve_crop_pct(crop_pct: float | None, image_size: Sequence[int]) -> float:
+    """Return `crop_pct`, or the default of `iterate_central_crops` for this image size if it is None."""
     if crop_pct is not None:
         return crop_pct
     return PAPER_CROP_PCT if tuple(image_size) == PAPER_SIZE else 1.0
 
 
-def decoding_threads() -> int:
-    """How many images are decoded at a time."""
+def get_num_decoding_threads() -> int:
+    """Return the number of threads that decode images."""
     return min(8, os.cpu_count() or 1)

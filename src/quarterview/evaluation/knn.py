@@ -1,4 +1,4 @@
-"""k nearest neighbours: how good the features are without any training on them."""
+"""k-nearest-neighbour classification: an evaluation of features without training."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from quarterview.errors import UserError
 from quarterview.evaluation.features import Features
-from quarterview.evaluation.statistics import figures
+from quarterview.evaluation.statistics import compute_accuracy_metrics
 
 Vote = Literal["majority", "weighted"]
 TEMPERATURE = 0.07
-QUERIES, ROWS = 1024, 16384
-"""So many test features are compared with so many training features at a time: 64 MiB of similarities."""
-_GROUP = 32
+QUERY_CHUNK_SIZE, TRAIN_CHUNK_SIZE = 1024, 16384
+"""Test and training features that are compared at a time: 64 MiB of similarities."""
+_GROUP_SIZE = 32  # similarities per group of `_topk_by_groups`
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class KnnAccuracy:
-    """What one encoder reached with one way of voting."""
+    """The accuracy of one encoder with one k and one method of voting."""
 
     features: str
     """The name of the encoder."""
@@ -34,16 +34,16 @@ class KnnAccuracy:
 
 @dataclass(frozen=True)
 class Knn:
-    """Classifies by the nearest training features: an `Evaluator`."""
+    """A k-nearest-neighbour classifier of features: a `FeatureEvaluator`."""
 
     k: int = 20
-    """How many neighbours vote; all where there are fewer."""
+    """Number of neighbours that vote; all training features if there are fewer."""
     vote: Vote = "weighted"
     device: torch.device = _CPU
-    """Where similarities are computed."""
+    """Device that computes the similarities."""
 
     def predict(self, train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
-        """The class of each test feature, by a vote of its nearest training features.
+        """Return the class of each test feature by a vote of its nearest training features.
 
         Args:
             train: float [N, D].
@@ -53,115 +53,120 @@ class Knn:
         Returns:
             int64 [M], on the CPU.
         """
-        similarity, index = nearest(train, test, min(self.k, len(train)), self.device)
+        similarity, index = find_nearest_neighbors(train, test, min(self.k, len(train)), self.device)
         return vote(similarity, labels[index], self.vote)
 
     def __call__(self, features: Features) -> Iterator[tuple[str, float]]:
         predicted = self.predict(features.train, features.train_labels, features.test)
-        return figures(predicted == features.test_labels)
+        return compute_accuracy_metrics(predicted == features.test_labels)
 
 
-def check_neighbours(ks: Sequence[int], images: int) -> None:
-    """Raises UserError if there are fewer training images than neighbours that shall vote."""
-    if max(ks) > images:
+def check_num_neighbors(ks: Sequence[int], num_images: int) -> None:
+    """Raise UserError if there are fewer training images than neighbours."""
+    if max(ks) > num_images:
         raise UserError(
-            f"--k {max(ks)} is more than the {images} labelled training images. Give at most {images}."
+            f"--k {max(ks)} is more than the {num_images} labelled training images. Give at most "
+            f"{num_images}."
         )
 
 
-def knn_accuracies(
+def compute_knn_accuracies(
     features: Mapping[str, Features], ks: Sequence[int], device: torch.device = _CPU
 ) -> list[KnnAccuracy]:
-    """The accuracy of each encoder, for each k and both ways of voting; neighbours are searched once.
+    """Compute the accuracy of each encoder for each k and both methods of voting, with a single search.
 
     Args:
-        features: by the encoder's name.
-        ks: how many neighbours vote, each at most the number of training features.
+        features: name of the encoder -> its features.
+        ks: numbers of neighbours, each at most the number of training features.
+        device: device that computes the similarities.
     """
-    found = []
+    accuracies = []
     for name, (train, train_labels, test, test_labels) in features.items():
-        similarity, index = nearest(train, test, max(ks), device)
+        similarity, index = find_nearest_neighbors(train, test, max(ks), device)
         labels = train_labels[index]  # [M, k]
         for k in ks:
-            for kind in get_args(Vote):
-                correct = vote(similarity[:, :k], labels[:, :k], kind) == test_labels
-                found.append(KnnAccuracy(name, k, kind, **dict(figures(correct))))
-    return found
+            for method in get_args(Vote):
+                correct = vote(similarity[:, :k], labels[:, :k], method) == test_labels
+                accuracies.append(KnnAccuracy(name, k, method, **dict(compute_accuracy_metrics(correct))))
+    return accuracies
 
 
-def vote(similarity: Tensor, labels: Tensor, kind: Vote) -> Tensor:
-    """What the neighbours of each test image say it is; of classes with equally many votes, the lowest.
+def vote(similarity: Tensor, labels: Tensor, method: Vote) -> Tensor:
+    """Return the class with the most votes of the neighbours of each test image; of ties, the lowest class.
 
-    Each neighbour counts equally, or as exp(cosine similarity / 0.07) (Wu et al. 2018).
+    Each neighbour has the weight 1 (``majority``) or exp(cosine similarity / 0.07) (``weighted``, Wu et al.
+    2018).
 
     Args:
-        similarity: float [M, k].
-        labels: int64 [M, k], of the neighbours.
+        similarity: float [M, k], cosine similarities of the neighbours.
+        labels: int64 [M, k], labels of the neighbours.
 
     Returns:
         int64 [M].
     """
-    weights = (similarity.double() / TEMPERATURE).exp() if kind == "weighted" else similarity.new_ones(())
-    classes = int(labels.max()) + 1
+    weights = (similarity.double() / TEMPERATURE).exp() if method == "weighted" else similarity.new_ones(())
+    num_classes = int(labels.max()) + 1
     predicted = []
-    for some, weight in zip(labels.split(QUERIES), weights.expand(labels.shape).split(QUERIES), strict=True):
-        votes = weight.new_zeros(len(some), classes).scatter_add_(1, some, weight)
+    for chunk, weight in zip(
+        labels.split(QUERY_CHUNK_SIZE), weights.expand(labels.shape).split(QUERY_CHUNK_SIZE), strict=True
+    ):
+        votes = weight.new_zeros(len(chunk), num_classes).scatter_add_(1, chunk, weight)
         predicted.append(votes.argmax(dim=1))
     return torch.cat(predicted)
 
 
 @torch.no_grad()
-def nearest(
+def find_nearest_neighbors(
     train: Tensor,
     test: Tensor,
     k: int,
     device: torch.device = _CPU,
-    queries: int = QUERIES,
-    rows: int = ROWS,
+    query_chunk_size: int = QUERY_CHUNK_SIZE,
+    train_chunk_size: int = TRAIN_CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:
-    """The `k` training features of the highest cosine similarity to each test feature, best first.
+    """Find the `k` training features with the highest cosine similarity to each test feature, best first.
 
-    Exact, in float32. Beside the features, memory holds `queries` × `rows` similarities and the
-    result. Which of several equally similar features is the k-th is not defined.
+    The search is exact, in float32. Besides the features, it needs memory for `query_chunk_size` ×
+    `train_chunk_size` similarities and the result. The order of equally similar features is not defined.
 
     Args:
         train: float [N, D], N at least k.
         test: float [M, D].
-        device: where to compute; features on another one come to it part by part.
+        device: device that computes; features on another device are copied to it chunk by chunk.
 
     Returns:
         Similarities float32 [M, k] and indices int64 [M, k], both on the CPU.
     """
     similarities, indices = torch.empty(len(test), k), torch.empty(len(test), k, dtype=torch.int64)
-    for start in range(0, len(test), queries):
-        some = F.normalize(test[start : start + queries].to(device).float(), dim=1)
-        best = torch.empty(len(some), 0, device=device)
-        best_index = torch.empty(len(some), 0, dtype=torch.int64, device=device)
-        for first in range(0, len(train), rows):
-            part = F.normalize(train[first : first + rows].to(device).float(), dim=1)
-            with torch.autocast(device.type, enabled=False):  # whatever the caller computes in
-                similarity = some @ part.T  # [Q, R]
-            values, index = _top(similarity, k)
+    for start in range(0, len(test), query_chunk_size):
+        query = F.normalize(test[start : start + query_chunk_size].to(device).float(), dim=1)
+        best = torch.empty(len(query), 0, device=device)
+        best_index = torch.empty(len(query), 0, dtype=torch.int64, device=device)
+        for first in range(0, len(train), train_chunk_size):
+            chunk = F.normalize(train[first : first + train_chunk_size].to(device).float(), dim=1)
+            with torch.autocast(device.type, enabled=False):  # the caller may use autocast
+                similarity = query @ chunk.T  # [Q, R]
+            values, index = _topk_by_groups(similarity, k)
             values = torch.cat([best, values], dim=1)
             index = torch.cat([best_index, index + first], dim=1)
-            best, place = values.topk(min(k, values.shape[1]), dim=1)
-            best_index = index.gather(1, place)
-        similarities[start : start + queries] = best
-        indices[start : start + queries] = best_index
+            best, position = values.topk(min(k, values.shape[1]), dim=1)
+            best_index = index.gather(1, position)
+        similarities[start : start + query_chunk_size] = best
+        indices[start : start + query_chunk_size] = best_index
     return similarities, indices
 
 
-def _top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` highest of each row, or all of it if it is shorter, and their places.
+def _topk_by_groups(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the `k` highest values of each row, or the whole row if it is shorter, and their indices.
 
-    They lie in the k groups of the highest maxima, and only these have to be searched, which takes
-    a fraction of the time of `topk` over long rows.
+    The k highest values lie in the k groups with the highest maxima. Only these groups are searched, which
+    takes a fraction of the time of `topk` over long rows.
     """
-    groups = values.shape[1] // _GROUP
-    if groups * _GROUP < values.shape[1] or groups <= 2 * k:
+    num_groups = values.shape[1] // _GROUP_SIZE
+    if num_groups * _GROUP_SIZE < values.shape[1] or num_groups <= 2 * k:
         return values.topk(min(k, values.shape[1]), dim=1)
-    chosen = values.unflatten(1, (groups, _GROUP)).amax(dim=2).topk(k, dim=1).indices  # [Q, k]
-    members = chosen[:, :, None] * _GROUP + torch.arange(_GROUP, device=values.device)
-    members = members.flatten(1)  # [Q, k * group]
-    top, place = values.gather(1, members).topk(k, dim=1)
-    return top, members.gather(1, place)
+    chosen = values.unflatten(1, (num_groups, _GROUP_SIZE)).amax(dim=2).topk(k, dim=1).indices  # [Q, k]
+    members = chosen[:, :, None] * _GROUP_SIZE + torch.arange(_GROUP_SIZE, device=values.device)
+    members = members.flatten(1)  # [Q, k * group size]
+    top, position = values.gather(1, members).topk(k, dim=1)
+    return top, members.gather(1, position)

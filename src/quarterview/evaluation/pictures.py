@@ -1,4 +1,4 @@
-"""What a set of images is like: whether there is anything in it to learn from."""
+"""Statistics of a set of images that show whether a model can learn from it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,70 +6,73 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quarterview.data.loader import central, stack
-from quarterview.data.reading import read_many
+from quarterview.data.loader import resized_center_crop, stack_images
+from quarterview.data.reading import read_samples
 from quarterview.data.sources.base import Source
 from quarterview.data.transforms.crop import to_float
 
-_THREADS = 4
-_LEVEL = 1 / 255
+_NUM_THREADS = 4
+_GRAY_LEVEL = 1 / 255  # one step of 8-bit values, in [0, 1]
 
 
-class Sample(NamedTuple):
-    """Some images of a set, and what they are like."""
+class ImageSample(NamedTuple):
+    """A sample of the images of a set."""
 
     ids: Tensor
-    """int64 [N], those that could be read."""
+    """int64 [N], the ids of the readable images."""
     images: Tensor
     """float32 [N, C, H, W] in [0, 1], the largest central boxes, resized."""
-    neighbours: Tensor
-    """float [N], see `neighbour_correlation`, of the images as they are stored; nan where constant."""
+    neighbor_correlations: Tensor
+    """float [N], see `compute_neighbor_correlation`, of the original images; nan for constant ones."""
     eight_bit: bool
-    """Whether all of them are uint8."""
+    """True if all images are uint8."""
 
 
-class Pictures(NamedTuple):
-    """What the images of a sample have and lack."""
+class ImageStatistics(NamedTuple):
+    """Statistics of a sample of images. The field names are keys of result files."""
 
     count: int
+    """Number of images."""
     neighbours: float | None
-    """Mean correlation of neighbouring pixels within an image; None if all are constant."""
+    """Mean correlation of neighbouring pixels within an image; None if all images are constant."""
     deviation: float
-    """Standard deviation of a pixel, of [0, 1], over images and places."""
+    """Standard deviation of the pixel values in [0, 1] over images and positions."""
     difference: float
-    """The same over images alone, at one place: 0 if all images are equal."""
+    """Standard deviation of the pixel values over images at a fixed position; 0 if all images are equal."""
     constant: float
-    """Share of images of a single colour, give or take half a grey level."""
+    """Fraction of images with a single colour, within half a gray level of 255."""
     repeated: float
-    """Share of images that equal an earlier one bit for bit."""
+    """Fraction of images that are bit-identical to an earlier image."""
     flat: float
-    """Share of patches that vary by less than a grey level (of 255)."""
+    """Fraction of patches with a standard deviation below one gray level of 255."""
 
     @property
-    def between(self) -> float:
-        """Share of the variance that is between images rather than common to all of them."""
+    def between_variance_ratio(self) -> float:
+        """The ratio of the variance between images to the total variance of the pixel values."""
         return (self.difference / self.deviation) ** 2 if self.deviation else 0.0
 
 
-def read_sample(source: Source, ids: Sequence[int], image_size: Sequence[int]) -> Sample:
-    """Read the images `ids`, leaving out those that cannot be read."""
-    kept: list[int] = []
+def read_image_sample(source: Source, ids: Sequence[int], image_size: Sequence[int]) -> ImageSample:
+    """Read the images `ids` as central crops of `image_size`. Unreadable images are left out."""
+    read_ids: list[int] = []
     pixels: list[Tensor] = []
-    neighbours: list[float] = []
-    for sample, picture, _ in read_many(source, ids, _THREADS):
-        if picture is not None:
-            kept.append(sample)
-            pixels.append(central(picture.pixels, image_size))
-            neighbours.append(neighbour_correlation(to_float(picture.pixels)))
-    images = to_float(stack(pixels)) if pixels else torch.empty(0, 1, *image_size)
+    correlations: list[float] = []
+    for sample, image, _ in read_samples(source, ids, _NUM_THREADS):
+        if image is not None:
+            read_ids.append(sample)
+            pixels.append(resized_center_crop(image.pixels, image_size))
+            correlations.append(compute_neighbor_correlation(to_float(image.pixels)))
+    images = to_float(stack_images(pixels)) if pixels else torch.empty(0, 1, *image_size)
     eight_bit = all(p.dtype == torch.uint8 for p in pixels)
-    return Sample(torch.tensor(kept, dtype=torch.int64), images, torch.tensor(neighbours), eight_bit)
+    return ImageSample(
+        torch.tensor(read_ids, dtype=torch.int64), images, torch.tensor(correlations), eight_bit
+    )
 
 
-def neighbour_correlation(image: Tensor) -> float:
-    """How alike neighbouring pixels are, each channel about its own mean within the image.
+def compute_neighbor_correlation(image: Tensor) -> float:
+    """Compute the correlation of neighbouring pixels, after subtracting the mean of each channel.
 
-    1 for a smooth picture, 0 for pixels in random order; nan for a constant one.
+    It is near 1 for a smooth image, near 0 for pixels in random order, and nan for a constant image.
 
     Args:
         image: float [C, H, W].
@@ -82,24 +85,24 @@ def neighbour_correlation(image: Tensor) -> float:
     return products / squares if squares > 1e-12 * x.numel() else float("nan")
 
 
-def describe(sample: Sample, patch_size: int) -> Pictures:
-    """Measure a sample of one image or more."""
+def compute_image_statistics(sample: ImageSample, patch_size: int) -> ImageStatistics:
+    """Compute the statistics of a sample of at least one image."""
     x = sample.images.double()
     channels = x.transpose(0, 1).flatten(1)  # [C, N*H*W]
-    known = sample.neighbours[~sample.neighbours.isnan()]
-    own = x.flatten(1)
+    known = sample.neighbor_correlations[~sample.neighbor_correlations.isnan()]
+    flat = x.flatten(1)
     patches = x.unflatten(2, (-1, patch_size)).unflatten(4, (-1, patch_size)).permute(0, 2, 4, 1, 3, 5)
-    return Pictures(
+    return ImageStatistics(
         len(x),
         float(known.mean()) if len(known) else None,
         float(channels.var(dim=1, correction=0).mean().sqrt()),
         float(x.var(dim=0, correction=0).mean().sqrt()),
-        float((_ranges(x) < _LEVEL / 2).double().mean()),
-        1 - len(torch.unique(own, dim=0)) / len(own),
-        float((patches.flatten(3).std(dim=3) < _LEVEL).double().mean()),
+        float((_compute_ranges(x) < _GRAY_LEVEL / 2).double().mean()),
+        1 - len(torch.unique(flat, dim=0)) / len(flat),
+        float((patches.flatten(3).std(dim=3) < _GRAY_LEVEL).double().mean()),
     )
 
 
-def _ranges(x: Tensor) -> Tensor:
-    """The largest range of any channel, for each image: [N]."""
+def _compute_ranges(x: Tensor) -> Tensor:
+    """Compute the range of pixel values of each image, the largest over its channels: [N]."""
     return (x.amax(dim=(2, 3)) - x.amin(dim=(2, 3))).amax(dim=1)

@@ -1,17 +1,17 @@
-"""One form for every result: ``results/NAME.json`` in the run's folder."""
+"""Result files of evaluations: ``results/NAME.json`` in the folder of a run."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quarterview.files import replace_text
-from quarterview.training.record import provenance
-from quarterview.weights.loading import read
+from quarterview.files import write_text_atomic
+from quarterview.training.record import collect_provenance
+from quarterview.weights.loading import read_weights
 
 
-def results_folder(path: str | Path) -> Path | None:
-    """Where the results of a run, a checkpoint or a file in one belong; None outside a run."""
+def find_results_folder(path: str | Path) -> Path | None:
+    """Return the results folder for a run, a checkpoint or a file inside a run; None outside a run."""
     path = Path(path).resolve()
     for folder in (path, *path.parents[:3]):
         if (folder / "checkpoints").is_dir():
@@ -27,18 +27,18 @@ def write_result(
     data: Mapping[str, Any],
     results: Mapping[str, Any],
 ) -> Path | None:
-    """Write ``folder/NAME.json`` whole or not at all.
+    """Write ``folder/NAME.json`` atomically.
 
     Args:
-        folder: of `results_folder`; nothing is written if it is None.
-        name: of the protocol and what tells this result from others of it, such as ``knn-10000``.
+        folder: result of `find_results_folder`; nothing is written if it is None.
+        name: name of the protocol and its variant, such as ``knn-10000``.
         argv: the command line.
-        settings: how it was measured, seed included.
+        settings: settings of the evaluation, with the seed.
         data: fingerprints and sizes of the images.
-        results: the figures.
+        results: metrics.
 
     Returns:
-        The file.
+        The path of the file.
     """
     if folder is None:
         return None
@@ -49,13 +49,13 @@ def write_result(
         "settings": dict(settings),
         "data": dict(data),
         "results": dict(results),
-        **provenance(argv),
+        **collect_provenance(argv),
     }
-    replace_text(file, json.dumps(content, indent=1) + "\n")
+    write_text_atomic(file, json.dumps(content, indent=1) + "\n")
     return file
 
 
-def record(
+def record_result(
     run: str,
     ema: bool,
     name: str,
@@ -64,14 +64,14 @@ def record(
     data: Mapping[str, Any],
     results: Mapping[str, Any],
 ) -> Path | None:
-    """Write a result of a run's weights into the run's results folder; nothing for weights outside a run.
+    """Write a result into the results folder of a run; nothing is written for weights outside a run.
 
     Args:
-        run, ema: the weights, as the user named them.
-        name, argv, settings, data, results: as in `write_result`; the weights' file and digest are added to
-            the settings.
+        run, ema: the weights, as given by the user.
+        name, argv, settings, data, results: see `write_result`; the file and the digest of the weights are
+            added to the settings.
     """
-    folder, weights = results_folder(run), read(run, ema)
+    folder, weights = find_results_folder(run), read_weights(run, ema)
     if folder is None or weights.file is None:
         return None
     file = weights.file.resolve().relative_to(folder.parent)

@@ -1,4 +1,4 @@
-"""A vision transformer of timm's, to be judged beside ours."""
+"""Vision transformers of timm as backbones, for comparisons."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ from quarterview.errors import UserError, unknown
 
 
 class TimmConfig(NamedTuple):
-    """What there is to know of the images of timm's model."""
+    """The input and token configuration of a model of timm: a `BackboneConfig`."""
 
     image_size: tuple[int, ...]
     in_chans: int
@@ -18,19 +18,23 @@ class TimmConfig(NamedTuple):
 
 
 class TimmBackbone(nn.Module):
-    """A vision transformer of timm's as a backbone of ours, which it resembles down to the names.
+    """A vision transformer of timm with the interface of `Backbone`.
 
     Args:
-        vit: with one prefix token, cls, and without a head.
+        vit: a model of timm with one prefix token, cls, and without a head.
+        name: name of the model in messages.
 
     Raises:
-        UserError: if it is anything else.
+        UserError: if the model has another architecture.
     """
 
     def __init__(self, vit: Any, name: str) -> None:
         super().__init__()
         if getattr(vit, "num_prefix_tokens", None) != 1 or not hasattr(vit, "blocks"):
-            raise UserError(f"timm:{name} is no plain vision transformer; accepted: such as timm:vit_base_*")
+            raise UserError(
+                f"timm:{name} is not a plain vision transformer with one cls token. Give a model such as "
+                "timm:vit_base_patch16_224."
+            )
         self.vit, self.blocks = vit, vit.blocks
         cfg = vit.pretrained_cfg
         self.config = TimmConfig(
@@ -38,28 +42,27 @@ class TimmBackbone(nn.Module):
         )
 
     def encode(self, images: Tensor) -> Tensor:
-        """float [B, C, H, W], normalised -> float [B, 1 + L, D] after the final norm, cls first."""
+        """Encode images: float [B, C, H, W], normalised -> float [B, 1 + L, D] after the final norm, cls
+        first."""
         return self.vit.forward_features(images)
 
 
-def open_timm(name: str, pretrained: bool = True) -> tuple[TimmBackbone, str]:
-    """A model of timm's in evaluation mode, and the tag of its weights.
+def load_timm_backbone(name: str, pretrained: bool = True) -> tuple[TimmBackbone, str]:
+    """Load a model of timm. Return the model in evaluation mode, and the tag of its weights.
 
     Raises:
-        UserError: if timm is not installed, knows no such model, or its weights cannot be had.
+        UserError: if timm has no such model, or the weights cannot be loaded.
     """
-    try:
-        import timm
-    except ImportError:
-        raise UserError(f"timm:{name} needs timm: pip install 'quarterview[timm]'") from None
+    import timm
+
     if not timm.is_model(name):
-        raise unknown("model of timm's", name, timm.list_models("*vit*"))
+        raise unknown("timm model", name, timm.list_models("*vit*"))
     try:
         vit: Any = timm.create_model(name, pretrained=pretrained, num_classes=0)
-    except Exception as error:  # whatever the network, the hub and their caches come up with
+    except Exception as error:  # the network, the hub and their caches raise errors of many types
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the weights of timm:{name} cannot be had ({type(error).__name__}: {reason}); accepted: "
-            "weights in the hub's cache, or a network"
+            f"Cannot load the weights of timm:{name} ({type(error).__name__}: {reason}). Connect to a "
+            "network, or put the weights into the cache of the hub."
         ) from None
     return TimmBackbone(vit, name).eval(), vit.pretrained_cfg.get("tag") or "untagged"

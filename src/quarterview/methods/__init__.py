@@ -1,1 +1,1 @@
-"""What the loop can train: an objective turns a batch into a loss."""
+"""The pre-training methods: each one turns a batch into a loss for the training loop."""

@@ -1,4 +1,4 @@
-"""What the training loop asks of a method, and what a method is built from."""
+"""The interface between the training loop and the pre-training methods."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,56 +11,56 @@ from quarterview.data.loader import Batch
 from quarterview.methods.config import MethodConfig
 from quarterview.models.config import ViTConfig
 
-Gather = Callable[[Tensor], Tensor]
-"""Rows of all ranks, through which gradients flow, from this rank's."""
+GatherFn = Callable[[Tensor], Tensor]
+"""Gathers the rows of all ranks, [B, ...], from those of this rank. Gradients flow through it."""
 
 
-class Loss(NamedTuple):
-    """What a method makes of a batch."""
+class MethodOutput(NamedTuple):
+    """The output of a method for a batch."""
 
     loss: Tensor
-    """float32 scalar, to be minimised."""
+    """float32 scalar, the quantity to minimise."""
     metrics: dict[str, Tensor]
-    """Further scalars worth a column in the metrics."""
+    """Further scalars, each logged as a metric of its own."""
 
 
 class Method(Protocol):
-    """An `nn.Module` that holds the model it trains and says how well that does on a batch.
+    """The interface of a method: an `nn.Module` that holds the model and computes its loss on a batch.
 
-    Everything random in it is drawn through `quarterview.rng` from the batch's ids and epochs.
+    All random numbers come from `quarterview.rng` and depend on the ids and epochs of the samples.
     """
 
     @property
     def model(self) -> nn.Module:
-        """What is kept and exported; other parameters of the method only serve training."""
+        """The model that is saved and exported. All other parameters of the method serve training only."""
         ...
 
-    def __call__(self, batch: Batch) -> Loss: ...
+    def __call__(self, batch: Batch) -> MethodOutput: ...
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a method is built from, beside its own configuration."""
+class MethodContext:
+    """The properties of a run that a method is built from, beside its own configuration."""
 
     encoder: ViTConfig
-    """With the channel means and standard deviations."""
+    """The configuration of the encoder, with channel means and standard deviations set."""
     seed: int
-    steps: int
-    """Updates of the whole run."""
+    num_steps: int
+    """Number of updates in the whole run."""
     accum_iter: int = 1
-    """Parts that a batch is cut into: training passes in an update."""
-    gather: Gather = lambda rows: rows
-    vocabulary: int | None = None
-    """How many visual tokens the tokenizer has, where they are predicted."""
-    classes: int = 0
+    """Number of forward passes per update, for gradient accumulation."""
+    gather: GatherFn = lambda rows: rows
+    codebook_size: int | None = None
+    """Number of visual tokens of the tokenizer, for methods that predict them."""
+    num_classes: int = 0
     class_names: tuple[str, ...] | None = None
-    """Of labelled images."""
+    """Names of the classes, for methods that use labels."""
 
 
-def build(config: MethodConfig, setting: Setting) -> nn.Module:
-    """A method (see `Method`) at its beginning, on the CPU, with the initial weights that belong to the seed.
+def build(config: MethodConfig, context: MethodContext) -> nn.Module:
+    """Build a method (see `Method`) on the CPU, with the initial weights of the seed.
 
     Raises:
-        UserError: if a package that it needs is not installed.
+        UserError: if the method needs a package that is not installed.
     """
-    return import_module(f"quarterview.methods.{config.module}").build(config, setting)
+    return import_module(f"quarterview.methods.{config.module_name}").build(config, context)

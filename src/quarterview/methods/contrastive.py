@@ -1,9 +1,9 @@
-"""Learning by comparing two views of an image: SimCLR, BYOL, MoCo v3.
+"""Self-supervised baselines that compare two views of an image: SimCLR, BYOL and MoCo v3.
 
-What the paper's section 4 stands beside. The encoder is ours; heads and losses are lightly's where
-it has them. All ranks' features are brought together before the heads, so that BatchNorm and
-negatives are those of the whole batch, whatever the number of ranks, and every rank computes the same
-loss. For the same reason a batch cannot be accumulated in parts.
+The MAE paper compares itself with MoCo v3 (section 4). The encoder is this package's; heads and losses are
+lightly's where it has them. The features of all ranks are gathered before the heads, so BatchNorm and
+negatives are those of the whole batch whatever the number of ranks, and every rank computes the same loss.
+Gradient accumulation is therefore not supported.
 """
 
 import copy
@@ -18,175 +18,187 @@ from torch import Tensor, nn
 
 from quarterview import rng
 from quarterview.data.loader import Batch
-from quarterview.errors import UserError
+from quarterview.errors import missing_package
 from quarterview.methods import config as configs
-from quarterview.methods.base import Gather, Loss, Setting
-from quarterview.models.create import fresh_encoder
+from quarterview.methods.base import GatherFn, MethodContext, MethodOutput
+from quarterview.models.create import create_encoder
 from quarterview.models.vit import VisionTransformer
 
-AnyModule = TypeVar("AnyModule", bound=nn.Module)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Contrastive(nn.Module):
-    """What the three have in common: cls tokens of two views, gathered from all ranks.
+    """Base class: cls tokens of two views of each image, gathered from all ranks.
 
     Raises:
         UserError: if lightly is not installed.
         ValueError: if a batch has no second view.
     """
 
-    def __init__(self, model: VisionTransformer, gather: Gather = lambda rows: rows) -> None:
+    def __init__(self, model: VisionTransformer, gather: GatherFn = lambda rows: rows) -> None:
         super().__init__()
         self.model, self.gather = model, gather
 
-    def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Both views of this rank's images."""
-        if batch.second is None:
-            raise ValueError("a batch of one view; accepted: batches of a loader that makes two")
-        return batch.images, batch.second
+    def get_views(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return both views of this rank's images."""
+        if batch.second_view is None:
+            raise ValueError("The batch has one view of each image. Use a loader that makes two views.")
+        return batch.images, batch.second_view
 
-    def features(self, encoder: VisionTransformer, images: Tensor) -> Tensor:
-        """The cls tokens of all ranks' images, of several the mean: float32 [B, D]."""
+    def compute_features(self, encoder: VisionTransformer, images: Tensor) -> Tensor:
+        """Return the cls features of the images of all ranks, float32 [B, D].
+
+        With several cls tokens the feature is their mean.
+        """
         return self.gather(encoder(images)[:, : encoder.config.cls_tokens].float().mean(dim=1))
 
 
 class SimCLR(Contrastive):
-    """Chen et al. 2020: a view's partner among all other views of the batch, by NT-Xent."""
+    """SimCLR (Chen et al. 2020): find the other view of an image among all views of the batch (NT-Xent)."""
 
     def __init__(
-        self, model: VisionTransformer, config: configs.SimCLR, gather: Gather = lambda rows: rows
+        self, model: VisionTransformer, config: configs.SimCLRConfig, gather: GatherFn = lambda rows: rows
     ) -> None:
         super().__init__(model, gather)
-        losses, heads = _lightly()
+        losses, heads = _import_lightly()
         width = model.config.shape.width
-        self.projector = plain_batch_norm(
-            heads.SimCLRProjectionHead(width, config.head_width, config.head_out)
+        self.projector = use_batch_statistics(
+            heads.SimCLRProjectionHead(width, config.proj_hidden_dim, config.proj_output_dim)
         )
-        self.compare = losses.NTXentLoss(temperature=config.temperature)
+        self.criterion = losses.NTXentLoss(temperature=config.temperature)
 
-    def forward(self, batch: Batch) -> Loss:
-        views = [self.features(self.model, view) for view in self.views(batch)]
+    def forward(self, batch: Batch) -> MethodOutput:
+        views = [self.compute_features(self.model, view) for view in self.get_views(batch)]
         with torch.autocast(batch.images.device.type, enabled=False):
-            loss = self.compare(*(self.projector(view) for view in views))
-        return Loss(loss, {"feature_spread": spread_of(views[0])})
+            loss = self.criterion(*(self.projector(view) for view in views))
+        return MethodOutput(loss, {"feature_spread": compute_feature_std(views[0])})
 
 
-class Taught(Contrastive):
-    """A teacher, the moving average of the student, says what the student's other view should give.
+class MomentumTeacherMethod(Contrastive):
+    """Base class of methods whose targets come from a teacher, a moving average of the model (the student).
 
-    It follows at the beginning of each training pass, so before the first its weights are the student's;
-    its share of itself rises along a cosine from `momentum` to 1 over `updates` of them.
+    The teacher is updated at the beginning of each training pass; at the first its weights equal the
+    student's. The momentum rises along a cosine from `momentum` to 1 over `num_updates` passes.
     """
 
     updated: Tensor
+    """int64 scalar, the number of updates of the teacher so far."""
 
     def __init__(
-        self, model: VisionTransformer, projector: nn.Module, momentum: float, updates: int, gather: Gather
+        self,
+        model: VisionTransformer,
+        projector: nn.Module,
+        momentum: float,
+        num_updates: int,
+        gather: GatherFn,
     ) -> None:
         super().__init__(model, gather)
         self.projector = projector
-        self.teacher, self.teacher_projector = _frozen(model), _frozen(projector)
-        self.momentum, self.updates = momentum, updates
+        self.teacher, self.teacher_projector = _make_frozen_copy(model), _make_frozen_copy(projector)
+        self.momentum, self.num_updates = momentum, num_updates
         self.register_buffer("updated", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def follow(self) -> None:
-        """Move the teacher towards the student, by 1 - m of the way."""
-        progress = (self.updated.float() / self.updates).clamp(max=1)
-        way = (1 - self.momentum) * 0.5 * (1 + (math.pi * progress).cos())
+    def update_teacher(self) -> None:
+        """Update the teacher: teacher = m * teacher + (1 - m) * student, with the current momentum m."""
+        progress = (self.updated.float() / self.num_updates).clamp(max=1)
+        student_weight = (1 - self.momentum) * 0.5 * (1 + (math.pi * progress).cos())
         pairs = ((self.teacher, self.model), (self.teacher_projector, self.projector))
         for teacher, student in pairs:
-            for mine, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
-                mine.lerp_(theirs.to(mine.dtype), way.to(mine))
+            for average, current in zip(teacher.parameters(), student.parameters(), strict=True):
+                average.lerp_(current.to(average.dtype), student_weight.to(average))
         self.updated += 1
 
-    def both(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
-        """The student's features of both views, and what the teacher makes of them."""
+    def compute_both_features(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the student's features and the teacher's projections, each of both views."""
         if self.training:
-            self.follow()
-        views = self.views(batch)
+            self.update_teacher()
+        views = self.get_views(batch)
         with torch.no_grad():
-            taught = [self.features(self.teacher, view) for view in views]
+            targets = [self.compute_features(self.teacher, view) for view in views]
             with torch.autocast(batch.images.device.type, enabled=False):
-                taught = [self.teacher_projector(view) for view in taught]
-        return [self.features(self.model, view) for view in views], taught
+                targets = [self.teacher_projector(features) for features in targets]
+        return [self.compute_features(self.model, view) for view in views], targets
 
 
-class BYOL(Taught):
-    """Grill et al. 2020: predict the teacher's projection of the other view; no negatives."""
+class BYOL(MomentumTeacherMethod):
+    """BYOL (Grill et al. 2020): predict the teacher's projection of the other view, without negatives."""
 
     def __init__(
         self,
         model: VisionTransformer,
-        config: configs.BYOL,
-        updates: int,
-        gather: Gather = lambda rows: rows,
+        config: configs.BYOLConfig,
+        num_updates: int,
+        gather: GatherFn = lambda rows: rows,
     ) -> None:
-        losses, heads = _lightly()
-        width, hidden, out = model.config.shape.width, config.head_width, config.head_out
-        projector = plain_batch_norm(heads.BYOLProjectionHead(width, hidden, out))
-        super().__init__(model, projector, config.momentum, updates, gather)
-        self.predictor = plain_batch_norm(heads.BYOLPredictionHead(out, hidden, out))
-        self.compare = losses.NegativeCosineSimilarity()
+        losses, heads = _import_lightly()
+        width, hidden, out = model.config.shape.width, config.proj_hidden_dim, config.proj_output_dim
+        projector = use_batch_statistics(heads.BYOLProjectionHead(width, hidden, out))
+        super().__init__(model, projector, config.momentum, num_updates, gather)
+        self.predictor = use_batch_statistics(heads.BYOLPredictionHead(out, hidden, out))
+        self.criterion = losses.NegativeCosineSimilarity()
 
-    def forward(self, batch: Batch) -> Loss:
-        views, (first, second) = self.both(batch)
+    def forward(self, batch: Batch) -> MethodOutput:
+        views, (first, second) = self.compute_both_features(batch)
         with torch.autocast(batch.images.device.type, enabled=False):
             predictions = [self.predictor(self.projector(view)) for view in views]
-            # The squared distance of unit vectors is 2 - 2 cos; both directions are added.
-            loss = 4 + 2 * (self.compare(predictions[0], second) + self.compare(predictions[1], first))
-        return Loss(loss, {"feature_spread": spread_of(views[0])})
+            # The squared distance of unit vectors is 2 - 2 cos. The losses of both directions are added.
+            loss = 4 + 2 * (self.criterion(predictions[0], second) + self.criterion(predictions[1], first))
+        return MethodOutput(loss, {"feature_spread": compute_feature_std(views[0])})
 
 
-class MoCoV3(Taught):
-    """Chen et al. 2021: find the teacher's projection of the other view among those of the batch.
+class MoCoV3(MomentumTeacherMethod):
+    """MoCo v3 (Chen et al. 2021): find the teacher's projection of the other view among those of the batch.
 
-    The patch embedding keeps its random weights, which that paper found to be stable.
+    The patch embedding is frozen at its random weights, which makes training stable (section 4 there).
     """
 
     def __init__(
         self,
         model: VisionTransformer,
-        config: configs.MoCoV3,
-        updates: int,
-        gather: Gather = lambda rows: rows,
+        config: configs.MoCoV3Config,
+        num_updates: int,
+        gather: GatherFn = lambda rows: rows,
     ) -> None:
-        _, heads = _lightly()
-        width, hidden, out = model.config.shape.width, config.head_width, config.head_out
+        _, heads = _import_lightly()
+        width, hidden, out = model.config.shape.width, config.proj_hidden_dim, config.proj_output_dim
         model.patch_embed.requires_grad_(False)
-        projector = plain_batch_norm(_moco_head(heads.ProjectionHead, width, hidden, out, depth=3))
-        super().__init__(model, projector, config.momentum, updates, gather)
-        self.predictor = plain_batch_norm(_moco_head(heads.ProjectionHead, out, hidden, out, depth=2))
+        projector = use_batch_statistics(_make_mocov3_head(heads.ProjectionHead, width, hidden, out, depth=3))
+        super().__init__(model, projector, config.momentum, num_updates, gather)
+        self.predictor = use_batch_statistics(
+            _make_mocov3_head(heads.ProjectionHead, out, hidden, out, depth=2)
+        )
         self.temperature = config.temperature
 
-    def forward(self, batch: Batch) -> Loss:
-        views, (first, second) = self.both(batch)
+    def forward(self, batch: Batch) -> MethodOutput:
+        views, (first, second) = self.compute_both_features(batch)
         with torch.autocast(batch.images.device.type, enabled=False):
             queries = [self.predictor(self.projector(view)) for view in views]
-            loss = info_nce(queries[0], second, self.temperature)
-            loss = loss + info_nce(queries[1], first, self.temperature)
-        return Loss(loss, {"feature_spread": spread_of(views[0])})
+            loss = compute_info_nce(queries[0], second, self.temperature)
+            loss = loss + compute_info_nce(queries[1], first, self.temperature)
+        return MethodOutput(loss, {"feature_spread": compute_feature_std(views[0])})
 
 
-def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
-    """MoCo v3's loss of one direction: each query against the other view's keys alone.
+def compute_info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """Compute MoCo v3's InfoNCE loss of one direction: queries of one view, keys of the other view.
 
     Args:
-        queries, keys: float [B, E]; a query's own key is in its row.
+        queries, keys: float [B, E]; the positive key of a query is in the same row.
+        temperature: the divisor of the cosine similarities.
 
     Returns:
-        2 * temperature * cross-entropy, on average.
+        The mean of 2 * temperature * cross-entropy.
     """
     logits = F.normalize(queries, dim=1) @ F.normalize(keys, dim=1).T / temperature
-    own = torch.arange(len(queries), device=queries.device)
-    return 2 * temperature * F.cross_entropy(logits, own)
+    positives = torch.arange(len(queries), device=queries.device)
+    return 2 * temperature * F.cross_entropy(logits, positives)
 
 
 @torch.no_grad()
-def spread_of(features: Tensor) -> Tensor:
-    """How far features are from having collapsed: 1 where directions are even, 0 where all are alike.
+def compute_feature_std(features: Tensor) -> Tensor:
+    """Measure how far features [B, D] are from collapse: 0 if all are equal, 1 if directions are uniform.
 
-    The deviation of each number of the unit vectors, on average, times the root of their length.
+    It is the mean over dimensions of the standard deviation of the L2-normalised features, times sqrt(D).
     """
     unit = F.normalize(features.detach().float(), dim=1)
     return unit.std(dim=0, correction=0).mean() * unit.shape[1] ** 0.5
@@ -195,11 +207,11 @@ def spread_of(features: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- heads
 
 
-def plain_batch_norm(head: nn.Module) -> nn.Module:
-    """A head whose BatchNorms go by the batch alone, in evaluation too.
+def use_batch_statistics(head: nn.Module) -> nn.Module:
+    """Make the BatchNorms of a head use the statistics of the batch, in evaluation mode too.
 
-    Heads are thrown away, so running means would serve nobody, and a batch that is not finite would
-    spoil them.
+    Heads are discarded after training, so running statistics are not needed, and a batch with infinite or NaN
+    values would spoil them.
     """
     for module in head.modules():
         if isinstance(module, nn.BatchNorm1d):
@@ -208,41 +220,43 @@ def plain_batch_norm(head: nn.Module) -> nn.Module:
     return head
 
 
-def _moco_head(kind: Callable[[list], nn.Module], width: int, hidden: int, out: int, depth: int) -> nn.Module:
-    """MoCo v3's MLP: BatchNorm after every layer, the last without scale and shift."""
+def _make_mocov3_head(
+    head_class: Callable[[list], nn.Module], width: int, hidden: int, out: int, depth: int
+) -> nn.Module:
+    """Make an MLP head of MoCo v3: BatchNorm after every layer, the last one without scale and shift."""
     widths = [width, *[hidden] * (depth - 1)]
-    layers: list = [(into, hidden, nn.BatchNorm1d(hidden), nn.ReLU()) for into in widths[:-1]]
-    return kind([*layers, (widths[-1], out, nn.BatchNorm1d(out, affine=False), None)])
+    layers: list = [(in_width, hidden, nn.BatchNorm1d(hidden), nn.ReLU()) for in_width in widths[:-1]]
+    return head_class([*layers, (widths[-1], out, nn.BatchNorm1d(out, affine=False), None)])
 
 
-def _frozen(module: AnyModule) -> AnyModule:
-    twin = copy.deepcopy(module)
-    twin.requires_grad_(False)
-    return twin
+def _make_frozen_copy(module: ModuleT) -> ModuleT:
+    frozen = copy.deepcopy(module)
+    frozen.requires_grad_(False)
+    return frozen
 
 
-def _lightly() -> tuple[ModuleType, ModuleType]:
-    """lightly's losses and heads.
+def _import_lightly() -> tuple[ModuleType, ModuleType]:
+    """Import the losses and heads of lightly.
 
     Raises:
-        UserError: if it is not installed.
+        UserError: if lightly is not installed.
     """
     try:
         from lightly import loss
         from lightly.models.modules import heads
     except ImportError:
-        raise UserError(
-            "simclr, byol and mocov3 take their heads from lightly: pip install 'quarterview[baselines]'"
-        ) from None
+        raise missing_package("lightly", "Each of simclr, byol and mocov3", "baselines") from None
     return loss, heads
 
 
-def build(config: configs.SimCLR | configs.BYOL | configs.MoCoV3, setting: Setting) -> Contrastive:
-    """The method of a configuration, with the initial encoder and heads that belong to the seed."""
-    encoder = fresh_encoder(setting.encoder, setting.seed)
-    with rng.seeded(setting.seed, "heads"):
-        if isinstance(config, configs.SimCLR):
-            return SimCLR(encoder, config, setting.gather)
-        if isinstance(config, configs.BYOL):
-            return BYOL(encoder, config, setting.steps, setting.gather)
-        return MoCoV3(encoder, config, setting.steps, setting.gather)
+def build(
+    config: configs.SimCLRConfig | configs.BYOLConfig | configs.MoCoV3Config, context: MethodContext
+) -> Contrastive:
+    """Build SimCLR, BYOL or MoCo v3, with the initial weights of the seed."""
+    encoder = create_encoder(context.encoder, context.seed)
+    with rng.seeded(context.seed, "heads"):
+        if isinstance(config, configs.SimCLRConfig):
+            return SimCLR(encoder, config, context.gather)
+        if isinstance(config, configs.BYOLConfig):
+            return BYOL(encoder, config, context.num_steps, context.gather)
+        return MoCoV3(encoder, config, context.num_steps, context.gather)

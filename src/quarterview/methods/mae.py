@@ -1,4 +1,4 @@
-"""Masked autoencoding: He et al. 2021."""
+"""The pre-training method of the MAE paper (He et al. 2021): mask patches and predict them."""
 
 from collections.abc import Callable
 
@@ -8,21 +8,25 @@ from torch import Tensor, nn
 
 from quarterview import rng
 from quarterview.data.loader import Batch
-from quarterview.methods.base import Loss, Setting
-from quarterview.methods.config import MAE, BEiT, autoencoder_config
-from quarterview.models.create import fresh_model
+from quarterview.methods.base import MethodContext, MethodOutput
+from quarterview.methods.config import BEiTConfig, MAEMethodConfig, make_mae_config
+from quarterview.models.create import create_mae
 from quarterview.models.mae import MaskedAutoencoder
 
 
 class MaskedAutoencoding(nn.Module):
-    """Hide patches, keyed by (seed, epoch, sample, mask), and predict them.
+    """Mask patches and predict them. Masks are a function of (seed, epoch, sample id, number of the mask).
 
-    The loss is the mean over all masks of all images. In evaluation mode each image has its first
-    mask alone, and the loss is that of the predictions.
+    The loss is the mean over all masks of all images. In evaluation mode each image has its first mask only,
+    and the loss has no uniformity term.
 
     Args:
-        uniformity: weight of `likeness` between the images of the whole batch, by their first masks.
-        gather: brings the rows of all ranks together, with their gradients.
+        model: the masked autoencoder.
+        seed: the seed of the masks.
+        masks_per_image: the number of masks of each image in a training step.
+        uniformity: the weight of the uniformity loss (U-MAE), the mean squared cosine between the features of
+            different images of the whole batch, computed with their first masks.
+        gather: gathers the features of all ranks, with gradients.
     """
 
     def __init__(
@@ -39,36 +43,37 @@ class MaskedAutoencoding(nn.Module):
         self.masks_per_image = masks_per_image
         self.uniformity, self.gather = uniformity, gather
 
-    def forward(self, batch: Batch) -> Loss:
+    def forward(self, batch: Batch) -> MethodOutput:
         masks = self.masks_per_image if self.training else 1
-        out = self.model(batch.images, noise=self.noise(batch.epochs, batch.ids, masks))
+        out = self.model(batch.images, noise=self.draw_mask_noise(batch.epochs, batch.ids, masks))
         if not self.uniformity or not self.training:
-            return Loss(out.loss, {})
+            return MethodOutput(out.loss, {})
         cls = self.model.config.cls_tokens
-        features = out.latent[::masks, cls : cls + self.model.kept].float().mean(dim=1)  # [B, D]
+        features = out.latent[::masks, cls : cls + self.model.num_visible].float().mean(dim=1)  # [B, D]
         with torch.autocast(batch.images.device.type, enabled=False):
-            alike = likeness(self.gather(features))
-        return Loss(out.loss + self.uniformity * alike, {"prediction": out.loss, "likeness": alike})
+            similarity = compute_mean_squared_cosine(self.gather(features))
+        metrics = {"prediction": out.loss, "likeness": similarity}
+        return MethodOutput(out.loss + self.uniformity * similarity, metrics)
 
-    def noise(self, epochs: Tensor, ids: Tensor, masks: int = 1) -> Tensor:
-        """What decides which patches of each sample are hidden: float [B, masks, L].
+    def draw_mask_noise(self, epochs: Tensor, ids: Tensor, num_masks: int = 1) -> Tensor:
+        """Draw the mask noise of each sample: float [B, num_masks, L].
 
-        The first masks do not depend on how many there are.
+        The first masks of a sample are the same whatever `num_masks` is.
         """
-        needed = self.model.uniforms_needed
-        uniforms = rng.uniform(self.seed, "mask", epochs, ids, masks * needed)  # [B, masks * needed]
-        return self.model.mask_noise(uniforms.view(-1, needed)).unflatten(0, (-1, masks))
+        needed = self.model.num_mask_uniforms  # per mask
+        uniforms = rng.uniform(self.seed, "mask", epochs, ids, num_masks * needed)  # [B, masks * needed]
+        return self.model.mask_noise(uniforms.view(-1, needed)).unflatten(0, (-1, num_masks))
 
 
-def likeness(features: Tensor) -> Tensor:
-    """The mean squared cosine between features float [B, D] of different images; 1 if all are alike."""
+def compute_mean_squared_cosine(features: Tensor) -> Tensor:
+    """Return the mean squared cosine between the features [B, D] of different images, from 0 to 1."""
     unit = F.normalize(features, dim=1)
     squares = (unit @ unit.T).square()
-    others = len(unit) * (len(unit) - 1)
-    return (squares.sum() - squares.diagonal().sum()) / others
+    num_pairs = len(unit) * (len(unit) - 1)
+    return (squares.sum() - squares.diagonal().sum()) / num_pairs
 
 
-def build(config: MAE | BEiT, setting: Setting) -> MaskedAutoencoding:
-    """Masked autoencoding, or BEiT, which is its case of visual tokens and no decoder."""
-    model = fresh_model(autoencoder_config(config, setting.encoder, setting.vocabulary), setting.seed)
-    return MaskedAutoencoding(model, setting.seed, config.masks_per_image, config.uniformity, setting.gather)
+def build(config: MAEMethodConfig | BEiTConfig, context: MethodContext) -> MaskedAutoencoding:
+    """Build masked autoencoding, or BEiT, which is masked autoencoding of visual tokens without a decoder."""
+    model = create_mae(make_mae_config(config, context.encoder, context.codebook_size), context.seed)
+    return MaskedAutoencoding(model, context.seed, config.masks_per_image, config.uniformity, context.gather)

@@ -1,1 +1,1 @@
-"""The method: tensors in, tensors out, nothing but torch. Start with `mae.py`."""
+"""The models as plain torch modules: tensors in, tensors out. `mae.py` is the masked autoencoder."""

@@ -1,4 +1,4 @@
-"""Make models with fresh weights."""
+"""Create models with initial weights."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -6,6 +6,7 @@ from typing import TypeVar
 from torch import nn
 
 from quarterview import rng
+from quarterview.config import get_field_specs, get_renamed_fields, use_new_names
 from quarterview.errors import unknown
 from quarterview.models.classifier import Classifier, ClassifierConfig
 from quarterview.models.config import MAEConfig, ViTConfig
@@ -17,43 +18,44 @@ Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def fresh(kind: Callable[[Config], Model], config: Config, seed: int) -> Model:
-    """A model of a class, with the initial weights that belong to a seed."""
+def create_with_seed(model_class: Callable[[Config], Model], config: Config, seed: int) -> Model:
+    """Create a model of the given class. The seed alone determines the initial weights."""
     with rng.seeded(seed, "init"):
-        return kind(config)
+        return model_class(config)
 
 
-def fresh_model(config: MAEConfig, seed: int) -> MaskedAutoencoder:
-    """A masked autoencoder with the initial weights that belong to a seed."""
-    return fresh(MaskedAutoencoder, config, seed)
+def create_mae(config: MAEConfig, seed: int) -> MaskedAutoencoder:
+    """Create a masked autoencoder with the initial weights of a seed."""
+    return create_with_seed(MaskedAutoencoder, config, seed)
 
 
-def fresh_encoder(config: ViTConfig, seed: int) -> VisionTransformer:
-    """An encoder with the initial weights that belong to a seed."""
-    return fresh(VisionTransformer, config, seed)
+def create_encoder(config: ViTConfig, seed: int) -> VisionTransformer:
+    """Create an encoder with the initial weights of a seed."""
+    return create_with_seed(VisionTransformer, config, seed)
 
 
-def fresh_classifier(config: ClassifierConfig, seed: int) -> Classifier:
-    """A classifier with the initial weights that belong to a seed."""
-    return fresh(Classifier, config, seed)
+def create_classifier(config: ClassifierConfig, seed: int) -> Classifier:
+    """Create a classifier with the initial weights of a seed."""
+    return create_with_seed(Classifier, config, seed)
 
 
-def fresh_tokenizer(config: TokenizerConfig, seed: int) -> DiscreteVAE:
-    """A tokenizer with the initial weights that belong to a seed."""
-    return fresh(DiscreteVAE, config, seed)
+def create_tokenizer(config: TokenizerConfig, seed: int) -> DiscreteVAE:
+    """Create a tokenizer (discrete VAE) with the initial weights of a seed."""
+    return create_with_seed(DiscreteVAE, config, seed)
 
 
 def create_model(model: str, **config) -> MaskedAutoencoder:
-    """A masked autoencoder with fresh weights, drawn from torch's default generator.
+    """Create a masked autoencoder with initial weights from torch's default generator.
 
     Args:
         model: ``mae_vit_{tiny,small,base,large,huge}_patch{N}``, see `parse_model_name`.
-        config: any field of `MAEConfig`.
+        config: any fields of `MAEConfig`.
 
     Raises:
-        UserError: if the name, a field or a value is not accepted.
+        UserError: if the name of the model or of a field is unknown, or a value is invalid.
     """
+    config = use_new_names(config, get_renamed_fields(MAEConfig))
     for name in config:
-        if name not in MAEConfig.__dataclass_fields__:
-            raise unknown("model option", name, MAEConfig.__dataclass_fields__)
+        if name not in get_field_specs(MAEConfig):
+            raise unknown("model option", name, get_field_specs(MAEConfig))
     return MaskedAutoencoder(MAEConfig(model=model, **config))

@@ -1,11 +1,12 @@
-"""The cheaper decoder: hidden patches read the visible ones, and not one another.
+"""The cross-attention decoder of CrossMAE: masked patches attend to visible ones, and not to one another.
 
-Fu et al. 2024, "Rethinking Patch Dependence for Masked Autoencoders" (CrossMAE, arXiv 2401.14391). The
-decoder's tokens are the hidden patches alone. Each of its blocks looks at the encoder's tokens by
-cross-attention, and at its own learned mixture of all the encoder's layers. What is predicted for one
-patch depends on no other hidden one, so any part of them can be left out.
+Fu et al. 2024, "Rethinking Patch Dependence for Masked Autoencoders" (arXiv 2401.14391). The decoder's tokens
+are the masked patches alone. Each block attends to a mixture of the outputs of all encoder blocks, with
+learned weights of its own. The prediction of a patch does not depend on the other masked patches, so it is
+enough to predict some of them.
 
-Letters in shapes are those of `mae.py`; Q is how many patches are predicted.
+Letters in shapes are those of `mae.py`: N masks, Q predicted patches, T encoder tokens, D the encoder's
+width, E the decoder's width.
 """
 
 from collections.abc import Sequence
@@ -14,45 +15,50 @@ import torch
 from torch import Tensor, nn
 
 from quarterview.models.config import ViTShape
-from quarterview.models.vit import LAYER_NORM_EPS, Mlp, Recomputable, attention, recomputed
+from quarterview.models.vit import (
+    LAYER_NORM_EPS,
+    CheckpointableBlock,
+    Mlp,
+    compute_attention,
+    run_checkpointed,
+)
 
 
 class CrossAttention(nn.Module):
-    """Tokens of one width look at tokens of another."""
+    """Multi-head cross-attention between tokens of different widths."""
 
-    def __init__(self, width: int, heads: int, source_width: int) -> None:
+    def __init__(self, width: int, num_heads: int, source_width: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(source_width, 2 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, source: Tensor) -> Tensor:
-        """float [N, Q, E] and what it looks at, float [N, T, D] -> float [N, Q, E]."""
-        query = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [N, heads, Q, E / heads]
-        key, value = self.kv(source).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(attention(query, key, value).transpose(1, 2).flatten(2))
+        """Attend from x, float [N, Q, E], to source, float [N, T, D]. Returns float [N, Q, E]."""
+        query = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [N, heads, Q, E / heads]
+        key, value = self.kv(source).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(compute_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
-class CrossBlock(Recomputable):
-    """Cross-attention, then an MLP, each behind a LayerNorm and added to its input.
+class CrossBlock(CheckpointableBlock):
+    """A pre-norm block of cross-attention and an MLP, without self-attention.
 
-    There is no self-attention, and no position is added to what is looked at: the encoder's tokens
-    have theirs.
+    No positions are added to the source: the encoder's tokens already have theirs.
     """
 
-    def __init__(self, width: int, heads: int, source_width: int) -> None:
+    def __init__(self, width: int, num_heads: int, source_width: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.norm_source = nn.LayerNorm(source_width, eps=LAYER_NORM_EPS)
-        self.attn = CrossAttention(width, heads, source_width)
+        self.attn = CrossAttention(width, num_heads, source_width)
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(width)
 
     def forward(self, x: Tensor, source: Tensor) -> Tensor:
-        """float [N, Q, E] and what it looks at, float [N, T, D] -> float [N, Q, E]."""
-        if self.recompute and self.training:
-            return recomputed(self._forward, x, source)
+        """Apply the block to x, float [N, Q, E], with source, float [N, T, D]. Returns float [N, Q, E]."""
+        if self.grad_checkpointing and self.training:
+            return run_checkpointed(self._forward, x, source)
         return self._forward(x, source)
 
     def _forward(self, x: Tensor, source: Tensor) -> Tensor:
@@ -61,20 +67,28 @@ class CrossBlock(Recomputable):
 
 
 class CrossDecoder(nn.ModuleList):
-    """The blocks, and for each of them a weighted sum of the encoder's layers: inter-block attention.
+    """The blocks of the decoder, each with a learned weighted sum of the encoder's outputs as its source.
 
-    The layers are the embedded tokens and those after each of the encoder's blocks, the last after the
-    final norm. The weights are learned and may be negative. They start xavier-uniform, which those of
-    the official code do in effect; their scale is lost in the block's LayerNorm.
+    The paper calls this inter-block attention. The sum is over the embedded tokens and the tokens after each
+    encoder block, the last ones after the final norm. The weights are unconstrained. Their initial values are
+    Xavier-uniform, in effect as in the official code; a LayerNorm follows, so their scale does not matter.
     """
 
-    def __init__(self, width: int, heads: int, depth: int, encoder: ViTShape) -> None:
-        super().__init__(CrossBlock(width, heads, encoder.width) for _ in range(depth))
-        self.mix = nn.Parameter(torch.empty(depth, 1 + encoder.depth))
+    def __init__(self, width: int, num_heads: int, depth: int, encoder_shape: ViTShape) -> None:
+        super().__init__(CrossBlock(width, num_heads, encoder_shape.width) for _ in range(depth))
+        self.mix = nn.Parameter(torch.empty(depth, 1 + encoder_shape.depth))
         nn.init.xavier_uniform_(self.mix)
 
     def forward(self, x: Tensor, layers: Sequence[Tensor]) -> Tensor:
-        """float [N, Q, E] and 1 + depth layers, each float [N, T, D] -> float [N, Q, E]."""
+        """Decode the queries.
+
+        Args:
+            x: float [N, Q, E], the queries.
+            layers: the 1 + depth outputs of the encoder, each float [N, T, D].
+
+        Returns:
+            float [N, Q, E].
+        """
         stacked = torch.stack(list(layers))  # [1 + depth, N, T, D]
         mixed = (self.mix @ stacked.flatten(1)).unflatten(1, stacked.shape[1:])  # [blocks, N, T, D]
         for block, source in zip(self, mixed, strict=True):

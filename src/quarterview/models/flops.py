@@ -1,19 +1,19 @@
-"""How many floating-point operations a step takes, by closed form.
+"""The number of floating-point operations (FLOPs) of a training step, in closed form.
 
-Matrix products alone are counted, a multiplication and an addition as two, and of those only what
-the method needs: visible patches are embedded, not all; the last block of the decoder and the
-prediction work on the tokens that are predicted. So a rate made of these numbers does not grow by
-doing more than is needed, such as recomputing activations.
+Only matrix products are counted; a multiplication and an addition are two operations. Only operations that
+the method needs are counted: visible patches alone are embedded, and the last decoder block and the
+prediction layer process the predicted patches alone. So needless work, such as recomputed activations, does
+not raise a rate (FLOP/s) that is made from these numbers.
 """
 
 from typing import NamedTuple
 
-from quarterview.models.config import MAEConfig, keep_count
+from quarterview.models.config import MAEConfig, compute_num_visible
 from quarterview.models.vit import MLP_RATIO
 
 
 class Flops(NamedTuple):
-    """Operations for one image in one forward pass."""
+    """The FLOPs of one forward pass for one image, by part of the model."""
 
     patch_embedding: int
     encoder: int
@@ -22,57 +22,61 @@ class Flops(NamedTuple):
 
     @property
     def forward(self) -> int:
-        """Operations of a forward pass."""
+        """The FLOPs of a forward pass."""
         return sum(self)
 
     @property
     def step(self) -> int:
-        """Operations of a forward and a backward pass: each product again for its input's gradient and for
-        its weight's, but nothing needs the gradient of the pixels."""
+        """The FLOPs of a forward and a backward pass.
+
+        The backward pass repeats each product twice, for the gradients of its input and of its weight. The
+        gradient of the pixels is not needed.
+        """
         return 3 * self.forward - self.patch_embedding
 
 
-def flops(config: MAEConfig) -> Flops:
-    """The operations that a model takes for one image."""
-    shape, patches = config.shape, config.patches
-    numbers = shape.patch_size**2 * config.in_chans  # in a patch
-    kept = keep_count(patches, config.mask_ratio)
-    predicted = patches if config.predict_all else patches - kept
-    encoded = config.cls_tokens + (patches if config.encoder_mask_tokens else kept)
+def count_flops(config: MAEConfig) -> Flops:
+    """Count the FLOPs of a masked autoencoder for one image."""
+    shape, num_patches = config.shape, config.num_patches
+    patch_dim = shape.patch_size**2 * config.in_chans
+    num_visible = compute_num_visible(num_patches, config.mask_ratio)
+    num_predicted = num_patches if config.predict_all else num_patches - num_visible
+    num_encoded = config.cls_tokens + (num_patches if config.encoder_mask_tokens else num_visible)
     width, depth = config.decoder_width, config.decoder_depth
     if config.decoder == "cross":
-        predicted = max(1, round(config.predict_share * predicted))
-        decoder = depth * cross_block_flops(predicted, encoded, width, shape.width)
-        decoder += 2 * depth * (1 + shape.depth) * encoded * shape.width  # the mixtures of layers
+        num_predicted = max(1, round(config.predict_ratio * num_predicted))
+        decoder = depth * count_cross_block_flops(num_predicted, num_encoded, width, shape.width)
+        decoder += 2 * depth * (1 + shape.depth) * num_encoded * shape.width  # sums of the encoder's outputs
     elif depth:
-        tokens = config.cls_tokens + patches
-        decoder = _linear(encoded, shape.width, width) + (depth - 1) * block_flops(tokens, width)
-        decoder += block_flops(tokens, width, tokens if config.predict_all else predicted)
+        num_tokens = config.cls_tokens + num_patches
+        decoder = _count_linear_flops(num_encoded, shape.width, width)
+        decoder += (depth - 1) * count_block_flops(num_tokens, width)
+        decoder += count_block_flops(num_tokens, width, num_tokens if config.predict_all else num_predicted)
     else:
         decoder, width = 0, shape.width
-    decoder += len(config.fused_blocks) * _linear(encoded, shape.width, shape.width)
+    decoder += len(config.fused_blocks) * _count_linear_flops(num_encoded, shape.width, shape.width)
     return Flops(
-        patch_embedding=_linear(kept, numbers, shape.width),
-        encoder=shape.depth * block_flops(encoded, shape.width),
+        patch_embedding=_count_linear_flops(num_visible, patch_dim, shape.width),
+        encoder=shape.depth * count_block_flops(num_encoded, shape.width),
         decoder=decoder,
-        prediction=_linear(predicted, width, config.predicted_numbers),
+        prediction=_count_linear_flops(num_predicted, width, config.target_dim),
     )
 
 
-def block_flops(tokens: int, width: int, wanted: int | None = None) -> int:
-    """Operations of one transformer block: all of `tokens` are attended to, and `wanted` of them computed."""
-    wanted = tokens if wanted is None else wanted
-    attention = 2 * 2 * wanted * tokens * width  # scores, and the mixture of values
-    keys_and_values = _linear(tokens, width, 2 * width)
-    return keys_and_values + attention + _linear(wanted, width, (2 + 2 * MLP_RATIO) * width)
+def count_block_flops(num_tokens: int, width: int, num_queries: int | None = None) -> int:
+    """Count the FLOPs of a transformer block that computes `num_queries` of its `num_tokens` tokens."""
+    num_queries = num_tokens if num_queries is None else num_queries
+    attention = 2 * 2 * num_queries * num_tokens * width  # attention scores, and weighted sums of values
+    keys_and_values = _count_linear_flops(num_tokens, width, 2 * width)
+    return keys_and_values + attention + _count_linear_flops(num_queries, width, (2 + 2 * MLP_RATIO) * width)
 
 
-def cross_block_flops(queries: int, tokens: int, width: int, source_width: int) -> int:
-    """Operations of one block in which queries look at tokens of another width, and not at one another."""
-    attention = 2 * 2 * queries * tokens * width
-    keys_and_values = _linear(tokens, source_width, 2 * width)
-    return keys_and_values + attention + _linear(queries, width, (2 + 2 * MLP_RATIO) * width)
+def count_cross_block_flops(num_queries: int, num_tokens: int, width: int, source_width: int) -> int:
+    """Count the FLOPs of a cross-attention block whose queries attend to tokens of another width."""
+    attention = 2 * 2 * num_queries * num_tokens * width
+    keys_and_values = _count_linear_flops(num_tokens, source_width, 2 * width)
+    return keys_and_values + attention + _count_linear_flops(num_queries, width, (2 + 2 * MLP_RATIO) * width)
 
 
-def _linear(rows: int, inputs: int, outputs: int) -> int:
-    return 2 * rows * inputs * outputs
+def _count_linear_flops(num_tokens: int, in_features: int, out_features: int) -> int:
+    return 2 * num_tokens * in_features * out_features

@@ -1,8 +1,8 @@
-"""What a decoder is given of an encoder's earlier blocks: multi-level feature fusion.
+"""Multi-level feature fusion (MFF): the decoder also reads earlier blocks of the encoder.
 
-Liu et al. 2023, "Improving Pixel-based MIM by Reducing Wasted Modeling Capability" (MFF, arXiv
-2308.00261). Pixels want fine detail, which the last blocks would have to carry along; here
-the earlier ones bring it. The fusion serves pre-training alone: features are those of the last block.
+Liu et al. 2023, "Improving Pixel-based MIM by Reducing Wasted Modeling Capability" (arXiv 2308.00261).
+Predicting pixels needs fine detail. With fusion the earlier blocks supply it, so the last blocks need not
+carry it. The fusion is used in pre-training only: the features of an image are still those of the last block.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,34 +13,40 @@ from torch import Tensor, nn
 from quarterview.models.vit import init_module
 
 
-class Fusion(nn.Module):
-    """A weighted sum of the last block's tokens and of linear projections of earlier blocks'.
+class MultiLevelFusion(nn.Module):
+    """A weighted sum of the last block's tokens and of linear projections of earlier blocks' tokens.
 
-    The weights are a softmax and start equal, as the authors' do.
+    The weights are a softmax and start equal, as in the authors' code.
     """
 
-    def __init__(self, width: int, blocks: Sequence[int]) -> None:
+    def __init__(self, width: int, fused_blocks: Sequence[int]) -> None:
         """
         Args:
-            blocks: which ones are projected, ascending; 1 is the first.
+            width: the width of the tokens.
+            fused_blocks: the numbers of the projected blocks, ascending; 1 is the first block.
         """
         super().__init__()
-        self.projections = nn.ModuleDict({str(block): nn.Linear(width, width) for block in blocks})
-        self.logits = nn.Parameter(torch.zeros(len(blocks) + 1))  # the last block's is the last
+        self.projections = nn.ModuleDict({str(block): nn.Linear(width, width) for block in fused_blocks})
+        self.logits = nn.Parameter(torch.zeros(len(fused_blocks) + 1))  # the last one is the last block's
         self.apply(init_module)
 
     @property
     def weights(self) -> Tensor:
-        """The weights of the projections, then of the last block: float [blocks + 1], their sum is 1."""
+        """The weights of the projections, then of the last block: float [blocks + 1], with sum 1."""
         return self.logits.softmax(dim=0)
 
-    def forward(self, layers: Mapping[int, Tensor], last: Tensor) -> Tensor:
-        """Fuse the tokens after each of the projected blocks, by its number, and after the last block.
+    def forward(self, block_outputs: Mapping[int, Tensor], last_output: Tensor) -> Tensor:
+        """Fuse the outputs of several blocks.
 
-        All are float [N, T, D], and so is what is returned.
+        Args:
+            block_outputs: the tokens after each projected block, float [N, T, D], by the block's number.
+            last_output: the tokens after the last block, float [N, T, D].
+
+        Returns:
+            float [N, T, D].
         """
-        *weights, own = self.weights.unbind()
-        fused = own * last
+        *weights, last_weight = self.weights.unbind()
+        fused = last_weight * last_output
         for weight, (block, projection) in zip(weights, self.projections.items(), strict=True):
-            fused = fused + weight * projection(layers[int(block)])
+            fused = fused + weight * projection(block_outputs[int(block)])
         return fused

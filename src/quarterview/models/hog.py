@@ -1,4 +1,4 @@
-"""Histograms of oriented gradients (Dalal and Triggs 2005), which MaskFeat predicts (Wei et al. 2022).
+"""Histograms of oriented gradients (HOG, Dalal and Triggs 2005), the target of MaskFeat (Wei et al. 2022).
 
 Letters in shapes: B images, C channels, H×W pixels, c the side of a cell, O orientations.
 """
@@ -12,30 +12,33 @@ from torch import Tensor
 from quarterview.models.config import HOG_ORIENTATIONS
 
 EPS = 1e-5
-"""What is added to the length of a histogram, in squares and deviations of the pixels: far below the faintest
-edge of an 8-bit picture in cells of 8 pixels, far above what rounding leaves of a flat one."""
+"""Epsilon of the normalisation, added in squares to the norm of a histogram, in units of the pixels' standard
+deviation. The faintest edge of an 8-bit image in a cell of 8 pixels is far above it; the rounding errors of a
+flat image are far below it."""
 
 
-def oriented_gradients(images: Tensor, cell: int, orientations: int = HOG_ORIENTATIONS) -> Tensor:
-    """The histogram of each cell and channel, of length 1, or of zeros where the cell is flat.
+def compute_hog(images: Tensor, cell_size: int, orientations: int = HOG_ORIENTATIONS) -> Tensor:
+    """Compute the L2-normalised HOG of each cell and channel.
 
-    A gradient is the difference of the two neighbours, without smoothing, and 0 across the rim of the
-    picture. Its length is its vote, for the one bin that its direction falls in.
+    The gradient of a pixel is the difference of its two neighbours, without smoothing, and 0 at the image
+    border. Its magnitude is added to the one bin that its direction falls in. The histogram of a flat cell is
+    zero.
 
     Args:
-        images: float [B, C, H, W], normalised: what a channel was shifted and scaled by cancels.
-        cell: side in pixels, a divisor of H and W.
+        images: float [B, C, H, W]. A shift and a scale of a channel do not change the result.
+        cell_size: the side of a cell in pixels, a divisor of H and W.
+        orientations: the number of bins, O.
 
     Returns:
-        float [B, C, O, H/c, W/c]. Bin i holds directions from i to i + 1 times 180° / O, where 0° is
-        along a row, and 90° along a column.
+        float [B, C, O, H/c, W/c]. Bin i holds directions from i to i + 1 times 180° / O, where 0° is along a
+        row and 90° along a column.
     """
     down, right = torch.zeros_like(images), torch.zeros_like(images)
     down[:, :, 1:-1] = images[:, :, 2:] - images[:, :, :-2]
     right[:, :, :, 1:-1] = images[:, :, :, 2:] - images[:, :, :, :-2]
-    length = torch.hypot(down, right)
-    angle = torch.atan2(down, torch.where(down == 0, right.abs(), right))  # half a turn is none
-    falls_in = (angle * (orientations / math.pi)).floor().remainder(orientations).to(torch.int16)
-    votes = [F.avg_pool2d(torch.where(falls_in == i, length, 0.0), cell) for i in range(orientations)]
-    histograms = torch.stack(votes, dim=2)  # [B, C, O, H/c, W/c]
+    magnitude = torch.hypot(down, right)
+    angle = torch.atan2(down, torch.where(down == 0, right.abs(), right))  # 180° is the same as 0°
+    bins = (angle * (orientations / math.pi)).floor().remainder(orientations).to(torch.int16)
+    sums = [F.avg_pool2d(torch.where(bins == i, magnitude, 0.0), cell_size) for i in range(orientations)]
+    histograms = torch.stack(sums, dim=2)  # [B, C, O, H/c, W/c]
     return histograms / (histograms.square().sum(dim=2, keepdim=True) + EPS**2).sqrt()

@@ -4,25 +4,25 @@ import torch
 from torch import Tensor
 
 
-def sincos_2d(width: int, grid: tuple[int, int]) -> Tensor:
-    """The position table of the official code (He et al. 2021, section A.1 and its repository).
+def get_2d_sincos_pos_embed(width: int, grid: tuple[int, int]) -> Tensor:
+    """Return the position embeddings of the official MAE code (He et al. 2021, section A.1).
 
-    Half of the width encodes the column and the other half the row; each half is the sines, then
+    The first half of the width encodes the column, the second half the row. Each half holds the sines, then
     the cosines, of the coordinate times ``10000 ** (-k / (width / 4))``.
 
     Args:
-        width: of the embedding; must divide by 4.
-        grid: rows and columns of patches.
+        width: the embedding dimension, a multiple of 4.
+        grid: the numbers of rows and columns of patches.
 
     Returns:
-        float32 [1, 1 + rows * columns, width]; row 0 belongs to the cls token and is all zeros.
+        float32 [1, 1 + rows * columns, width]. Row 0 is for the cls token and is zero.
 
     Raises:
-        ValueError: if `width` does not divide by 4.
+        ValueError: if `width` is not a multiple of 4.
     """
     if width % 4:
         raise ValueError(
-            f"a width of {width} cannot hold 2-D sine-cosine positions; accepted: multiples of 4"
+            f"The width for 2-D sine-cosine position embeddings is {width}. Give a multiple of 4."
         )
     rows, columns = grid
     quarter = width // 4

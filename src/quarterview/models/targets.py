@@ -1,8 +1,7 @@
-"""What the decoder learns to predict.
+"""Reconstruction targets: pixels, principal components and visual tokens (table 1d), and HOG (MaskFeat).
 
-A target is a module: it says how many numbers it wants for a patch, makes them from the true
-patches, and judges predictions: pixels, principal components, the tokens of a tokenizer
-(He et al. 2021, table 1d), or histograms of oriented gradients (Wei et al. 2022).
+A target is a module that computes the true values of patches and the loss of a prediction. Table 1d is in He
+et al. 2021; histograms of oriented gradients (HOG) are the target of MaskFeat (Wei et al. 2022).
 """
 
 from typing import Protocol
@@ -12,88 +11,97 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quarterview.errors import UserError
-from quarterview.models.config import MAEConfig, cell_side, hog_numbers
-from quarterview.models.hog import oriented_gradients
-from quarterview.models.masking import take
+from quarterview.models.config import MAEConfig, compute_hog_cell_size, compute_hog_dim
+from quarterview.models.hog import compute_hog
+from quarterview.models.masking import gather_patches
 from quarterview.models.vit import patchify
 
-NORM_EPS = 1e-6
+NORM_PIX_EPS = 1e-6
 
 
 class Target(Protocol):
-    """One answer to "what should be reconstructed?" (He et al. 2021, table 1d)."""
+    """The interface of a reconstruction target."""
 
-    width: int
-    """How many numbers the decoder predicts for a patch."""
+    dim: int
+    """The number of values that the decoder predicts per patch."""
 
-    def __call__(self, images: Tensor, patches: Tensor, wanted: Tensor | None) -> Tensor:
-        """The truth for some patches, from whole images, as targets may look beyond a patch.
+    def __call__(self, images: Tensor, patches: Tensor, indices: Tensor | None) -> Tensor:
+        """Compute the true values of some patches.
 
         Args:
-            images: float [B, C, H, W], normalised.
-            patches: float [B, L, p*p*C], the same images cut up.
-            wanted: int64 [B, K], the patches that are asked for; None asks for all.
+            images: float [B, C, H, W], normalised; HOG and token targets need the pixels around a patch.
+            patches: float [B, L, p*p*C], the patches of the same images.
+            indices: int64 [B, Q], the patches to compute; None computes all.
 
         Returns:
-            float32 [B, K, width]; token targets give int64 [B, K].
+            float32 [B, Q, dim]; for visual tokens int64 [B, Q].
         """
         ...
 
     def loss(self, pred: Tensor, truth: Tensor) -> Tensor:
-        """One error a patch: float32 [...], from pred [..., width] and what `__call__` gave."""
+        """Compute the loss of each patch, float32 [...], from pred [..., dim] and the true values."""
         ...
 
     def to_pixels(self, pred: Tensor, mean: Tensor, std: Tensor) -> Tensor | None:
-        """Patches [..., p*p*C] that a person can look at, given a guess of each patch's mean and
-        standard deviation [..., 1]; None if the prediction is no picture."""
+        """Convert predictions to pixels, float [..., p*p*C].
+
+        Args:
+            pred: float [..., dim].
+            mean, std: float [..., 1], estimates of the mean and standard deviation of each patch, for targets
+                that are normalised per patch.
+
+        Returns:
+            The pixels, or None if the target cannot be shown as an image.
+        """
         ...
 
 
 class PixelTarget(nn.Module):
-    """The pixels of the patch, or its pixels normalised by their own mean and deviation.
+    """The pixels of a patch, optionally normalised by the patch's mean and standard deviation.
 
-    The normalisation is over all p*p*C values of the patch together, with the unbiased variance
-    and the epsilon inside the root (He et al. 2021, section 3 and the official code).
+    The statistics are those of all p*p*C values of the patch together, with the unbiased variance, and with
+    the epsilon inside the square root (He et al. 2021, section 3 and the official code).
     """
 
-    def __init__(self, width: int, normalised: bool) -> None:
+    def __init__(self, dim: int, normalize: bool) -> None:
         super().__init__()
-        self.width = width
-        self.normalised = normalised
+        self.dim = dim
+        self.normalize = normalize
 
-    def forward(self, images: Tensor, patches: Tensor, wanted: Tensor | None) -> Tensor:
-        patches = (patches if wanted is None else take(patches, wanted)).float()
-        if not self.normalised:
+    def forward(self, images: Tensor, patches: Tensor, indices: Tensor | None) -> Tensor:
+        patches = (patches if indices is None else gather_patches(patches, indices)).float()
+        if not self.normalize:
             return patches
-        mean, std = patch_statistics(patches)
+        mean, std = compute_patch_statistics(patches)
         return (patches - mean) / std
 
     def loss(self, pred: Tensor, truth: Tensor) -> Tensor:
         return F.mse_loss(pred.float(), truth, reduction="none").mean(dim=-1)
 
     def to_pixels(self, pred: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        return pred.float() * std + mean if self.normalised else pred.float()
+        return pred.float() * std + mean if self.normalize else pred.float()
 
 
 class PCATarget(nn.Module):
-    """The coefficients of the patch along the principal components of all patches, the largest first.
+    """The coefficients of a patch on the largest principal components of patches (PCA, table 1d).
 
-    They are fitted before training (see `PatchMoments`) and kept with the weights; until then all are 0.
+    The components are fitted before training (see `PatchMoments`) and saved with the weights; before the fit
+    they are zero.
     """
 
     mean: Tensor
-    """float [P], of the patches."""
+    """float [P], the mean of the patches."""
     components: Tensor
-    """float [k, P], orthonormal rows."""
+    """float [dim, P], orthonormal rows, the largest component first."""
 
-    def __init__(self, numbers: int, components: int) -> None:
+    def __init__(self, patch_dim: int, num_components: int) -> None:
         super().__init__()
-        self.width = components
-        self.register_buffer("mean", torch.zeros(numbers))
-        self.register_buffer("components", torch.zeros(components, numbers))
+        self.dim = num_components
+        self.register_buffer("mean", torch.zeros(patch_dim))
+        self.register_buffer("components", torch.zeros(num_components, patch_dim))
 
-    def forward(self, images: Tensor, patches: Tensor, wanted: Tensor | None) -> Tensor:
-        patches = (patches if wanted is None else take(patches, wanted)).float()
+    def forward(self, images: Tensor, patches: Tensor, indices: Tensor | None) -> Tensor:
+        patches = (patches if indices is None else gather_patches(patches, indices)).float()
         return (patches - self.mean) @ self.components.T
 
     def loss(self, pred: Tensor, truth: Tensor) -> Tensor:
@@ -103,63 +111,71 @@ class PCATarget(nn.Module):
         return pred.float() @ self.components + self.mean
 
     def fit(self, moments: "PatchMoments") -> None:
-        """Take the components of patches that were seen."""
-        mean, components = moments.principal(self.width)
+        """Set mean and components from the moments of patches.
+
+        Raises:
+            ValueError: if there are too few patches for the number of components.
+        """
+        mean, components = moments.compute_components(self.dim)
         self.mean.copy_(mean)
         self.components.copy_(components)
 
 
 class PatchMoments:
-    """What principal components are made of, gathered a batch at a time in float64."""
+    """Running mean and scatter matrix of patches, in float64, for principal components."""
 
-    def __init__(self, numbers: int) -> None:
-        self.count = 0
-        self.mean = torch.zeros(numbers, dtype=torch.float64)
-        self.scatter = torch.zeros(numbers, numbers, dtype=torch.float64)
+    def __init__(self, patch_dim: int) -> None:
+        self.num_patches = 0
+        self.mean = torch.zeros(patch_dim, dtype=torch.float64)
+        self.scatter = torch.zeros(patch_dim, patch_dim, dtype=torch.float64)
 
-    def add(self, patches: Tensor) -> None:
-        """See patches, float [..., P]."""
+    def update(self, patches: Tensor) -> None:
+        """Add patches, float [..., P]."""
         x = patches.detach().flatten(0, -2).double().cpu()
         count, mean = len(x), x.mean(0)
         step = mean - self.mean
-        total = self.count + count
-        self.scatter += (x - mean).T @ (x - mean) + torch.outer(step, step) * self.count * count / total
+        total = self.num_patches + count
+        self.scatter += (x - mean).T @ (x - mean) + torch.outer(step, step) * self.num_patches * count / total
         self.mean += step * count / total
-        self.count = total
+        self.num_patches = total
 
-    def principal(self, count: int) -> tuple[Tensor, Tensor]:
-        """The mean float64 [P] and the first components float64 [count, P].
+    def compute_components(self, num_components: int) -> tuple[Tensor, Tensor]:
+        """Return the mean, float64 [P], and the largest components, float64 [num_components, P].
 
-        Each component's largest number is positive, so that the same patches give the same signs.
+        The value of largest magnitude in each component is positive, so that the signs are reproducible.
 
         Raises:
-            ValueError: if fewer patches were seen than components are asked for.
+            ValueError: if there are not more patches than components.
         """
-        if self.count <= count:
-            raise ValueError(f"{count} principal components of {self.count} patches; accepted: fewer")
-        vectors = torch.linalg.eigh(self.scatter).eigenvectors.flip(1)[:, :count].T  # [count, P]
+        if self.num_patches <= num_components:
+            raise ValueError(
+                f"Cannot fit {num_components} principal components to {self.num_patches} patches. "
+                "Give more images, or a smaller --pca-components."
+            )
+        vectors = torch.linalg.eigh(self.scatter).eigenvectors.flip(1)[:, :num_components].T
         largest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
         return self.mean, vectors * largest.sign()
 
 
 class HOGTarget(nn.Module):
-    """The histograms of oriented gradients of the patch's cells, by channel (MaskFeat, Wei et al. 2022).
+    """Histograms of oriented gradients of the cells of a patch, per channel (MaskFeat, Wei et al. 2022).
 
-    They are made of the whole picture, so that a gradient at the edge of a patch sees the next one. The
-    mean and deviation that a channel was normalised by make no difference to them. A patch's numbers are
-    by row and column of its cells, channel and orientation.
+    They are computed on the whole image, so the gradients at the edge of a patch include its neighbours. The
+    normalisation of a channel does not change them. The values of a patch are in the order cell row, cell
+    column, channel, orientation.
     """
 
-    def __init__(self, patch_size: int, channels: int) -> None:
+    def __init__(self, patch_size: int, in_chans: int) -> None:
         super().__init__()
-        self.cell, self.cells = cell_side(patch_size), patch_size // cell_side(patch_size)
-        self.width = hog_numbers(patch_size, channels)
+        self.cell_size = compute_hog_cell_size(patch_size)
+        self.cells_per_side = patch_size // self.cell_size
+        self.dim = compute_hog_dim(patch_size, in_chans)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, patches: Tensor, wanted: Tensor | None) -> Tensor:
-        histograms = oriented_gradients(images.float(), self.cell)  # [B, C, O, H/c, W/c]
-        numbers = patchify(histograms.flatten(1, 2), self.cells)  # [B, L, width]
-        return numbers if wanted is None else take(numbers, wanted)
+    def forward(self, images: Tensor, patches: Tensor, indices: Tensor | None) -> Tensor:
+        histograms = compute_hog(images.float(), self.cell_size)  # [B, C, O, H/c, W/c]
+        values = patchify(histograms.flatten(1, 2), self.cells_per_side)  # [B, L, dim]
+        return values if indices is None else gather_patches(values, indices)
 
     def loss(self, pred: Tensor, truth: Tensor) -> Tensor:
         return F.mse_loss(pred.float(), truth, reduction="none").mean(dim=-1)
@@ -168,53 +184,61 @@ class HOGTarget(nn.Module):
         return None
 
 
-class Tokenizer(Protocol):
-    """Something that names each patch of a picture by one of a fixed number of words."""
+class VisualTokenizer(Protocol):
+    """The interface of a tokenizer, which maps each patch to one of a fixed number of visual tokens."""
 
     @property
-    def vocabulary(self) -> int:
-        """How many words there are."""
+    def codebook_size(self) -> int:
+        """The number of visual tokens."""
         ...
 
-    def tokens(self, images: Tensor) -> Tensor:
-        """float [B, C, H, W], normalised as the model's images are -> int64 [B, L], by row."""
+    def tokenize(self, images: Tensor) -> Tensor:
+        """Return the token of each patch, int64 [B, L] in row-major order.
+
+        Args:
+            images: float [B, C, H, W], normalised as for the model.
+        """
         ...
 
 
 class TokenTarget(nn.Module):
-    """The words that a tokenizer has for the patches of the whole picture, told by cross-entropy (BEiT).
+    """The visual tokens of the patches from a tokenizer, with a cross-entropy loss (BEiT, Bao et al. 2021).
 
-    The tokenizer is none of the model's weights: what is trained can be used without it, but not
-    trained further.
+    The tokenizer is not a part of the model's weights. A trained model can be used without it; training it
+    further needs the tokenizer again.
     """
 
-    tokenizer: Tokenizer | None
+    tokenizer: VisualTokenizer | None
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, codebook_size: int) -> None:
         super().__init__()
-        self.width = vocabulary
+        self.dim = codebook_size
         self.tokenizer = None
 
-    def use(self, tokenizer: Tokenizer) -> None:
-        """Take the tokens from `tokenizer`, which lies where the images do.
+    def set_tokenizer(self, tokenizer: VisualTokenizer) -> None:
+        """Set the tokenizer. It must be on the device of the images.
 
         Raises:
-            UserError: if it has another number of words.
+            UserError: if its codebook has another size than the model's.
         """
-        if tokenizer.vocabulary != self.width:
-            raise UserError(f"a tokenizer of {tokenizer.vocabulary} words for a model of {self.width}")
-        object.__setattr__(self, "tokenizer", tokenizer)  # not registered as a part of the model
+        if tokenizer.codebook_size != self.dim:
+            raise UserError(
+                f"The tokenizer has {tokenizer.codebook_size} visual tokens, and the model predicts "
+                f"{self.dim}. Give the tokenizer that the model was trained with."
+            )
+        object.__setattr__(self, "tokenizer", tokenizer)  # not registered as a submodule, so not saved
 
     @torch.no_grad()
-    def forward(self, images: Tensor, patches: Tensor, wanted: Tensor | None) -> Tensor:
+    def forward(self, images: Tensor, patches: Tensor, indices: Tensor | None) -> Tensor:
         if self.tokenizer is None:
-            raise UserError("the model predicts tokens, and no tokenizer is at hand; accepted: --tokenizer")
-        tokens = self.tokenizer.tokens(images)  # [B, L]
+            raise UserError("The model predicts visual tokens, and has no tokenizer. Give --tokenizer RUN.")
+        tokens = self.tokenizer.tokenize(images)  # [B, L]
         if tokens.shape != patches.shape[:2]:
             raise UserError(
-                f"a tokenizer of {tokens.shape[1]} tokens for pictures of {patches.shape[1]} patches"
+                f"The tokenizer gives {tokens.shape[1]} tokens for an image of {patches.shape[1]} patches. "
+                "Give a tokenizer with the model's patch size."
             )
-        return tokens if wanted is None else take(tokens, wanted)
+        return tokens if indices is None else gather_patches(tokens, indices)
 
     def loss(self, pred: Tensor, truth: Tensor) -> Tensor:
         return F.cross_entropy(pred.float().movedim(-1, 1), truth, reduction="none")
@@ -223,37 +247,43 @@ class TokenTarget(nn.Module):
         return None
 
 
-def target_of(config: MAEConfig) -> PixelTarget | PCATarget | HOGTarget | TokenTarget:
-    """The target that a configuration asks for.
+def create_target(config: MAEConfig) -> PixelTarget | PCATarget | HOGTarget | TokenTarget:
+    """Create the target of a configuration.
 
     Raises:
-        UserError: if it predicts tokens and does not say how many words there are.
+        UserError: if the target is visual tokens and the codebook size is not set.
     """
     if config.target == "pca":
-        return PCATarget(config.shape.patch_size**2 * config.in_chans, config.predicted_numbers)
+        return PCATarget(config.shape.patch_size**2 * config.in_chans, config.target_dim)
     if config.target == "hog":
         return HOGTarget(config.shape.patch_size, config.in_chans)
     if config.target == "tokens":
-        return TokenTarget(config.predicted_numbers)
-    return PixelTarget(config.predicted_numbers, normalised=config.norm_pix_loss)
+        return TokenTarget(config.target_dim)
+    return PixelTarget(config.target_dim, normalize=config.norm_pix_loss)
 
 
-def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each patch: float [..., 1] twice, epsilon inside the root."""
+def compute_patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the standard deviation of patches, float [..., P] -> two of float [..., 1].
+
+    The epsilon is added to the variance, inside the square root.
+    """
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
-    return mean, (variance + NORM_EPS).sqrt()
+    return mean, (variance + NORM_PIX_EPS).sqrt()
 
 
-def nearness(of: Tensor, to: Tensor, columns: int) -> Tensor:
-    """Weights that sum to 1 over the patches `to`, falling with the fourth power of distance.
+def compute_distance_weights(indices: Tensor, neighbors: Tensor, num_columns: int) -> Tensor:
+    """Compute weights of neighbouring patches that fall with the fourth power of their distance.
 
     Args:
-        of, to: int64 [B, K] and [B, V], patch indices that have none in common.
-        columns: of patches.
+        indices: int64 [N, M], patches.
+        neighbors: int64 [N, V], other patches, none of which is in `indices`.
+        num_columns: the number of columns of the grid of patches.
 
     Returns:
-        float32 [B, K, V].
+        float32 [N, M, V]; the weights of the neighbours of a patch sum to 1.
     """
-    rows_and_columns = [torch.stack([i // columns, i % columns], dim=2).float() for i in (of, to)]
-    weights = torch.cdist(*rows_and_columns) ** -4.0
+    positions = [
+        torch.stack([i // num_columns, i % num_columns], dim=2).float() for i in (indices, neighbors)
+    ]
+    weights = torch.cdist(*positions) ** -4.0
     return weights / weights.sum(dim=2, keepdim=True)

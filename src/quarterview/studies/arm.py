@@ -1,57 +1,61 @@
-"""One arm under one seed: train it, and judge it."""
+"""Training and evaluation of one arm of a study with one seed."""
 
 from functools import lru_cache
 from pathlib import Path
 
 from quarterview.commands.config import PretrainConfig
 from quarterview.commands.pretrain import pretrain
-from quarterview.evaluation.labelled import LabelledSplit, open_split
+from quarterview.evaluation.labelled import LabeledSplit, open_split
 from quarterview.studies.config import StudyConfig
-from quarterview.studies.measure import StoppedError, judge, read_judged
-from quarterview.studies.plan import Planned
+from quarterview.studies.measure import StoppedError, evaluate_arm, read_evaluations
+from quarterview.studies.plan import PlannedArm
 
 
-def place(out: Path, key: str, seed: int) -> Path:
-    """The folder of an arm under a seed."""
+def get_run_folder(out: Path, key: str, seed: int) -> Path:
+    """Return the folder in which an arm with one seed is trained and evaluated."""
     return out / "runs" / f"{key}-seed{seed}"
 
 
-def is_done(one: Planned, seed: int, out: Path) -> bool:
-    """Whether an arm was judged under a seed by all that is asked."""
-    return set(one.measures) <= read_judged(place(out, one.key, seed)).keys()
+def is_complete(planned: PlannedArm, seed: int, out: Path) -> bool:
+    """Return True if all measures of an arm with this seed are evaluated."""
+    return set(planned.measures) <= read_evaluations(get_run_folder(out, planned.key, seed)).keys()
 
 
-def images_of(config: StudyConfig, channels: int) -> LabelledSplit:
-    """The labelled images of a study, opened once in a process."""
-    return _opened(config.train, config.test, channels)
+def get_labeled_split(config: StudyConfig, in_chans: int) -> LabeledSplit:
+    """Return the labelled training and test images of a study; each process opens them once."""
+    return _open_split_once(config.train, config.test, in_chans)
 
 
-_opened = lru_cache(maxsize=1)(open_split)
+_open_split_once = lru_cache(maxsize=1)(open_split)
 
 
-def forget_images() -> None:
-    """Open them anew: they may have changed since another study."""
-    _opened.cache_clear()
+def clear_labeled_split() -> None:
+    """Clear the cache of `get_labeled_split`, since files may change between two studies of a process."""
+    _open_split_once.cache_clear()
 
 
-def conduct_one(one: Planned, seed: int, config: StudyConfig, out: Path) -> None:
-    """Train one arm under one seed and judge it.
+def run_arm(planned: PlannedArm, seed: int, config: StudyConfig, out: Path) -> None:
+    """Pre-train one arm with one seed, if it has a pre-training, and evaluate it.
 
     Raises:
-        StoppedError: if a signal came.
+        StoppedError: if a signal stopped the run.
     """
-    folder = place(out, one.key, seed)
+    folder = get_run_folder(out, planned.key, seed)
     run = None
-    if one.arm.start == "pretrain":
+    if planned.arm.start == "pretrain":
         run = str(folder / "pretrain")
-        train(one.config.with_flags(steps=one.steps, seed=seed, out=run))
-    images = images_of(config, one.config.model.in_chans)
-    judge(run, one.arm.start, one.config, one.measures, images, config, seed, folder)
+        run_pretraining(planned.config.with_flags(steps=planned.steps, seed=seed, out=run))
+    images = get_labeled_split(config, planned.config.model.in_chans)
+    evaluate_arm(run, planned.arm.start, planned.config, planned.measures, images, config, seed, folder)
 
 
-def train(config: PretrainConfig) -> None:
-    """Pre-train, or go on. Raises StoppedError if a signal came."""
-    # One checkpoint at the end, unless a signal or the clock asks for more; few looks on the way.
+def run_pretraining(config: PretrainConfig) -> None:
+    """Start or resume a pre-training.
+
+    Raises:
+        StoppedError: if a signal stopped the run.
+    """
+    # Save only at the end, on a signal or by the clock, and evaluate only at the end: both cost time.
     status = pretrain(config.with_flags(keep_checkpoints=1, eval_every=config.loop.steps)).status
     if status != "complete":
         raise StoppedError(status)

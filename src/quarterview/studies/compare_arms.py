@@ -1,4 +1,4 @@
-"""The arms of a comparison: pre-trained backbones, their twins with random weights, and their fine-tuning."""
+"""Arms of a comparison: pre-trained backbones, their untrained copies, and fine-tuning configurations."""
 
 import re
 from collections.abc import Sequence
@@ -7,113 +7,116 @@ from typing import Any, NamedTuple
 
 from quarterview import rng
 from quarterview.commands.config import FinetuneConfig
-from quarterview.errors import UserError
-from quarterview.evaluation.features import Backbone, fresh_twin
-from quarterview.evaluation.timm_backbone import TimmBackbone, open_timm
+from quarterview.errors import UserError, not_supported
+from quarterview.evaluation.features import Backbone, create_untrained_copy
+from quarterview.evaluation.timm_backbone import TimmBackbone, load_timm_backbone
 from quarterview.models.classifier import Classifier
 from quarterview.studies.config import CompareConfig
 from quarterview.weights.config import SCRATCH
-from quarterview.weights.loading import load, read
+from quarterview.weights.loading import load, read_weights
 
-TIMM = "timm:"
+TIMM_PREFIX = "timm:"
 
 
-class Arm(NamedTuple):
-    """A pre-trained backbone that is compared."""
+class PretrainedArm(NamedTuple):
+    """A pre-trained backbone in a comparison."""
 
     name: str
-    """In tables, as the user named it."""
+    """Name in tables: the text that the user gave, such as a path or ``timm:NAME``."""
     model: Backbone
     digest: str
-    """Of its weights file, or timm's tag of the weights."""
-    tunable: bool
+    """Digest of the weights file, or timm's tag of the weights."""
+    is_finetunable: bool
 
     @property
     def slug(self) -> str:
-        """A name for folders, which another arm has only if its weights are the same."""
+        """The arm's part of a folder name: its name and digest, so that arms with other weights differ."""
         last = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(self.name).name)[-40:].strip("-.")
         return f"{last or 'arm'}-{self.digest[:8]}"
 
     def describe(self) -> dict[str, Any]:
-        """The arm, for a result."""
-        network: Any = self.model.config
+        """Describe the arm for the results file."""
+        model_config: Any = self.model.config
         return {
             "given": self.name,
             "weights": self.digest,
-            "network": getattr(network, "model", self.name),
-            "image_size": list(network.image_size),
+            "network": getattr(model_config, "model", self.name),
+            "image_size": list(model_config.image_size),
         }
 
 
-def open_arms(config: CompareConfig) -> list[Arm]:
-    """Load every pre-trained arm.
+def load_arms(config: CompareConfig) -> list[PretrainedArm]:
+    """Load all pre-trained arms.
 
     Raises:
-        UserError: if one of them cannot be loaded or fine-tuned, or they take images of different channels.
+        UserError: if an arm cannot be loaded or fine-tuned, or the arms have different numbers of input
+            channels.
     """
-    arms: list[Arm] = []
+    arms: list[PretrainedArm] = []
     for name in config.options.pretrained:
-        arms.append(open_arm(name, config))
-        one, other = (arm.model.config.in_chans for arm in (arms[0], arms[-1]))
-        if one != other:
+        arms.append(load_arm(name, config))
+        first, last = (arm.model.config.in_chans for arm in (arms[0], arms[-1]))
+        if first != last:
             raise UserError(
-                f"{arms[0].name} takes images of {one} channels and {name} of {other}. Compare those that "
-                "take the same."
+                f"{arms[0].name} has {first} input channels, but {name} has {last}. Give models with the "
+                "same number of input channels."
             )
     return arms
 
 
-def open_arm(name: str, config: CompareConfig) -> Arm:
+def load_arm(name: str, config: CompareConfig) -> PretrainedArm:
     """Load one pre-trained arm.
 
     Raises:
-        UserError: if it cannot be loaded, or shall be fine-tuned and cannot be.
+        UserError: if the model cannot be loaded, or --protocols has finetune but it cannot be fine-tuned.
     """
-    if name.startswith(TIMM):
+    if name.startswith(TIMM_PREFIX):
         if set(config.options.protocols) == {"finetune"}:
-            raise UserError(f"{name} is not fine-tuned here. Give --protocols knn linear.")
-        return Arm(name, *open_timm(name.removeprefix(TIMM)), tunable=False)
+            raise not_supported(name, "--protocols finetune", "Give --protocols knn linear.")
+        return PretrainedArm(name, *load_timm_backbone(name.removeprefix(TIMM_PREFIX)), is_finetunable=False)
     ema = config.tuning.from_ema
     model = load(name, ema)
     if isinstance(model, Classifier) and "finetune" in config.options.protocols:
-        raise UserError(
-            f"{name} is a fine-tuned classifier, which is not fine-tuned again. Give a pre-trained masked "
-            "autoencoder, or --protocols knn linear."
+        raise not_supported(
+            f"{name}, a fine-tuned classifier,",
+            "--protocols finetune",
+            "Give a pre-trained masked autoencoder, or --protocols knn linear.",
         )
-    return Arm(name, model, read(name, ema).digest, tunable=True)
+    return PretrainedArm(name, model, read_weights(name, ema).digest, is_finetunable=True)
 
 
-def random_twin(model: Backbone, seed: int) -> Backbone:
-    """The same network with the initial weights that belong to a seed."""
+def create_untrained_backbone(model: Backbone, seed: int) -> Backbone:
+    """Return a model of the same architecture with the initial weights of a seed."""
     if not isinstance(model, TimmBackbone):
-        return fresh_twin(model, seed)
+        return create_untrained_copy(model, seed)
     with rng.seeded(seed, "init"):
-        return open_timm(model.vit.pretrained_cfg["architecture"], pretrained=False)[0]
+        return load_timm_backbone(model.vit.pretrained_cfg["architecture"], pretrained=False)[0]
 
 
-def finetuning_of(
-    config: CompareConfig, arms: Sequence[Arm], start: str, count: int, seed: int, folder: Path
+def make_arm_finetune_config(
+    config: CompareConfig, arms: Sequence[PretrainedArm], start: str, num_labels: int, seed: int, folder: Path
 ) -> FinetuneConfig:
-    """The fine-tuning of one arm: that of every other but for the start, and layer decay from scratch.
+    """Return the configuration to fine-tune one arm; only the start and scratch's layer decay differ by arm.
 
     Args:
-        arms: all of them; from scratch the network of the first one is trained.
-        start: an arm's name, or ``scratch``.
-        count: how many images have labels.
-        folder: of the run.
+        arms: all arms that are fine-tuned; random weights use the architecture of the first one.
+        start: name of the arm, or ``scratch`` for random weights.
+        num_labels: number of labelled training images.
+        folder: folder of the run.
     """
     loop = config.loop
-    flags: dict[str, Any] = {"labels": count, "seed": seed, "out": str(folder)}
-    if loop.steps is None and loop.total_steps(count) < config.options.least_steps:
-        flags |= {"steps": config.options.least_steps, "warmup_epochs": None}  # a warm-up of the same share
+    flags: dict[str, Any] = {"labels": num_labels, "seed": seed, "out": str(folder)}
+    if loop.steps is None and loop.total_steps(num_labels) < config.options.min_steps:
+        # The default warm-up is a fraction of the steps; --warmup-epochs would not fit the longer training.
+        flags |= {"steps": config.options.min_steps, "warmup_epochs": None}
     if start == SCRATCH:
-        network: Any = arms[0].model.config
+        model_config: Any = arms[0].model.config
         flags |= {
-            "model": network.model,
-            "image_size": config.tuning.image_size or network.image_size,
-            "in_chans": network.in_chans,
-            "cls_tokens": network.cls_tokens,
+            "model": model_config.model,
+            "image_size": config.tuning.image_size or model_config.image_size,
+            "in_chans": model_config.in_chans,
+            "cls_tokens": model_config.cls_tokens,
             "layer_decay": config.options.scratch_layer_decay,
             "from_ema": False,
         }
-    return config.finetuning(start, **flags)
+    return config.make_finetune_config(start, **flags)

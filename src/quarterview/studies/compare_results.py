@@ -1,4 +1,4 @@
-"""What a comparison found: accuracies, differences, verdicts, and the record of them."""
+"""Statistics of a comparison: accuracies, differences and verdicts, and the file that stores them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,19 +8,28 @@ from typing import Any
 import numpy as np
 
 from quarterview.evaluation.results import write_result
-from quarterview.studies.config import PROTOCOLS, CompareConfig
-from quarterview.studies.verdict import Comparison, Contrast, Estimate, Verdict, contrast, estimate, judge
+from quarterview.studies.config import PROTOCOL_NAMES, CompareConfig
+from quarterview.studies.verdict import (
+    Comparison,
+    Contrast,
+    Estimate,
+    Verdict,
+    compute_contrast,
+    decide_verdict,
+    estimate_mean,
+)
 from quarterview.weights.config import SCRATCH
 
-RANDOM, PIXELS = "random encoder", "raw pixels"
-"""The baselines of frozen features."""
-Correct = Mapping[tuple[str, int, str], np.ndarray]
-"""By protocol, number of labelled images and arm: bool [S, M], which test images each seed gets right."""
+RANDOM_ENCODER, RAW_PIXELS = "random encoder", "raw pixels"
+"""Names of the baselines of frozen features."""
+CompareEvaluations = dict[tuple[str, int, str], np.ndarray]
+"""(protocol, number of labelled images, arm) -> bool [S, M]: is each of M test images classified correctly,
+for each of S seeds?"""
 
 
 @dataclass(frozen=True)
 class Point:
-    """The accuracy of an arm, by a protocol, on a number of labelled images."""
+    """The accuracy of an arm by one protocol with one number of labelled images."""
 
     protocol: str
     labels: int
@@ -29,8 +38,8 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Between:
-    """A further arm held against the first."""
+class ArmDifference:
+    """The difference between a pre-trained arm and the first one, by one protocol and number of labels."""
 
     protocol: str
     labels: int
@@ -39,98 +48,105 @@ class Between:
 
 
 @dataclass(frozen=True)
-class Results:
-    """All that a comparison found."""
+class CompareStatistics:
+    """All results of a comparison."""
 
     verdicts: tuple[Verdict, ...]
-    """One for each pre-trained arm."""
+    """One verdict for each pre-trained arm, in the order of the command line."""
     points: tuple[Point, ...]
+    """The accuracies of all arms and baselines."""
     comparisons: Mapping[str, Sequence[Comparison]]
-    """By arm."""
-    between: Sequence[Between]
-    """Where there are several pre-trained arms, how they differ."""
+    """Name of a pre-trained arm -> its comparisons with baselines."""
+    arm_differences: Sequence[ArmDifference]
+    """The differences between pre-trained arms; empty if there is only one."""
     arms: Mapping[str, Mapping[str, Any]]
-    """What each arm is."""
-    worthwhile: float
-    """The smallest gain worth having, as a share."""
+    """Name of a pre-trained arm -> its description, see `PretrainedArm.describe`."""
+    min_difference: float
+    """The smallest gain of accuracy that matters, as a fraction."""
 
     @property
-    def protocols(self) -> dict[str, str]:
-        """Those that were measured, and what they are called."""
-        measured = {point.protocol for point in self.points}
-        return {protocol: name for protocol, name in PROTOCOLS.items() if protocol in measured}
+    def protocol_names(self) -> dict[str, str]:
+        """The protocols that were evaluated, with their names in reports."""
+        evaluated = {point.protocol for point in self.points}
+        return {protocol: name for protocol, name in PROTOCOL_NAMES.items() if protocol in evaluated}
 
 
-def results_of(correct: Correct, arms: Mapping[str, Mapping[str, Any]], worthwhile: float) -> Results:
-    """The figures and the verdicts.
+def compute_statistics(
+    correct: CompareEvaluations, arms: Mapping[str, Mapping[str, Any]], min_difference: float
+) -> CompareStatistics:
+    """Compute accuracies, differences and verdicts.
 
     Args:
-        arms: what each pre-trained arm is, by its name.
-        worthwhile: the smallest gain worth having, as a share.
+        arms: name of each pre-trained arm -> its description.
+        min_difference: the smallest gain of accuracy that matters, as a fraction.
     """
-    compared = {name: comparisons(correct, name) for name in arms}
-    return Results(
-        tuple(judge(name, rows, worthwhile) for name, rows in compared.items()),
-        tuple(_points(correct)),
-        compared,
-        between(correct, list(arms)),
+    comparisons = {name: compare_with_baselines(correct, name) for name in arms}
+    return CompareStatistics(
+        tuple(decide_verdict(name, rows, min_difference) for name, rows in comparisons.items()),
+        tuple(_compute_accuracies(correct)),
+        comparisons,
+        compare_with_first_arm(correct, list(arms)),
         arms,
-        worthwhile,
+        min_difference,
     )
 
 
-def comparisons(correct: Correct, arm: str) -> list[Comparison]:
-    """An arm against random weights, and for frozen features against raw pixels too."""
-    found = []
-    for protocol in PROTOCOLS:
-        baselines = (SCRATCH,) if protocol == "finetune" else (RANDOM, PIXELS)
+def compare_with_baselines(correct: CompareEvaluations, arm: str) -> list[Comparison]:
+    """Compare an arm with random weights and, for frozen features, also with raw pixels."""
+    comparisons = []
+    for protocol in PROTOCOL_NAMES:
+        baselines = (SCRATCH,) if protocol == "finetune" else (RANDOM_ENCODER, RAW_PIXELS)
         for count in sorted({c for p, c, name in correct if (p, name) == (protocol, arm)}):
             ours = correct[protocol, count, arm]
-            contrasts = (contrast(b, ours, correct[protocol, count, b]) for b in baselines)
-            found.append(Comparison(protocol, count, tuple(contrasts)))
-    return found
+            contrasts = (compute_contrast(b, ours, correct[protocol, count, b]) for b in baselines)
+            comparisons.append(Comparison(protocol, count, tuple(contrasts)))
+    return comparisons
 
 
-def between(correct: Correct, arms: Sequence[str]) -> list[Between]:
-    """Every further arm against the first one, by every protocol that both were evaluated by."""
+def compare_with_first_arm(correct: CompareEvaluations, arms: Sequence[str]) -> list[ArmDifference]:
+    """Compare every other pre-trained arm with the first one, by the protocols that evaluate both."""
     first, *others = arms
     return [
-        Between(p, count, name, contrast(first, correct[p, count, name], correct[p, count, first]))
+        ArmDifference(
+            p, count, name, compute_contrast(first, correct[p, count, name], correct[p, count, first])
+        )
         for p, count, name in correct
         if name in others and (p, count, first) in correct
     ]
 
 
-def _points(correct: Correct) -> list[Point]:
-    """The accuracy of every arm, by every protocol, at every count."""
-    order = {protocol: i for i, protocol in enumerate(PROTOCOLS)}
+def _compute_accuracies(correct: CompareEvaluations) -> list[Point]:
+    """Estimate all accuracies, sorted by protocol and number of labelled images."""
+    order = {protocol: i for i, protocol in enumerate(PROTOCOL_NAMES)}
     rows = sorted(correct, key=lambda row: (order[row[0]], row[1]))
-    return [Point(p, count, arm, estimate(correct[p, count, arm].astype(float))) for p, count, arm in rows]
+    return [
+        Point(p, count, arm, estimate_mean(correct[p, count, arm].astype(float))) for p, count, arm in rows
+    ]
 
 
-def write_record(
-    results: Results,
+def write_statistics(
+    statistics: CompareStatistics,
     config: CompareConfig,
     data: Mapping[str, Any],
     notes: Sequence[str],
     argv: Sequence[str],
 ) -> Path:
-    """Write ``results/compare.json`` into the comparison's folder, and return its path.
+    """Write ``results/compare.json`` into the folder of the comparison, and return its path.
 
     Args:
-        data: the labelled images.
-        notes: what was left out, and why.
+        data: description of the labelled images, see `CompareImages.describe`.
+        notes: sentences that say what was left out, and why.
         argv: the command line.
     """
-    found = {
-        "verdicts": [asdict(verdict) for verdict in results.verdicts],
-        "arms": dict(results.arms),
-        "accuracies": [asdict(point) for point in results.points],
-        "comparisons": {name: [asdict(c) for c in rows] for name, rows in results.comparisons.items()},
-        "between": [asdict(row) for row in results.between],
+    results = {
+        "verdicts": [asdict(verdict) for verdict in statistics.verdicts],
+        "arms": dict(statistics.arms),
+        "accuracies": [asdict(point) for point in statistics.points],
+        "comparisons": {name: [asdict(c) for c in rows] for name, rows in statistics.comparisons.items()},
+        "between": [asdict(row) for row in statistics.arm_differences],
         "notes": list(notes),
     }
     folder = Path(config.run.out) / "results"
-    file = write_result(folder, "compare", argv, config.to_plain(), data, found)
+    file = write_result(folder, "compare", argv, config.to_dict(), data, results)
     assert file is not None
     return file

@@ -1,8 +1,7 @@
-"""Run a study: every arm under every seed, judged, and a report that grows.
+"""Running a study: training and evaluation of all arms with all seeds, and the report.
 
-What is done is never done again: runs go on from their checkpoints, measures are kept, and the
-lengths that were planned at the first start stay. On the way the report is written anew, as often as
-it takes little of the time.
+A study can be stopped and resumed: runs resume from their checkpoints, evaluations are stored, and the
+training lengths are those of the first start. The report is rewritten while the study runs.
 """
 
 import json
@@ -10,7 +9,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,51 +17,51 @@ import numpy as np
 import torch
 
 from quarterview.data.config import LoaderConfig
-from quarterview.errors import UserError, unknown
-from quarterview.studies.arm import conduct_one, forget_images, is_done, place, train
+from quarterview.errors import not_supported, unknown
+from quarterview.studies.arm import clear_labeled_split, get_run_folder, is_complete, run_arm, run_pretraining
 from quarterview.studies.config import StudyConfig
-from quarterview.studies.measure import StoppedError, check_measures, read_judged
+from quarterview.studies.measure import StoppedError, check_measures, read_evaluations
 from quarterview.studies.named import STUDIES
 from quarterview.studies.plan import (
-    TOKENIZER,
-    Planned,
-    base_of,
-    flops_an_image,
-    tokenizer_config,
-    tokenizer_of,
-    unique_arms,
+    TOKENIZER_FOLDER,
+    PlannedArm,
+    compute_flops_per_image,
+    get_tokenizer,
+    make_base_config,
+    make_tokenizer_config,
+    plan_arms,
 )
-from quarterview.studies.plan_file import lasting_settings, plan_lengths
+from quarterview.studies.plan_file import collect_fixed_settings, read_or_create_plan
 from quarterview.studies.report import write_report
-from quarterview.studies.side_by_side import Here, Piece, Workers
+from quarterview.studies.side_by_side import ProcessExecutor, SerialExecutor, Task
 from quarterview.studies.study import Study, read_study
-from quarterview.studies.study_results import Progress, TableResults
-from quarterview.training.console import duration
-from quarterview.training.distributed import ranks
-from quarterview.training.lock import lock
+from quarterview.studies.study_results import StudyProgress, TableResults
+from quarterview.training.console import format_duration
+from quarterview.training.distributed import get_world_size
+from quarterview.training.lock import lock_folder
 from quarterview.training.metric_writers import read_metrics
-from quarterview.training.record import provenance
+from quarterview.training.record import collect_provenance
 
 LOGGER = logging.getLogger("quarterview")
 Status = Literal["complete", "SIGTERM", "SIGINT"]
-_REPORTING = 0.05  # of the time, at most, goes into reports on the way
+_MAX_REPORT_FRACTION = 0.05  # of the running time that is spent on intermediate reports
 
 
-class Studied(NamedTuple):
-    """How a study ended."""
+class StudyResult(NamedTuple):
+    """The outcome of a study: complete, or the signal that stopped it."""
 
     status: Status
     tables: Sequence[TableResults]
-    """Its tables, with their figures and what they decide, as far as they were measured."""
+    """The results so far, one entry for each table of the study."""
     report: Path | None
-    """The page; None if nothing was measured yet."""
+    """The HTML report; None if nothing was evaluated yet."""
 
 
 def open_study(name: str) -> Study:
-    """A study by its name, or from a YAML file.
+    """Return the study of this name, or read one from a YAML file.
 
     Raises:
-        UserError: if there is none.
+        UserError: if the name is unknown, or the file is not a valid study.
     """
     if name in STUDIES:
         return STUDIES[name]
@@ -72,154 +70,179 @@ def open_study(name: str) -> Study:
     raise unknown("study", name, [*STUDIES, "FILE.yaml"])
 
 
-def conduct(config: StudyConfig, argv: Sequence[str] = ()) -> Studied:
-    """Run a study, or go on with one that was stopped.
+def run_study(config: StudyConfig, argv: Sequence[str] = ()) -> StudyResult:
+    """Start a study, or resume it from its folder.
 
     Args:
-        argv: the command line, for the record.
+        argv: the command line, for the provenance of the report.
 
     Raises:
-        UserError: if the request cannot be met.
-        RunError: if a run cannot go on.
+        UserError: if the configuration is invalid.
+        RunError: if a run fails.
     """
     config.check_complete()
-    if ranks() > 1:
-        raise UserError("A study does not run under torchrun. Start it without, and each GPU gets an arm.")
+    if get_world_size() > 1:
+        raise not_supported(
+            "A study", "torchrun", "Start it with quarterview study, which runs one arm on each GPU."
+        )
     study, out = open_study(config.name), Path(config.out)
-    began = time.monotonic()
-    with ExitStack() as held:
-        out.mkdir(parents=True, exist_ok=True)
-        held.enter_context(lock(out, 0.0))
-        forget_images()
-        jobs = jobs_of(config)
-        config = share_cores(study, config, jobs)
-        arms = unique_arms(study, config, str(out / TOKENIZER))
-        for one in arms:
-            check_measures(one.arm.start, one.measures, one.config)
-        settings = lasting_settings(study, config)  # opens the images: what is wrong with them is told now
-        report = Report(study, config, arms, out, began, provenance(argv))
+    start_time = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    with lock_folder(out, 0.0):
+        clear_labeled_split()
+        num_jobs = get_num_jobs(config)
+        config = limit_decoding_workers(study, config, num_jobs)
+        arms = plan_arms(study, config, str(out / TOKENIZER_FOLDER))
+        for planned in arms:
+            check_measures(planned.arm.start, planned.measures, planned.config)
+        settings = collect_fixed_settings(
+            study, config
+        )  # opens the images, so that errors in them come first
+        report = StudyReport(study, config, arms, out, start_time, collect_provenance(argv))
         try:
-            with Workers(jobs) if jobs > 1 else Here() as workers:
-                config, arms = plan_lengths(study, config, settings, arms, out, began, workers)
+            with ProcessExecutor(num_jobs) if num_jobs > 1 else SerialExecutor() as executor:
+                config, arms = read_or_create_plan(study, config, settings, arms, out, start_time, executor)
                 train_tokenizer(arms, config, out)
                 report = replace(report, config=config, arms=arms)
-                left = work(study, config, arms, out)
-                if not left:
-                    report = replace(report, facts=known_facts(out) or report.facts)
-                sparing = Sparing(report.write)
-                for _ in workers.each(left, lambda piece: LOGGER.info(piece.name)):
-                    sparing()
+                tasks = list_open_tasks(study, config, arms, out)
+                if not tasks:
+                    report = replace(report, provenance=read_stored_provenance(out) or report.provenance)
+                write_throttled = ThrottledReport(report.write)
+                for _ in executor.run(tasks, lambda task: LOGGER.info(task.name)):
+                    write_throttled()
         except StoppedError as stopped:
             signal: Any = stopped.signal
-            return Studied(signal, *report.write())
-        return Studied("complete", *report.write())
+            return StudyResult(signal, *report.write())
+        return StudyResult("complete", *report.write())
 
 
-def jobs_of(config: StudyConfig) -> int:
-    """How many runs go on at a time: what was asked for, else one a GPU, or one."""
+def get_num_jobs(config: StudyConfig) -> int:
+    """Return the number of parallel runs: --jobs, or else one for each GPU, or one on a CPU."""
     gpus = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
     return config.jobs or max(1, gpus)
 
 
-def share_cores(study: Study, config: StudyConfig, jobs: int) -> StudyConfig:
-    """The same, with no more decoding threads than a run has of the cores, unless someone said how many."""
-    if config.workers is not None or jobs == 1 or base_of(study, config).loader.workers is not None:
+def limit_decoding_workers(study: Study, config: StudyConfig, num_jobs: int) -> StudyConfig:
+    """Return the configuration with `workers` limited to a run's share of the CPU cores.
+
+    A number of workers that the user, the study or the recipe sets is left unchanged.
+    """
+    if config.workers is not None or num_jobs == 1:
         return config
-    return replace(config, workers=min(LoaderConfig().threads, max(1, (os.cpu_count() or 1) // jobs)))
+    if make_base_config(study, config).loader.workers is not None:
+        return config
+    return replace(config, workers=min(LoaderConfig().num_workers, max(1, (os.cpu_count() or 1) // num_jobs)))
 
 
-# ---------------------------------------------------------------------- the work
+# ---------------------------------------------------------------------- tasks
 
 
-def train_tokenizer(arms: Sequence[Planned], config: StudyConfig, out: Path) -> None:
-    """Train the tokenizer whose tokens some arms predict; it sees as many images as the longest of them."""
-    folder = str(out / TOKENIZER)
-    its = [one for one in arms if tokenizer_of(one.config) == folder]
-    if its:
-        LOGGER.info("the tokenizer")
-        longest = max(its, key=lambda one: one.steps)
-        own = tokenizer_config(longest.config, folder, config)
-        train(own.with_flags(steps=longest.steps, seed=config.seed))
+def train_tokenizer(arms: Sequence[PlannedArm], config: StudyConfig, out: Path) -> None:
+    """Train the study's tokenizer, if any arm uses it, for as many steps as the longest of these arms."""
+    folder = str(out / TOKENIZER_FOLDER)
+    users = [planned for planned in arms if get_tokenizer(planned.config) == folder]
+    if users:
+        LOGGER.info("Training the tokenizer")
+        longest = max(users, key=lambda planned: planned.steps)
+        tokenizer = make_tokenizer_config(longest.config, folder, config)
+        run_pretraining(tokenizer.with_flags(steps=longest.steps, seed=config.seed))
 
 
-def work(study: Study, config: StudyConfig, arms: Sequence[Planned], out: Path) -> list[Piece]:
-    """What is left to do, a seed after the other, and the long arms first, so that none is waited for."""
+def list_open_tasks(study: Study, config: StudyConfig, arms: Sequence[PlannedArm], out: Path) -> list[Task]:
+    """List the runs that are not complete, seed by seed.
 
-    def length(one: Planned) -> float:
-        return one.steps * one.config.loop.batch_size * flops_an_image(one.config, config.vocabulary)
+    Within a seed, arms with the most operations come first, so that parallel jobs end at about the same time.
+    """
 
-    order = sorted(arms, key=length, reverse=True)
-    every = [(seed, one) for seed in config.all_seeds for one in order]
+    def compute_total_flops(planned: PlannedArm) -> float:
+        flops = compute_flops_per_image(planned.config, config.codebook_size)
+        return planned.steps * planned.config.loop.batch_size * flops
+
+    order = sorted(arms, key=compute_total_flops, reverse=True)
+    runs = [(seed, planned) for seed in config.all_seeds for planned in order]
     return [
-        Piece(
-            f"{study.name}: {number} of {len(every)}, {one.arm.name}, seed {seed}",
-            conduct_one,
-            (one, seed, config, out),
+        Task(
+            f"{study.name}: {index} of {len(runs)}, {planned.arm.name}, seed {seed}",
+            run_arm,
+            (planned, seed, config, out),
         )
-        for number, (seed, one) in enumerate(every, 1)
-        if not is_done(one, seed, out)
+        for index, (seed, planned) in enumerate(runs, 1)
+        if not is_complete(planned, seed, out)
     ]
 
 
 # ---------------------------------------------------------------------- the report
 
 
-class Sparing:
-    """Write a report, unless the last one was written so lately that reports would take much of the time."""
+class ThrottledReport:
+    """A function that writes a report unless that would take more than 5% of the running time."""
 
     def __init__(self, write: Callable[[], object]) -> None:
-        self.write, self.due = write, 0.0
+        self.write, self.next_time = write, 0.0
 
     def __call__(self) -> None:
-        began = time.monotonic()
-        if began >= self.due:
+        start = time.monotonic()
+        if start >= self.next_time:
             self.write()
-            ended = time.monotonic()
-            self.due = ended + (ended - began) / _REPORTING
+            end = time.monotonic()
+            self.next_time = end + (end - start) / _MAX_REPORT_FRACTION
 
 
 @dataclass(frozen=True)
-class Report:
-    """What is reported of a study, as far as it has come."""
+class StudyReport:
+    """Everything that the report of a study shows, apart from the evaluations, which are read from files."""
 
     study: Study
     config: StudyConfig
-    arms: Sequence[Planned]
+    arms: Sequence[PlannedArm]
     out: Path
-    began: float
-    """By the clock of `time.monotonic`."""
-    facts: Mapping[str, Any]
-    """Where the figures come from."""
+    start_time: float
+    """The start of this process's work, by `time.monotonic`."""
+    provenance: Mapping[str, Any]
+    """Command line, versions and machine of the study."""
 
     def write(self) -> tuple[Sequence[TableResults], Path | None]:
-        """Write what was measured so far: its tables, and the page (None if nothing was measured)."""
+        """Write a report of the evaluations so far; returns the tables and the HTML page.
+
+        The page is None if nothing was evaluated yet.
+        """
         correct: dict[tuple[str, str], dict[int, np.ndarray]] = {}
-        for one in self.arms:
+        for planned in self.arms:
             for seed in self.config.all_seeds:
-                for measure, found in read_judged(place(self.out, one.key, seed)).items():
-                    correct.setdefault((one.key, measure), {})[seed] = found
+                evaluations = read_evaluations(get_run_folder(self.out, planned.key, seed))
+                for measure, is_correct in evaluations.items():
+                    correct.setdefault((planned.key, measure), {})[seed] = is_correct
         if not correct:
             return (), None
-        took = duration(time.monotonic() - self.began)
-        facts = {"settings": asdict(self.config), "took": took, **self.facts}
-        done = sum(len(by_seed) for by_seed in correct.values())
-        asked = sum(len(one.measures) for one in self.arms) * self.config.seeds
-        rates = {one.key: rate for one in self.arms if (rate := self._rate(one)) is not None}
-        progress = Progress(done, asked)
-        return write_report(self.study, self.config, self.arms, correct, rates, progress, facts, self.out)
+        took = format_duration(time.monotonic() - self.start_time)
+        provenance = {"settings": asdict(self.config), "took": took, **self.provenance}
+        num_done = sum(len(by_seed) for by_seed in correct.values())
+        num_total = sum(len(planned.measures) for planned in self.arms) * self.config.seeds
+        progress = StudyProgress(num_done, num_total)
+        rates = {
+            planned.key: rate
+            for planned in self.arms
+            if (rate := self._compute_images_per_s(planned)) is not None
+        }
+        return write_report(
+            self.study, self.config, self.arms, correct, rates, progress, provenance, self.out
+        )
 
-    def _rate(self, one: Planned) -> float | None:
-        """Images a second that training made: the median of the rows of all seeds."""
-        folders = [place(self.out, one.key, seed) / "pretrain" for seed in self.config.all_seeds]
+    def _compute_images_per_s(self, planned: PlannedArm) -> float | None:
+        """Return the median training rate over the metrics of all seeds; None if the arm was not trained."""
+        folders = [get_run_folder(self.out, planned.key, seed) / "pretrain" for seed in self.config.all_seeds]
         rates = [row["images_per_s"] for folder in folders if folder.is_dir() for row in read_metrics(folder)]
         return float(np.median(rates)) if rates else None
 
 
-def known_facts(out: Path) -> dict[str, Any]:
-    """Where the figures of a study that is done come from: looking at it again changes nothing of that."""
+def read_stored_provenance(out: Path) -> dict[str, Any]:
+    """Read the provenance from the report of a complete study; empty if the report is missing or incomplete.
+
+    Rewriting the report of a complete study keeps it, since the results come from the earlier command.
+    """
     try:
         stored = json.loads((out / "study.json").read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    names = (*provenance(()), "settings", "took")
+    names = (*collect_provenance(()), "settings", "took")
     return {name: stored[name] for name in names} if set(names) <= stored.keys() else {}

@@ -1,8 +1,9 @@
-"""What a study and a comparison are told. Nothing here imports torch."""
+"""Configurations of studies and comparisons. This module does not import torch."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from quarterview.commands.config import FinetuneConfig
 from quarterview.config import (
@@ -11,7 +12,7 @@ from quarterview.config import (
     PATH,
     POSITIONAL,
     RESEARCH,
-    Composed,
+    ComposedConfig,
     Ge,
     Gt,
     Le,
@@ -22,8 +23,8 @@ from quarterview.config import (
     part,
 )
 from quarterview.data.config import AugmentConfig, LoaderConfig
-from quarterview.errors import UserError, unknown
-from quarterview.evaluation.config import LabelledImagesConfig
+from quarterview.errors import UserError, invalid, not_supported, unknown
+from quarterview.evaluation.config import LabeledImagesConfig
 from quarterview.methods.config import RegularizationConfig
 from quarterview.training.config import (
     ComputeConfig,
@@ -33,17 +34,18 @@ from quarterview.training.config import (
     OptimConfig,
     RunConfig,
 )
-from quarterview.weights.config import SCRATCH, TuningConfig, count_blocks
+from quarterview.weights.config import SCRATCH, TuningConfig, parse_num_blocks
 
 # ---------------------------------------------------------------------- studies
 
 MEASURES = ("finetune", "linear", "knn", "corrupted")
-"""How an arm is evaluated. ``finetune:K`` trains the last K blocks alone; ``linear@P`` and ``knn@P`` see P
-percent of the patches; ``corrupted`` shows corrupted test images to what ``finetune`` made."""
-TUNED = ("finetune", "corrupted")
-"""Measures of networks that were fine-tuned."""
-DECIDED = ("out", "seed", "steps", "epochs", "device")
-"""Flags of pre-training that no arm has to itself: the study decides them, by its own --out, --seed, --seeds,
+"""Kinds of evaluations of an arm. ``finetune:K`` trains only the last K blocks. ``linear@P`` and ``knn@P``
+encode P percent of the patches. ``corrupted`` classifies corrupted test images with the network of
+``finetune``."""
+FINETUNED_MEASURES = ("finetune", "corrupted")
+"""Kinds of evaluations that need a fine-tuned network."""
+RESERVED_FLAGS = ("out", "seed", "steps", "epochs", "device")
+"""Flags of pre-training that an arm cannot set, since the study sets them from its --out, --seed, --seeds,
 --budget and --device."""
 BudgetKind = Literal["minutes", "images", "flops"]
 
@@ -52,56 +54,63 @@ BudgetKind = Literal["minutes", "images", "flops"]
 class StudyConfig:
     """Study."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "head_width": "proj_hidden_dim",
+        "vocabulary": "codebook_size",
+    }
+
     name: Annotated[Text, FIRST, PATH, MAY_CHANGE, POSITIONAL] = ""
-    """Required: a study's name (see quarterview recipes), or a YAML file."""
+    """Required: the name of a study (see quarterview recipes) or a YAML file."""
     data: Annotated[Texts, FIRST, PATH, MAY_CHANGE] = ()
-    """Required: images to pre-train on, anything that --data of pretrain takes."""
+    """Required: images for pre-training, anything that --data of pretrain takes."""
     train: Annotated[Texts, FIRST, PATH, MAY_CHANGE] = ()
-    """Required: labelled images that probes and fine-tuning learn from."""
+    """Required: labelled images to train probes and to fine-tune on."""
     test: Annotated[Texts, FIRST, PATH, MAY_CHANGE] = ()
-    """Required: labelled images to be judged on. Nothing is chosen by them."""
+    """Required: labelled images for evaluation. They are not used to choose anything."""
     out: Annotated[Text, FIRST, PATH, MAY_CHANGE] = ""
-    """Required: the study's folder; the same command goes on where it was stopped."""
+    """Required: the folder of the study. The same command resumes a stopped study."""
     budget: Annotated[Text, FIRST] = "30m"
-    """Time of the whole study (30m, 2h), in which all arms see equally many images. Or, for each arm, images
-    (2e6images) or operations (1e15flops), with which all arms compute equally much."""
+    """Time of the whole study (30m, 2h), in which all arms train on the same number of images; or images of
+    each arm (2e6images); or operations of each arm (1e15flops), the same for all arms."""
     seeds: Annotated[int, Ge(1), FIRST, MAY_CHANGE] = 3
-    """Runs of each arm; each draws other initial weights, another order and other labelled images. More may
-    be added when the study is done."""
+    """Runs of each arm; each has other initial weights, another order and other labelled images. More can be
+    added when the study is complete."""
     seed: int = 0
-    """The first seed; the others follow it."""
+    """The first seed; the others are the following integers."""
     base: Annotated[Text, FIRST, PATH, MAY_CHANGE] = "cifar"
-    """The pre-training that all arms begin from: a recipe (see quarterview recipes) or a YAML file."""
+    """The pre-training configuration that all arms start from: a recipe (see quarterview recipes) or a YAML
+    file."""
     model: Text | None = None
-    """Another encoder than the base's."""
+    """Encoder; by default that of the base."""
     image_size: Size | None = None
-    """Another image size than the base's: height and width, or one number for both."""
+    """Image size: height and width, or one number for both; by default that of the base."""
     batch_size: Annotated[int | None, Ge(1)] = None
-    """Another batch size of pre-training than the base's."""
+    """Batch size of pre-training; by default that of the base."""
     labels: Annotated[int, Ge(1)] = 2000
-    """Labelled images that probes and fine-tuning learn from, equally many a class; or all, if fewer."""
+    """Labelled training images, the same number for each class; all if there are fewer."""
     tune_steps: Annotated[int | None, Ge(1)] = None
-    """Updates of each fine-tuning, under the recipe small. By default 500, or fewer (30 at least) where
-    judging would take more than half of a budget of minutes."""
-    head_width: Annotated[int | None, Ge(1), RESEARCH] = None
-    """Hidden width of the heads of SimCLR, BYOL and MoCo v3, which cost more than a tiny encoder."""
-    vocabulary: Annotated[int, Ge(1), RESEARCH] = 512
-    """Visual tokens of the tokenizer that the study trains: the size of its codebook."""
+    """Updates of each fine-tuning, with the recipe small. By default 500, or fewer (at least 30) where
+    evaluation would take more than half of a budget of time."""
+    proj_hidden_dim: Annotated[int | None, Ge(1), RESEARCH] = None
+    """Hidden width of the projection heads of SimCLR, BYOL and MoCo v3; the default is slow beside a tiny
+    encoder."""
+    codebook_size: Annotated[int, Ge(1), RESEARCH] = 512
+    """Codebook size (number of visual tokens) of the tokenizer that the study trains."""
     tokenizer_width: Annotated[int | None, Ge(1), RESEARCH] = None
-    """Channels inside that tokenizer."""
+    """Hidden channels of the tokenizer that the study trains."""
     measures: Texts = ()
-    """Judge by these alone: finetune, finetune:K, linear, knn, linear@P or knn@P with P percent of the
-    patches visible, corrupted. By default each table says."""
+    """Evaluate by these only: finetune, finetune:K (last K blocks), linear, knn, linear@P or knn@P (P percent
+    of the patches visible), corrupted. By default those of each table."""
     workers: Annotated[int | None, Ge(0), MAY_CHANGE] = None
     """Processes that decode images."""
     device: Annotated[Device, MAY_CHANGE] = "auto"
-    """Where to compute."""
+    """Device for training and evaluation."""
     jobs: Annotated[int | None, Ge(1), MAY_CHANGE] = None
-    """Runs at a time; by default one on each GPU, or one. On a CPU they share its cores, which small networks
-    use better so."""
+    """Parallel runs; by default one for each GPU, or one. On a CPU they share its cores, which is faster for
+    small networks."""
 
     def __post_init__(self) -> None:
-        read_budget(self.budget)
+        parse_budget(self.budget)
         for measure in self.measures:
             check_measure(measure)
 
@@ -111,25 +120,28 @@ class StudyConfig:
         return range(self.seed, self.seed + self.seeds)
 
     def check_complete(self) -> None:
-        """Raises UserError if a study cannot be started by this, because something required is missing."""
-        for name, given in (
+        """Raise UserError if a required field is missing."""
+        for name, value in (
             ("NAME", self.name),
             ("--data", self.data),
             ("--train", self.train),
             ("--test", self.test),
             ("--out", self.out),
         ):
-            if not given:
+            if not value:
                 raise UserError(
                     f"{name} is missing. Give study NAME --data … --train … --test … --out FOLDER."
                 )
 
 
-def read_budget(text: str) -> tuple[BudgetKind, float]:
-    """What a budget means: minutes of the whole study, images of each arm, or operations of each arm.
+def parse_budget(text: str) -> tuple[BudgetKind, float]:
+    """Parse --budget: minutes of the whole study, images of each arm, or operations of each arm.
+
+    Returns:
+        The kind of budget, and its value in minutes, images or operations.
 
     Raises:
-        UserError: if it means none of these.
+        UserError: if the text is not a valid budget.
     """
     match = re.fullmatch(r"([\d.]+(?:e\d+)?)(s|m|h|images|flops)", text)
     units = {"s": 1 / 60, "m": 1.0, "h": 60.0}
@@ -138,9 +150,10 @@ def read_budget(text: str) -> tuple[BudgetKind, float]:
     except ValueError:
         number = 0.0
     if match is None or not 0 < number < 1e30:
-        raise UserError(
-            f"--budget {text} is not accepted. Give a time such as 30m or 2h, images such as 2e6images, or "
-            "operations such as 1e15flops."
+        raise invalid(
+            "--budget",
+            text,
+            "a time such as 30m or 2h, images such as 2e6images, or operations such as 1e15flops",
         )
     if match[2] in units:
         return "minutes", number * units[match[2]]
@@ -148,20 +161,24 @@ def read_budget(text: str) -> tuple[BudgetKind, float]:
 
 
 def check_measure(measure: str) -> None:
-    """Raises UserError if an arm cannot be judged so."""
-    kind, blocks, visible = parts_of(measure)
-    if kind not in MEASURES or (blocks and kind != "finetune") or (visible and kind in TUNED):
+    """Raise UserError if the name of a measure is not valid."""
+    kind, blocks, visible = parse_measure(measure)
+    if kind not in MEASURES or (blocks and kind != "finetune") or (visible and kind in FINETUNED_MEASURES):
         raise unknown("measure", measure, [*MEASURES, "finetune:K", "linear@P", "knn@P"])
     if blocks:
-        count_blocks(blocks)
+        parse_num_blocks(blocks)
     if visible and not (visible.isdigit() and 1 <= int(visible) <= 100):
         raise UserError(
-            f"The measure {measure} is not accepted. Give 1 to 100 percent of the patches, such as {kind}@25."
+            f"The measure {measure} has an invalid percentage of visible patches. Give 1 to 100, such as "
+            f"{kind}@25."
         )
 
 
-def parts_of(measure: str) -> tuple[str, str, str]:
-    """A measure's kind, the blocks that are tuned, and the percentage of the patches that is visible."""
+def parse_measure(measure: str) -> tuple[str, str, str]:
+    """Return the kind of a measure, its number of tuned blocks and its percentage of visible patches.
+
+    All three are text; a part that the measure does not have is empty.
+    """
     rest, _, visible = measure.partition("@")
     kind, _, blocks = rest.partition(":")
     return kind, blocks, visible
@@ -169,66 +186,75 @@ def parts_of(measure: str) -> tuple[str, str, str]:
 
 # ---------------------------------------------------------------------- comparisons
 
-PROTOCOLS = {"finetune": "fine-tuning", "linear": "linear classifier", "knn": "nearest neighbours"}
-"""What each protocol of a comparison is called, the one that counts most first."""
-RANDOM_WEIGHTS = (SCRATCH, "random")
-"""Words for random weights among the arms of a comparison."""
+PROTOCOL_NAMES = {"finetune": "fine-tuning", "linear": "linear classifier", "knn": "nearest neighbours"}
+"""Protocols of a comparison, the most important first, with their names in reports."""
+RANDOM_WEIGHTS_ARMS = (SCRATCH, "random")
+"""Names of arms that stand for random weights, which are part of every comparison."""
 
 
 @part
 class CompareOptions:
     """Comparison."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "least_steps": "min_steps",
+        "worthwhile": "min_difference",
+    }
+
     arms: Annotated[Texts, FIRST, PATH, POSITIONAL] = ()
-    """Runs, checkpoint folders, .safetensors files or timm:NAME. scratch and random, which stand in
-    every comparison, may be named too."""
+    """Runs, checkpoint folders, .safetensors files or timm:NAME. Random weights are always compared; scratch
+    and random are accepted and change nothing."""
     counts: Annotated[Texts, FIRST] = ("1%", "10%", "100%")
-    """How many of the training images have labels: shares of them or numbers."""
+    """Numbers of labelled training images: percentages or integers."""
     seeds: Annotated[int, Ge(1), FIRST] = 3
-    """How many choices of labelled images, random encoders and fine-tuning runs there are of each."""
+    """Seeds; each has its own labelled images, random encoder and fine-tuning runs."""
     protocols: Annotated[Texts, FIRST] = ("knn", "linear", "finetune")
-    """knn, linear, finetune: any of them."""
+    """Any of knn, linear and finetune."""
     k: Annotated[int, Ge(1)] = 20
-    """Neighbours that vote, each by exp(cosine / 0.07); all where there are fewer images."""
-    least_steps: Annotated[int, Ge(0)] = 500
-    """Fine-tune for at least so many updates: a hundred passes over fifty images are too few of them
-    for random weights, and an easy win is no help."""
+    """Nearest neighbours of knn, weighted by exp(cosine / 0.07); all images if there are fewer."""
+    min_steps: Annotated[int, Ge(0)] = 500
+    """Minimum updates of fine-tuning. 100 epochs of 50 images would be too few for random weights, and the
+    comparison would be unfair."""
     scratch_layer_decay: Annotated[float, Gt(0), Le(1)] = 1.0
-    """Layer decay of random weights, which have no lower layers worth protecting (table 11)."""
-    worthwhile: Annotated[float, Gt(0), Lt(100)] = 1.0
-    """The smallest gain worth having, in points of accuracy."""
+    """Layer-wise learning rate decay of random weights (table 11 of the paper)."""
+    min_difference: Annotated[float, Gt(0), Lt(100)] = 1.0
+    """The smallest gain that matters, in percentage points of accuracy."""
 
     def __post_init__(self) -> None:
         for protocol in self.protocols:
-            if protocol not in PROTOCOLS:
-                raise unknown("protocol", protocol, PROTOCOLS)
+            if protocol not in PROTOCOL_NAMES:
+                raise unknown("protocol", protocol, PROTOCOL_NAMES)
         for count in self.counts:
-            labelled_count(count, 100)
+            parse_num_labels(count, 100)
 
     @property
     def pretrained(self) -> list[str]:
-        """The pre-trained arms, each once."""
-        return [arm for arm in dict.fromkeys(self.arms) if arm not in RANDOM_WEIGHTS]
+        """The pre-trained arms without duplicates."""
+        return [arm for arm in dict.fromkeys(self.arms) if arm not in RANDOM_WEIGHTS_ARMS]
 
 
-def labelled_count(count: str, images: int) -> int:
-    """How many labelled images ``10%`` or ``500`` means. Raises UserError if it means none."""
+def parse_num_labels(count: str, num_images: int) -> int:
+    """Return the number of labelled images that ``10%`` or ``500`` means for `num_images` training images.
+
+    Raises:
+        UserError: if the text is neither a percentage nor a positive integer.
+    """
     text = count.removesuffix("%")
     try:
         number = float(text) if text != count else int(text)
     except ValueError:
         number = -1.0
     if not number > 0 or (text != count and number > 100):
-        raise UserError(f"--counts {count} is not accepted. Give a share such as 10%, or a number.")
-    return max(1, round(number * images / 100)) if text != count else int(number)
+        raise invalid("--counts", count or "empty", "a percentage such as 10%, or a positive integer")
+    return max(1, round(number * num_images / 100)) if text != count else int(number)
 
 
 @dataclass(frozen=True)
-class CompareConfig(Composed):
-    """What is compared, and the recipe of fine-tuning, which is one for all."""
+class CompareConfig(ComposedConfig):
+    """Configuration of a comparison, and the fine-tuning recipe that all arms share."""
 
     options: CompareOptions = field(default_factory=CompareOptions)
-    images: LabelledImagesConfig = field(default_factory=LabelledImagesConfig)
+    images: LabeledImagesConfig = field(default_factory=LabeledImagesConfig)
     run: RunConfig = field(default_factory=RunConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(epochs=100))
@@ -241,37 +267,37 @@ class CompareConfig(Composed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.finetuning(SCRATCH)
+        self.make_finetune_config(SCRATCH)
         if len(self.tuning.blocks) > 1:
-            raise UserError(f"--blocks {' '.join(self.tuning.blocks)} are several recipes. Give one value.")
+            raise not_supported(f"--blocks {' '.join(self.tuning.blocks)}", "compare", "Give one value.")
 
-    def finetuning(self, run: str, **flags: Any) -> FinetuneConfig:
-        """The fine-tuning of one arm.
+    def make_finetune_config(self, run: str, **flags: Any) -> FinetuneConfig:
+        """Return the configuration to fine-tune one arm.
 
         Args:
-            run: the weights that it starts from.
-            flags: in what it differs from the recipe of all.
+            run: the weights to start from.
+            flags: flags that differ from the shared recipe.
         """
-        shared = {name: its for name, its in self.parts().items() if name != "options"}
+        shared = {name: config_part for name, config_part in self.parts().items() if name != "options"}
         return FinetuneConfig(**shared).with_flags(**{"run": run, **flags})
 
     @property
     def seeds(self) -> range:
-        """The seeds of the comparison."""
+        """All seeds of the comparison."""
         return range(self.loop.seed, self.loop.seed + self.options.seeds)
 
     def check_complete(self) -> None:
-        """Raises UserError if nothing can be compared by this, because something required is missing."""
-        for name, given in (
+        """Raise UserError if a required field is missing."""
+        for name, value in (
             ("--train", self.images.train),
             ("--test", self.images.test),
             ("--out", self.run.out),
             ("--protocols", self.options.protocols),
         ):
-            if not given:
+            if not value:
                 raise UserError(f"{name} is missing. Give compare RUN… --train … --test … --out FOLDER.")
         if not self.options.pretrained:
             raise UserError(
                 "There is no pre-trained arm. Give a run, a checkpoint folder, a .safetensors file or "
-                "timm:NAME, beside which scratch, random and raw pixels stand anyway."
+                "timm:NAME. Random weights and raw pixels are always compared."
             )

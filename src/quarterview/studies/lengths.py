@@ -1,90 +1,112 @@
-"""How long each arm is trained, and tuned, within the budget."""
+"""Numbers of training and fine-tuning steps of the arms of a study, chosen to meet its budget."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from quarterview.errors import UserError
-from quarterview.studies.config import StudyConfig, read_budget
-from quarterview.studies.measure import TUNE_STEPS
-from quarterview.studies.plan import Planned, flops_an_image
-from quarterview.studies.timing import Timed
+from quarterview.studies.config import StudyConfig, parse_budget
+from quarterview.studies.measure import DEFAULT_TUNE_STEPS
+from quarterview.studies.plan import PlannedArm, compute_flops_per_image
+from quarterview.studies.timing import StudyTimings
 
-_RESERVE = 0.9  # of the minutes that are planned with: machines are noisy
-_LEAST_TUNED = 30  # updates
-_JUDGING = 0.5  # of the minutes, at most, where the updates of fine-tuning are ours to choose
+_PLANNED_FRACTION = 0.9  # fraction of the remaining time that is planned; the rest allows for noisy timings
+_MIN_TUNE_STEPS = 30  # lower limit of the fine-tuning steps that are chosen here
+_MAX_EVALUATION_FRACTION = 0.5  # of the time; fine-tuning is shortened to keep evaluation below it
 
 
-class Lengths(NamedTuple):
-    """What was chosen."""
+class BudgetAllocation(NamedTuple):
+    """Numbers of steps within the budget of a study."""
 
-    arms: list[Planned]
-    """With their numbers of updates."""
+    arms: list[PlannedArm]
+    """The arms with their numbers of training steps."""
     tune_steps: int
-    """Of each fine-tuning."""
+    """Steps of each fine-tuning."""
 
 
-def choose_lengths(
-    arms: Sequence[Planned],
+def allocate_budget(
+    arms: Sequence[PlannedArm],
     config: StudyConfig,
-    timed: Timed | None = None,
-    spent: float = 0.0,
-    at_a_time: int = 1,
-) -> Lengths:
-    """Updates of every arm and of fine-tuning.
+    timings: StudyTimings | None = None,
+    elapsed_s: float = 0.0,
+    num_jobs: int = 1,
+) -> BudgetAllocation:
+    """Choose the training steps of each arm and the steps of fine-tuning.
 
-    Runs that go on side by side end at most one run apart, so that all of them take as long as their sum
-    shared evenly, and the part of the longest one that the others may have to wait for.
+    In a budget of minutes all arms train on equally many images, times `Arm.length`. The duration of runs in
+    `num_jobs` parallel jobs is bounded by the sum of the runs over `num_jobs`, plus ``1 - 1 / num_jobs`` of
+    the longest run, for which the other jobs may have to wait at the end.
 
     Args:
-        timed: for a budget of minutes.
-        spent: seconds that went by already.
-        at_a_time: runs side by side; they were timed so.
+        timings: measured with the same number of parallel jobs; required for a budget of minutes.
+        elapsed_s: seconds of the budget that are already spent.
+        num_jobs: number of runs at a time.
 
     Raises:
-        UserError: if the budget does not suffice for anything.
+        UserError: if the budget is too small for one step of each arm.
     """
-    kind, amount = read_budget(config.budget)
-    tune_steps = config.tune_steps or TUNE_STEPS
+    kind, amount = parse_budget(config.budget)
+    tune_steps = config.tune_steps or DEFAULT_TUNE_STEPS
     if kind == "images":
-        return Lengths([_with_images(one, amount * one.arm.length) for one in arms], tune_steps)
+        planned_arms = [_set_num_steps(planned, amount * planned.arm.length) for planned in arms]
+        return BudgetAllocation(planned_arms, tune_steps)
     if kind == "flops":
-        each = [
-            _with_images(one, amount * one.arm.length / flops_an_image(one.config, config.vocabulary))
-            if one.arm.start == "pretrain"
-            else one
-            for one in arms
+        planned_arms = [
+            _set_num_steps(
+                planned,
+                amount * planned.arm.length / compute_flops_per_image(planned.config, config.codebook_size),
+            )
+            if planned.arm.start == "pretrain"
+            else planned
+            for planned in arms
         ]
-        return Lengths(each, tune_steps)
-    assert timed is not None
-    left = _RESERVE * (60 * amount - spent)
+        return BudgetAllocation(planned_arms, tune_steps)
+    assert timings is not None
+    remaining_s = _PLANNED_FRACTION * (60 * amount - elapsed_s)
+    loading_s = timings.loading_s_per_image
 
-    def side_by_side(seconds: Sequence[float]) -> float:
-        return config.seeds * sum(seconds) / at_a_time + max(seconds) * (1 - 1 / at_a_time)
+    def estimate_parallel_s(arm_seconds: Sequence[float]) -> float:
+        return config.seeds * sum(arm_seconds) / num_jobs + max(arm_seconds) * (1 - 1 / num_jobs)
 
-    def beside_training(tune_steps: int) -> float:
-        opening = {key: training.once for key, training in timed.training.items()}
-        return timed.tokenizer.once + side_by_side(
-            [timed.judged(one, tune_steps) + opening.get(one.key, 0.0) for one in arms]
+    def estimate_fixed_s(tune_steps: int) -> float:
+        """Estimate the seconds of everything but training steps."""
+        setup_s = {key: training.setup_s for key, training in timings.training.items()}
+        return timings.tokenizer.setup_s + estimate_parallel_s(
+            [
+                timings.estimate_evaluation_s(planned, tune_steps) + setup_s.get(planned.key, 0.0)
+                for planned in arms
+            ]
         )
 
     if config.tune_steps is None:
-        kept = (n for n in range(TUNE_STEPS, _LEAST_TUNED, -10) if beside_training(n) <= _JUDGING * left)
-        tune_steps = next(kept, _LEAST_TUNED)
-    seconds = {key: max(training.image, timed.reading) for key, training in timed.training.items()}
-    rates = [seconds.get(one.key, 0.0) * one.arm.length for one in arms]
-    rate = side_by_side(rates) + (timed.tokenizer.image and max(timed.tokenizer.image, timed.reading))
-    images = (left - beside_training(tune_steps)) / rate if rate else 0.0
-    least = [one.config.loop.batch_size / one.arm.length for one in arms if one.key in timed.training]
-    if images < min(least, default=0.0):
+        max_fixed_s = _MAX_EVALUATION_FRACTION * remaining_s
+        candidates = range(DEFAULT_TUNE_STEPS, _MIN_TUNE_STEPS, -10)
+        tune_steps = next((n for n in candidates if estimate_fixed_s(n) <= max_fixed_s), _MIN_TUNE_STEPS)
+    # Images are loaded while the device computes, so that the slower of the two counts.
+    s_per_image = {key: max(training.s_per_image, loading_s) for key, training in timings.training.items()}
+    tokenizer_s = timings.tokenizer.s_per_image
+    study_s_per_image = estimate_parallel_s(
+        [s_per_image.get(planned.key, 0.0) * planned.arm.length for planned in arms]
+    ) + (tokenizer_s and max(tokenizer_s, loading_s))
+    num_images = (
+        (remaining_s - estimate_fixed_s(tune_steps)) / study_s_per_image if study_s_per_image else 0.0
+    )
+    min_images = [
+        planned.config.loop.batch_size / planned.arm.length
+        for planned in arms
+        if planned.key in timings.training
+    ]
+    if num_images < min(min_images, default=0.0):
         raise UserError(
-            f"--budget {config.budget} is too little for {len(arms)} arms under {config.seeds} seeds, which "
-            f"take {beside_training(tune_steps) / 60:.0f} minutes to be opened and judged alone. Give more, "
-            "fewer --seeds, fewer --tune-steps or --measures linear."
+            f"--budget {config.budget} is too small for {len(arms)} arms and {config.seeds} seeds: without "
+            f"any training, setup and evaluation take {estimate_fixed_s(tune_steps) / 60:.0f} minutes. Give "
+            "a larger --budget, fewer --seeds, fewer --tune-steps or --measures linear."
         )
-    return Lengths([_with_images(one, images * one.arm.length) for one in arms], tune_steps)
+    planned_arms = [_set_num_steps(planned, num_images * planned.arm.length) for planned in arms]
+    return BudgetAllocation(planned_arms, tune_steps)
 
 
-def _with_images(planned: Planned, images: float) -> Planned:
+def _set_num_steps(planned: PlannedArm, num_images: float) -> PlannedArm:
+    """Return a copy that trains on about so many images; arms without a pre-training stay at 0 steps."""
     if planned.arm.start != "pretrain":
         return planned
-    return planned._replace(steps=max(1, round(images / planned.config.loop.batch_size)))
+    return planned._replace(steps=max(1, round(num_images / planned.config.loop.batch_size)))

@@ -1,4 +1,7 @@
-"""What pages are made of: one file that opens without a network, by light or dark, on a phone."""
+"""Parts of HTML reports: tables, SVG plots and a style sheet that support dark mode and narrow screens.
+
+A report is one file that loads nothing from a network.
+"""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -8,25 +11,30 @@ from typing import TYPE_CHECKING, Any
 from quarterview.studies.verdict import Estimate
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # which takes a second to import
+    from matplotlib.figure import Figure  # the import takes a second
 
-_INK = "#010203"
-"""Drawn in this colour, and then said to be whatever colour the text of the page has."""
-COLOURS = ("#2f7de1", "#d9822b", "#2e9e5b", "#b04fc4", "#c9485b", "#1f9aa8", "#8a8f3c")
-PLAIN = "#8b8f96"
+_TEXT_COLOR = "#010203"
+"""Placeholder colour of text and axes in plots; `render_svg` replaces it by the text colour of the page."""
+COLORS = ("#2f7de1", "#d9822b", "#2e9e5b", "#b04fc4", "#c9485b", "#1f9aa8", "#8a8f3c")
+GRAY = "#8b8f96"
 
 
-def accuracy(found: Estimate | None) -> str:
-    """A share in percent and its interval, as a cell."""
-    if found is None:
+def format_accuracy(estimate: Estimate | None) -> str:
+    """Return the HTML of a table cell with an accuracy and its interval, in percent."""
+    if estimate is None:
         return "–"
-    low, high = found.as_share
-    return f"{100 * found.mean:.1f}<br><small>{100 * low:.1f} to {100 * high:.1f}</small>"
+    low, high = estimate.clipped_interval
+    return f"{100 * estimate.mean:.1f}<br><small>{100 * low:.1f} to {100 * high:.1f}</small>"
 
 
-def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of cells that are HTML already; it scrolls by itself where the screen is narrow."""
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
+def render_table(caption: str, column_names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return the HTML of a table that scrolls horizontally on narrow screens.
+
+    Args:
+        caption, column_names: text, which is escaped.
+        rows: HTML of the cells, which is not escaped; the first cell of each row is its header.
+    """
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in column_names)
     body = "".join(
         f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
         for first, *rest in rows
@@ -37,30 +45,35 @@ def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     )
 
 
-def facts_list(facts: Mapping[str, Any]) -> str:
-    """Names and what is so of each, for a `dl`."""
-    return "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
+def render_definition_list(values: Mapping[str, Any]) -> str:
+    """Return the HTML of names and values for a ``<dl>`` element; both are escaped."""
+    return "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in values.items())
 
 
-def drawing_style(salt: str) -> dict[str, Any]:
-    """matplotlib's settings for a drawing that becomes a part of a page.
+def get_matplotlib_settings(hash_salt: str) -> dict[str, Any]:
+    """Return the rcParams of matplotlib for a plot that is embedded in a page.
 
     Args:
-        salt: makes the names inside the drawing differ from those of others on the page.
+        hash_salt: a text that differs between the plots of a page, so that the ids in their SVG differ.
     """
-    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    return {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 11, **dict.fromkeys(inked, _INK)}
+    text_parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": hash_salt,
+        "font.size": 11,
+        **dict.fromkeys(text_parts, _TEXT_COLOR),
+    }
 
 
-def svg_of(figure: "Figure") -> str:
-    """A drawing as SVG, without any text of a user, in the colour of the text around it."""
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    svg = drawn.getvalue()
-    return svg[svg.index("<svg") :].replace(_INK, "currentColor")
+def render_svg(figure: "Figure") -> str:
+    """Return a figure as an SVG element whose text and axes have the text colour of the page."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    svg = file.getvalue()
+    return svg[svg.index("<svg") :].replace(_TEXT_COLOR, "currentColor")
 
 
-STYLE = """
+CSS = """
 :root{color-scheme:light dark;--back:#fff;--ink:#1c1f23;--soft:#5b626b;--line:#d9dde2;
 --yes:#177245;--no:#b3261e;--maybe:#8a6100;--yes-back:#e4f4ea;--no-back:#fbe9e7;--maybe-back:#fdf3d7}
 @media (prefers-color-scheme:dark){:root{--back:#14171a;--ink:#e6e8ea;--soft:#a0a7b0;--line:#343a41;

@@ -1,4 +1,4 @@
-"""What a study will run: its arms, each once, and the configuration of each."""
+"""The arms of a study with their complete pre-training configurations, each arm once."""
 
 import hashlib
 import json
@@ -6,39 +6,49 @@ from typing import Any, NamedTuple
 
 from quarterview import recipes
 from quarterview.commands.config import PretrainConfig
-from quarterview.commands.v0_1 import upgrade_changes
+from quarterview.commands.v0_1 import upgrade_flag_changes
 from quarterview.config import PATH
 from quarterview.errors import UserError
-from quarterview.methods.config import BYOL, MAE, BEiT, Denoising, MoCoV3, SimCLR
+from quarterview.methods.config import (
+    BEiTConfig,
+    BYOLConfig,
+    DenoisingConfig,
+    MAEMethodConfig,
+    MoCoV3Config,
+    SimCLRConfig,
+)
 from quarterview.models.config import parse_model_name
-from quarterview.models.flops import block_flops, flops
-from quarterview.studies.config import DECIDED, StudyConfig
+from quarterview.models.flops import count_block_flops, count_flops
+from quarterview.studies.config import RESERVED_FLAGS, StudyConfig
 from quarterview.studies.study import Arm, Study, Table
 
-HEAD_WIDTH = 32
-"""Width of a decoder's head."""
-TOKENIZER = "tokenizer"
-"""The folder of its run."""
+MIN_HEAD_DIM = 32
+"""Minimum width of an attention head of a decoder whose width depends on the encoder."""
+TOKENIZER_FOLDER = "tokenizer"
+"""Subfolder of a study with the run of its tokenizer."""
 
 
-class Planned(NamedTuple):
-    """One arm, as it will be run under every seed."""
+class PlannedArm(NamedTuple):
+    """An arm with its complete configuration, which is run with every seed."""
 
     key: str
-    """The name of its folder: a word, and eight digits that stand for its settings."""
+    """Name of the run's folder: the method and eight hexadecimal digits, a hash of the settings."""
     arm: Arm
     measures: tuple[str, ...]
-    """All that any of its tables asks for."""
+    """The measures of all tables that contain the arm."""
     config: PretrainConfig
-    """But for the seed, the folder and the length."""
+    """The pre-training; seed, output folder and steps are set when a run starts."""
     steps: int
-    """Updates; 0 where nothing is trained."""
+    """Training steps; 0 for an arm without a pre-training, and before the budget is allocated."""
 
 
-def base_of(study: Study, config: StudyConfig) -> PretrainConfig:
-    """What all arms of a study begin from."""
-    recipe = recipes.read(config.base)
-    asked = {
+def make_base_config(study: Study, config: StudyConfig) -> PretrainConfig:
+    """Return the pre-training configuration that all arms of a study start from.
+
+    Later sources override earlier ones: the recipe --base, the study's ``base``, the flags of the study.
+    """
+    recipe = recipes.read_pretrain_recipe(config.base)
+    flags = {
         "data": config.data,
         "device": config.device,
         "workers": config.workers,
@@ -46,106 +56,122 @@ def base_of(study: Study, config: StudyConfig) -> PretrainConfig:
         "image_size": config.image_size,
         "batch_size": config.batch_size,
     }
-    given = {name: value for name, value in asked.items() if value is not None}
-    return recipe.with_flags(**{**upgrade_changes(study.base, recipe), **given})
+    set_flags = {name: value for name, value in flags.items() if value is not None}
+    return recipe.with_flags(**{**upgrade_flag_changes(study.base, recipe), **set_flags})
 
 
-def arm_config(base: PretrainConfig, arm: Arm, tokenizer: str, config: StudyConfig) -> PretrainConfig:
-    """The pre-training of one arm.
+def make_arm_config(
+    base: PretrainConfig, arm: Arm, tokenizer_folder: str, config: StudyConfig
+) -> PretrainConfig:
+    """Return the pre-training configuration of one arm.
+
+    Values that depend on the study are resolved: ``tokenizer: study`` is the tokenizer that the study trains,
+    and ``fused_blocks: study`` is every second block except the last, as in the paper of MFF.
 
     Args:
-        tokenizer: the folder of the tokenizer that the study trains, which an arm calls `study`. Fused blocks
-            that are called so are every other one but the last.
+        tokenizer_folder: the run of the tokenizer that the study trains.
 
     Raises:
-        UserError: naming the arm, if its flags do not fit each other or the base.
+        UserError: if the flags of the arm do not fit each other or the base; the message names the arm.
     """
-    values = upgrade_changes(arm.values, base)
+    values = upgrade_flag_changes(arm.values, base)
     shape = parse_model_name(values.get("model", base.model.model))
-    if values.get("fused_blocks") == "study":  # the paper's 1, 3, 5, 7, 9 of twelve
+    if values.get("fused_blocks") == "study":  # 1, 3, 5, 7, 9 of 12 blocks, as in MFF
         values["fused_blocks"] = tuple(range(1, shape.depth - 1, 2))
         if not values["fused_blocks"]:
             raise UserError(
-                f"Arm {arm.name} fuses blocks of an encoder of {shape.depth}. Give a --model of 3 or more."
+                f"Arm {arm.name} fuses blocks, but the encoder has only {shape.depth}. Give a --model with 3 "
+                "or more blocks."
             )
     if arm.decoder_share is not None:
-        width = max(4, 4 * round(shape.width * arm.decoder_share / 4))  # four, for its positions
-        values |= {"decoder_width": width, "decoder_heads": heads_of(width)}
+        # The sine-cosine position embedding needs a width that is a multiple of 4.
+        width = max(4, 4 * round(shape.width * arm.decoder_share / 4))
+        values |= {"decoder_width": width, "decoder_heads": choose_num_heads(width)}
     if values.get("tokenizer") == "study":
-        values["tokenizer"] = tokenizer
+        values["tokenizer"] = tokenizer_folder
     try:
-        its = base.with_flags(**values)
+        arm_config = base.with_flags(**values)
     except UserError as error:
-        raise UserError(f"arm {arm.name}: {error}") from None
-    if its.method.compares and config.head_width is not None and "head_width" not in values:
-        its = its.with_flags(head_width=config.head_width)
-    return its
+        raise UserError(f"Arm {arm.name}: {error}") from None
+    is_contrastive = arm_config.method.uses_two_views
+    if is_contrastive and config.proj_hidden_dim is not None and "proj_hidden_dim" not in values:
+        arm_config = arm_config.with_flags(proj_hidden_dim=config.proj_hidden_dim)
+    return arm_config
 
 
-def heads_of(width: int) -> int:
-    """As many heads as there are, each 32 wide or a little more."""
-    return next(heads for heads in range(max(1, width // HEAD_WIDTH), 0, -1) if width % heads == 0)
+def choose_num_heads(width: int) -> int:
+    """Return the largest number of heads that divides a width into at least `MIN_HEAD_DIM` each, or 1."""
+    return next(heads for heads in range(max(1, width // MIN_HEAD_DIM), 0, -1) if width % heads == 0)
 
 
-def tokenizer_config(base: PretrainConfig, folder: str, config: StudyConfig) -> PretrainConfig:
-    """The run of the study's tokenizer."""
-    own = {"vocabulary": config.vocabulary}
+def make_tokenizer_config(base: PretrainConfig, folder: str, config: StudyConfig) -> PretrainConfig:
+    """Return the training configuration of the study's tokenizer."""
+    flags = {"codebook_size": config.codebook_size}
     if config.tokenizer_width is not None:
-        own["tokenizer_width"] = config.tokenizer_width
-    no_probe = {"probe_train": (), "probe_test": ()}  # for it has no features
-    return base.with_flags(method="tokenizer", out=folder, init_from=None, **no_probe, **own)
+        flags["tokenizer_width"] = config.tokenizer_width
+    no_probe = {"probe_train": (), "probe_test": ()}  # a tokenizer has no features to probe
+    return base.with_flags(method="tokenizer", out=folder, init_from=None, **no_probe, **flags)
 
 
-def unique_arms(study: Study, config: StudyConfig, tokenizer: str) -> list[Planned]:
-    """Every arm once, with what all its tables ask of it; arms are the same if their settings are.
+def plan_arms(study: Study, config: StudyConfig, tokenizer_folder: str) -> list[PlannedArm]:
+    """Return the arms of all tables, each once, with the measures of all tables that contain it.
+
+    Arms with equal settings are the same arm, whatever their names.
 
     Args:
-        tokenizer: the folder of the tokenizer that the study trains.
+        tokenizer_folder: the run of the tokenizer that the study trains.
     """
-    base = base_of(study, config)
-    found: dict[str, Planned] = {}
+    base = make_base_config(study, config)
+    arms: dict[str, PlannedArm] = {}
     for table in study.tables:
         for arm in table.arms:
-            its = arm_config(base, arm, tokenizer, config)
-            key = key_of(arm, its)
-            measures = measures_of(table, config)
-            if key in found:
-                measures = tuple(dict.fromkeys((*found[key].measures, *measures)))
-                found[key] = found[key]._replace(measures=measures)
+            arm_config = make_arm_config(base, arm, tokenizer_folder, config)
+            key = make_arm_key(arm, arm_config)
+            measures = select_measures(table, config)
+            if key in arms:
+                measures = tuple(dict.fromkeys((*arms[key].measures, *measures)))
+                arms[key] = arms[key]._replace(measures=measures)
             else:
-                found[key] = Planned(key, arm, measures, its, 0)
-    return list(found.values())
+                arms[key] = PlannedArm(key, arm, measures, arm_config, 0)
+    return list(arms.values())
 
 
-def measures_of(table: Table, config: StudyConfig) -> tuple[str, ...]:
-    """How the arms of a table are judged: as it says, as far as the user wants it."""
-    chosen = tuple(m for m in table.measures if not config.measures or m in config.measures)
-    if not chosen:
-        raise UserError(
-            f"--measures {' '.join(config.measures)} leaves nothing of the table {table.title}. Give some of "
-            f"{', '.join(table.measures)}."
-        )
-    return chosen
+def select_measures(table: Table, config: StudyConfig) -> tuple[str, ...]:
+    """Return the measures of a table that --measures selects; all of them without --measures.
 
-
-def key_of(arm: Arm, config: PretrainConfig) -> str:
-    """A name for a folder that another arm has only if its settings are the same.
-
-    Files may move, so that of images and weights only those count that the arm itself names.
+    Raises:
+        UserError: if --measures selects none of them.
     """
-    paths = config.marked(PATH)
-    # Threads that decode are shared out by --jobs, and change nothing.
-    values = {n: v for n, v in config.flags().items() if n not in {*DECIDED, "workers", *paths}}
+    selected = tuple(m for m in table.measures if not config.measures or m in config.measures)
+    if not selected:
+        raise UserError(
+            f"--measures {' '.join(config.measures)} contains no measure of the table {table.title}. Give "
+            f"one or more of {', '.join(table.measures)}."
+        )
+    return selected
+
+
+def make_arm_key(arm: Arm, config: PretrainConfig) -> str:
+    """Return the folder name of an arm, which contains a hash of its settings.
+
+    Paths are part of the hash only where the arm itself sets them, so that data and weights may be moved.
+    """
+    paths = config.flags_marked(PATH)
+    # The number of decoding workers depends on --jobs, and does not change results.
+    values = {n: v for n, v in config.flags().items() if n not in {*RESERVED_FLAGS, "workers", *paths}}
     if arm.start != "pretrain":
-        values = network_flags(config)
+        values = get_encoder_flags(config)
     values |= {name: value for name, value in arm.values.items() if name in paths}
+    old = {new: old for old, new in PretrainConfig.get_renamed_fields().items()}
+    # Hash the field names of the first version, so that folders keep their names.
+    values = {old.get(name, name): value for name, value in values.items()}
     settings = json.dumps([arm.start, arm.length, values], sort_keys=True)
     digest = hashlib.blake2b(settings.encode(), digest_size=4).hexdigest()
     return f"{config.method.name if arm.start == 'pretrain' else arm.start}-{digest}"
 
 
-def network_flags(config: PretrainConfig) -> dict[str, Any]:
-    """The flags that say which network the encoder of a pre-training is."""
+def get_encoder_flags(config: PretrainConfig) -> dict[str, Any]:
+    """Return the flags that define the encoder of a pre-training."""
     encoder = config.model
     return {
         "model": encoder.model,
@@ -155,34 +181,34 @@ def network_flags(config: PretrainConfig) -> dict[str, Any]:
     }
 
 
-def tokenizer_of(config: PretrainConfig) -> str | None:
-    """The tokenizer whose tokens are predicted; None if none are."""
-    return config.method.tokenizer if isinstance(config.method, MAE | BEiT) else None
+def get_tokenizer(config: PretrainConfig) -> str | None:
+    """Return the path of the tokenizer whose tokens a pre-training predicts; None if it predicts none."""
+    return config.method.tokenizer if isinstance(config.method, MAEMethodConfig | BEiTConfig) else None
 
 
-def flops_an_image(config: PretrainConfig, vocabulary: int) -> float:
-    """Operations of a training step on one image, by closed form: matrix products of all networks it has.
+def compute_flops_per_image(config: PretrainConfig, codebook_size: int) -> float:
+    """Compute the floating-point operations of a training step per image, counting matrix products only.
 
     Args:
-        vocabulary: visual tokens of the tokenizer, where one is used.
+        codebook_size: number of visual tokens, for methods that predict them.
     """
     method, encoder = config.method, config.model
-    tokens, width = encoder.cls_tokens + encoder.patches, encoder.shape.width
-    whole = encoder.shape.depth * block_flops(tokens, width)
-    if isinstance(method, MAE | BEiT):
-        return method.masks_per_image * flops(config.autoencoder(vocabulary)).step
-    if isinstance(method, SimCLR | BYOL | MoCoV3):
-        hidden, out = method.head_width, method.head_out
+    tokens, width = encoder.cls_tokens + encoder.num_patches, encoder.shape.width
+    forward = encoder.shape.depth * count_block_flops(tokens, width)  # of the encoder, on all patches
+    if isinstance(method, MAEMethodConfig | BEiTConfig):
+        return method.masks_per_image * count_flops(config.autoencoder(codebook_size)).step
+    if isinstance(method, SimCLRConfig | BYOLConfig | MoCoV3Config):
+        hidden, out = method.proj_hidden_dim, method.proj_output_dim
         head = 2 * (width * hidden + hidden * out) + (
-            2 * hidden * hidden if isinstance(method, MoCoV3) else 0
+            2 * hidden * hidden if isinstance(method, MoCoV3Config) else 0
         )
-        taught = 0 if isinstance(method, SimCLR) else 1
-        student = whole + head + taught * 2 * 2 * hidden * out
-        return 2 * (3 * student + taught * (whole + head))
-    if isinstance(method, Denoising):
-        inner, numbers = method.decoder_width, config.autoencoder().predicted_numbers
-        decoder = method.decoder_depth * block_flops(tokens, inner)
-        decoder += 2 * inner * (tokens * width + encoder.patches * numbers)
+        num_teachers = 0 if isinstance(method, SimCLRConfig) else 1
+        student = forward + head + num_teachers * 2 * 2 * hidden * out
+        return 2 * (3 * student + num_teachers * (forward + head))
+    if isinstance(method, DenoisingConfig):
+        decoder_width, target_dim = method.decoder_width, config.autoencoder().target_dim
+        decoder = method.decoder_depth * count_block_flops(tokens, decoder_width)
+        decoder += 2 * decoder_width * (tokens * width + encoder.num_patches * target_dim)
         decoder += 2 * len(method.fused_blocks) * tokens * width * width
-        return 3 * (whole + decoder)
-    return 3 * whole
+        return 3 * (forward + decoder)
+    return 3 * forward

@@ -1,4 +1,4 @@
-"""The plan of a study: what must stay as it was at the first start, and the lengths that were chosen then."""
+"""The file ``plan.json`` of a study: its fixed settings, and the numbers of steps of its first start."""
 
 import json
 import logging
@@ -8,119 +8,155 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from quarterview.config import MAY_CHANGE, field_specs
+from quarterview.commands.config import PretrainConfig
+from quarterview.config import MAY_CHANGE, get_field_specs
 from quarterview.data.sources.open import open_sources
 from quarterview.errors import UserError
-from quarterview.files import replace_text
-from quarterview.studies.arm import images_of
-from quarterview.studies.config import DECIDED, TUNED, StudyConfig, parts_of, read_budget
-from quarterview.studies.lengths import choose_lengths
-from quarterview.studies.plan import Planned, base_of, tokenizer_of
-from quarterview.studies.side_by_side import Here, Workers
+from quarterview.files import write_text_atomic
+from quarterview.studies.arm import get_labeled_split
+from quarterview.studies.config import (
+    FINETUNED_MEASURES,
+    RESERVED_FLAGS,
+    StudyConfig,
+    parse_budget,
+    parse_measure,
+)
+from quarterview.studies.lengths import allocate_budget
+from quarterview.studies.plan import PlannedArm, get_tokenizer, make_base_config
+from quarterview.studies.side_by_side import ProcessExecutor, SerialExecutor
 from quarterview.studies.study import Study
-from quarterview.studies.timing import time_all
+from quarterview.studies.timing import measure_study_timings
 
 LOGGER = logging.getLogger("quarterview")
 
 
-def plan_lengths(
+def read_or_create_plan(
     study: Study,
     config: StudyConfig,
     settings: dict[str, Any],
-    arms: Sequence[Planned],
+    arms: Sequence[PlannedArm],
     out: Path,
-    began: float,
-    workers: Here | Workers,
-) -> tuple[StudyConfig, list[Planned]]:
-    """The arms with their lengths, and the configuration with that of fine-tuning.
-
-    They are those of the first start, or chosen now and written into ``plan.json``.
+    start_time: float,
+    executor: SerialExecutor | ProcessExecutor,
+) -> tuple[StudyConfig, list[PlannedArm]]:
+    """Return the numbers of steps from ``plan.json``; the first start chooses them and writes the file.
 
     Args:
-        settings: what must be as at the first start, see `lasting_settings`.
-        began: when this start was, by the clock of `time.monotonic`.
+        settings: the result of `collect_fixed_settings`, compared with those of the first start.
+        start_time: the start of the study's process, by `time.monotonic`.
+
+    Returns:
+        The configuration with its fine-tuning steps, and the arms with their training steps.
 
     Raises:
-        UserError: if the folder holds another study, or the budget does not suffice for anything.
+        UserError: if the folder holds another study, or the budget is too small.
     """
     file = out / "plan.json"
     if file.is_file():
-        return known_plan(file, config, settings, arms)
-    timed = None
-    if read_budget(config.budget)[0] == "minutes":
-        LOGGER.info("timing what the arms take, and what it takes to judge one")
-        timed = time_all(study, arms, config, out, workers)
-    made, tune_steps = choose_lengths(arms, config, timed, time.monotonic() - began, workers.at_a_time)
-    content = {"settings": settings, "steps": {one.key: one.steps for one in made}, "tune_steps": tune_steps}
-    replace_text(file, json.dumps(content, indent=1) + "\n")
-    seen = sorted(
-        {one.steps * one.config.loop.batch_size for one in made if one.steps and one.arm.length == 1}
+        return read_plan(file, config, settings, arms)
+    timings = None
+    if parse_budget(config.budget)[0] == "minutes":
+        LOGGER.info("Timing the training and the evaluation of the arms")
+        timings = measure_study_timings(study, arms, config, out, executor)
+    elapsed_s = time.monotonic() - start_time
+    planned_arms, tune_steps = allocate_budget(arms, config, timings, elapsed_s, executor.num_jobs)
+    steps = {planned.key: planned.steps for planned in planned_arms}
+    content = {"settings": settings, "steps": steps, "tune_steps": tune_steps}
+    write_text_atomic(file, json.dumps(content, indent=1) + "\n")
+    _log_plan(planned_arms, tune_steps, config.seeds)
+    return replace(config, tune_steps=tune_steps), planned_arms
+
+
+def _log_plan(arms: Sequence[PlannedArm], tune_steps: int, num_seeds: int) -> None:
+    """Log the number of arms, the images of each full-length training, and the fine-tuning steps."""
+    num_images = sorted(
+        {
+            planned.steps * planned.config.loop.batch_size
+            for planned in arms
+            if planned.steps and planned.arm.length == 1
+        }
     )
-    images = " to ".join(f"{number:,}" for number in dict.fromkeys((*seen[:1], *seen[-1:])))
-    tuned = any(parts_of(measure)[0] in TUNED for one in made for measure in one.measures)
+    images = " to ".join(f"{count:,}" for count in dict.fromkeys((*num_images[:1], *num_images[-1:])))
+    has_finetuning = any(
+        parse_measure(measure)[0] in FINETUNED_MEASURES for planned in arms for measure in planned.measures
+    )
     LOGGER.info(
-        "%d arms under %d seeds%s%s",
-        len(made),
-        config.seeds,
-        f", each of which sees {images} images" if seen else "",
-        f", and {tune_steps} updates of fine-tuning" if tuned else "",
+        "%d arms, %d seeds%s%s",
+        len(arms),
+        num_seeds,
+        f", {images} training images each" if num_images else "",
+        f", {tune_steps} fine-tuning steps" if has_finetuning else "",
     )
-    return replace(config, tune_steps=tune_steps), made
 
 
-def known_plan(
-    file: Path, config: StudyConfig, settings: dict[str, Any], arms: Sequence[Planned]
-) -> tuple[StudyConfig, list[Planned]]:
-    """The lengths that the first start wrote down.
+def read_plan(
+    file: Path, config: StudyConfig, settings: dict[str, Any], arms: Sequence[PlannedArm]
+) -> tuple[StudyConfig, list[PlannedArm]]:
+    """Read the numbers of steps that the first start of a study wrote.
+
+    Returns:
+        The configuration with its fine-tuning steps, and the arms with their training steps.
 
     Raises:
-        UserError: if it was another study.
+        UserError: if the file belongs to a study with other settings.
     """
-    known = json.loads(file.read_text("utf-8"))
-    if known["settings"] != settings:
+    stored = json.loads(file.read_text("utf-8"))
+    stored["settings"] = _rename_fields(stored["settings"])
+    if stored["settings"] != settings:
         raise UserError(
-            f"--out {file.parent} holds a study with other settings "
-            f"({differences(known['settings'], settings)}). Give the same, or another --out."
+            f"--out {file.parent} holds a study with other settings: "
+            f"{describe_differences(stored['settings'], settings)}. Give the same settings, or another --out."
         )
-    lost = [one.arm.name for one in arms if one.key not in known["steps"]]
-    if lost:
+    missing = [planned.arm.name for planned in arms if planned.key not in stored["steps"]]
+    if missing:
         raise UserError(
-            f"{file} says nothing of {', '.join(lost)}: another version wrote it. Give another --out."
+            f"{file} has no numbers of steps for the arms {', '.join(missing)}: another version wrote it. "
+            "Give another --out."
         )
-    kept = [one._replace(steps=known["steps"][one.key]) for one in arms]
-    return replace(config, tune_steps=known["tune_steps"]), kept
+    planned_arms = [planned._replace(steps=stored["steps"][planned.key]) for planned in arms]
+    return replace(config, tune_steps=stored["tune_steps"]), planned_arms
 
 
-def lasting_settings(study: Study, config: StudyConfig) -> dict[str, Any]:
-    """What must stay the same when a study goes on, as JSON has it.
+def collect_fixed_settings(study: Study, config: StudyConfig) -> dict[str, Any]:
+    """Return the settings that must not change when a study is resumed, as plain JSON values.
 
-    Files may have moved, so that of images their fingerprints count.
+    Image sets are represented by their fingerprints, so that files may be moved.
     """
-    base = base_of(study, config)
-    images = images_of(config, base.model.in_chans)
-    own = {
+    base = make_base_config(study, config)
+    images = get_labeled_split(config, base.model.in_chans)
+    study_flags = {
         name: getattr(config, name)
-        for name, spec in field_specs(StudyConfig).items()
+        for name, spec in get_field_specs(StudyConfig).items()
         if MAY_CHANGE not in spec.markers
     }
-    free = {*DECIDED, *base.marked(MAY_CHANGE)}
-    pretraining = {name: value for name, value in base.flags().items() if name not in free}
+    changeable = {*RESERVED_FLAGS, *base.flags_marked(MAY_CHANGE)}
+    pretraining = {name: value for name, value in base.flags().items() if name not in changeable}
     settings = {
         "study": asdict(study),
-        "pretraining": {**pretraining, "tokenizer": tokenizer_of(base)},
+        "pretraining": {**pretraining, "tokenizer": get_tokenizer(base)},
         "data": open_sources(config.data, base.model.in_chans).fingerprint(),
         "train": images.train.fingerprint(),
         "test": images.test.fingerprint(),
-        **own,
+        **study_flags,
     }
     return json.loads(json.dumps(settings))
 
 
-def differences(known: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The names of what differs between two of `lasting_settings`."""
-    if known.keys() != now.keys():
+def _rename_fields(content: Any) -> Any:
+    """Return settings of an earlier version with the present names of their fields."""
+    if isinstance(content, list):
+        return [_rename_fields(item) for item in content]
+    if not isinstance(content, dict):
+        return content
+    renamed = {**PretrainConfig.get_renamed_fields(), **StudyConfig.RENAMED}
+    return {renamed.get(name, name): _rename_fields(value) for name, value in content.items()}
+
+
+def describe_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """Return the names of the settings that differ between two results of `collect_fixed_settings`."""
+    if stored.keys() != current.keys():
         return "another version wrote them"
-    names = [name for name in now if known[name] != now[name] and name != "pretraining"]
-    before, after = known["pretraining"], now["pretraining"]
-    flags = [name for name in after if after[name] != before.get(name)]
+    names = [name for name in current if stored[name] != current[name] and name != "pretraining"]
+    old_flags, new_flags = stored["pretraining"], current["pretraining"]
+    flags = [name for name in new_flags if new_flags[name] != old_flags.get(name)]
     return ", ".join([*names, *(f"{name} of the base" for name in flags if name not in names)])

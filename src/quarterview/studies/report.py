@@ -1,6 +1,7 @@
-"""The report of a study: a page that opens without a network, a CSV file, a JSON file and a picture.
+"""Report of a study: an HTML page that loads nothing from a network, a CSV, a JSON and a PNG file.
 
-The paper's figures stand beside ours, and each of its findings is marked by the rule of `rule.py`.
+The report shows the accuracies of the paper beside those of the study, and the decision on each finding by
+the rule in `quarterview.studies.rule`.
 """
 
 import csv
@@ -11,87 +12,95 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quarterview.files import replace_text
+from quarterview.files import write_text_atomic
 from quarterview.studies.config import StudyConfig
-from quarterview.studies.plan import TOKENIZER, Planned
-from quarterview.studies.report_drawings import draw
-from quarterview.studies.report_page import render
+from quarterview.studies.plan import TOKENIZER_FOLDER, PlannedArm
+from quarterview.studies.report_drawings import draw_tables
+from quarterview.studies.report_page import render_page
 from quarterview.studies.study import Study
-from quarterview.studies.study_results import Correct, Progress, TableResults, tables_of
+from quarterview.studies.study_results import (
+    StudyEvaluations,
+    StudyProgress,
+    TableResults,
+    compute_table_results,
+)
 
 
 def write_report(
     study: Study,
     config: StudyConfig,
-    arms: Sequence[Planned],
-    correct: Correct,
-    rates: Mapping[str, float],
-    progress: Progress,
-    facts: Mapping[str, Any],
+    arms: Sequence[PlannedArm],
+    correct: StudyEvaluations,
+    images_per_s: Mapping[str, float],
+    progress: StudyProgress,
+    provenance: Mapping[str, Any],
     out: Path,
 ) -> tuple[list[TableResults], Path]:
     """Write ``report.html``, ``study.csv``, ``study.json`` and ``study.png`` into a folder.
 
     Args:
-        rates: images a second that training made, by arm.
-        facts: where the figures come from.
+        images_per_s: arm key -> training images per second.
+        provenance: command line, versions, machine and settings of the study.
 
     Returns:
-        The tables, and the page.
+        The results of the tables, and the path of the HTML page.
     """
-    found = tables_of(study, config, arms, correct, rates, str(out / TOKENIZER))
-    replace_text(out / "study.csv", as_csv(found))
-    replace_text(
-        out / "study.json", json.dumps(_as_json(study, found, arms, progress, facts), indent=1) + "\n"
+    tables = compute_table_results(study, config, arms, correct, images_per_s, str(out / TOKENIZER_FOLDER))
+    write_text_atomic(out / "study.csv", format_csv(tables))
+    write_text_atomic(
+        out / "study.json", json.dumps(_make_json(study, tables, arms, progress, provenance), indent=1) + "\n"
     )
-    draw(found, out / "study.png")
-    replace_text(out / "report.html", render(study, config, arms, found, progress, facts))
-    return found, out / "report.html"
+    draw_tables(tables, out / "study.png")
+    write_text_atomic(out / "report.html", render_page(study, config, arms, tables, progress, provenance))
+    return tables, out / "report.html"
 
 
-def as_csv(found: Sequence[TableResults]) -> str:
-    """A row for each arm, measure and seed; the last columns are the paper's figure and the test images."""
-    written = io.StringIO()
-    rows = csv.writer(written, lineterminator="\n")
-    rows.writerow(["table", "arm", "measure", "seed", "accuracy", "paper", "test_images"])
-    for its in found:
-        for arm in its.table.arms:
-            for measure in its.measures:
-                figure = its.figures.get((arm.name, measure))
-                if figure is None:
+def format_csv(tables: Sequence[TableResults]) -> str:
+    """Return a CSV table with a row for each arm, measure and seed.
+
+    Accuracies are fractions; ``paper`` is the accuracy in the paper, ``test_images`` the number of images.
+    """
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["table", "arm", "measure", "seed", "accuracy", "paper", "test_images"])
+    for results in tables:
+        for arm in results.table.arms:
+            for measure in results.measures:
+                estimate = results.estimates.get((arm.name, measure))
+                if estimate is None:
                     continue
                 paper = f"{arm.paper[measure] / 100:.3f}" if measure in arm.paper else ""
-                seeds = its.seeds[arm.name, measure]
-                for seed, value in zip(seeds, figure.by_seed, strict=True):
-                    said = (its.table.title, arm.name, measure, seed, f"{value:.5f}", paper, figure.images)
-                    rows.writerow(said)
-    return written.getvalue()
+                seeds = results.seeds[arm.name, measure]
+                for seed, accuracy in zip(seeds, estimate.by_seed, strict=True):
+                    names = (results.table.title, arm.name, measure)
+                    writer.writerow((*names, seed, f"{accuracy:.5f}", paper, estimate.images))
+    return file.getvalue()
 
 
-def _as_json(
+def _make_json(
     study: Study,
-    found: Sequence[TableResults],
-    arms: Sequence[Planned],
-    progress: Progress,
-    facts: Mapping[str, Any],
+    tables: Sequence[TableResults],
+    arms: Sequence[PlannedArm],
+    progress: StudyProgress,
+    provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
     return {
         "study": study.name,
-        "done": progress._asdict(),
-        "updates": {one.key: one.steps for one in arms},
+        "done": {"done": progress.num_done, "asked": progress.num_total},
+        "updates": {planned.key: planned.steps for planned in arms},
         "tables": [
             {
-                "title": its.table.title,
+                "title": results.table.title,
                 "figures": [
-                    {"arm": arm, "measure": measure, **asdict(figure)}
-                    for (arm, measure), figure in its.figures.items()
+                    {"arm": arm, "measure": measure, **asdict(estimate)}
+                    for (arm, measure), estimate in results.estimates.items()
                 ],
-                "findings": [asdict(outcome) for outcome in its.outcomes],
-                "waiting": list(its.waiting),
-                "images_per_s": dict(its.rates),
-                "operations": dict(its.operations),
+                "findings": [asdict(result) for result in results.finding_results],
+                "waiting": list(results.pending_claims),
+                "images_per_s": dict(results.images_per_s),
+                "operations": dict(results.flops_per_image),
             }
-            for its in found
+            for results in tables
         ],
-        **facts,
+        **provenance,
     }

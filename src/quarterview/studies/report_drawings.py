@@ -1,150 +1,158 @@
-"""The drawings of a study: curves over an axis or over the measures, and else points in rows."""
+"""Plots of a study: curves over the axis of a table or over its measures, or points in a row for each arm."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from quarterview.studies.config import parts_of
-from quarterview.studies.page import COLOURS, PLAIN, drawing_style, svg_of
-from quarterview.studies.study_results import KINDS, TableResults, name_of
+from quarterview.studies.config import parse_measure
+from quarterview.studies.page import COLORS, GRAY, get_matplotlib_settings, render_svg
+from quarterview.studies.study_results import MEASURE_NAMES, TableResults, format_measure
 from quarterview.studies.verdict import Estimate
 
-_CURVE = 4  # places that make a curve of measures
+_MIN_CURVE_POINTS = 4  # a curve over measures is drawn from this number of positions on its x axis
 
 
-def curve(found: TableResults, salt: str) -> str:
-    """Accuracy over the table's axis, or its measures, as SVG."""
+def draw_curve_svg(results: TableResults, hash_salt: str) -> str:
+    """Return a plot of one table as SVG.
+
+    Args:
+        hash_salt: a text that differs between the plots of a page, so that the ids in their SVG differ.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(drawing_style(salt)):
+    with rc_context(get_matplotlib_settings(hash_salt)):
         figure = Figure(figsize=(7, 3.6))
-        _drawing(found)(figure.subplots(), found)
+        _choose_draw_function(results)(figure.subplots(), results)
         figure.tight_layout()
-        return svg_of(figure)
+        return render_svg(figure)
 
 
-def is_curve(found: TableResults) -> bool:
-    """Whether a table is drawn as a curve."""
-    return _drawing(found) is not _draw_bars
+def is_drawn_as_curve(results: TableResults) -> bool:
+    """Return True if a table is drawn as curves, not as points in rows."""
+    return _choose_draw_function(results) is not _draw_rows
 
 
-def _drawing(found: TableResults) -> Callable[[Any, TableResults], None]:
-    """How a table is drawn."""
-    if found.table.axis is not None:
-        return _draw_curve
-    kinds = {parts_of(measure)[0] for measure in found.measures}
-    alike = kinds == {"finetune"} or kinds <= {"linear", "knn"}
-    return _draw_across if alike and len({*map(_place, found.measures)}) >= _CURVE else _draw_bars
+def _choose_draw_function(results: TableResults) -> Callable[[Any, TableResults], None]:
+    """Return the function that draws a table: over its axis, over its measures, or in rows."""
+    if results.table.axis is not None:
+        return _draw_over_axis
+    kinds = {parse_measure(measure)[0] for measure in results.measures}
+    has_common_axis = kinds == {"finetune"} or kinds <= {"linear", "knn"}
+    num_ticks = len({*map(_get_tick_label, results.measures)})
+    return _draw_over_measures if has_common_axis and num_ticks >= _MIN_CURVE_POINTS else _draw_rows
 
 
-def _draw_across(axes: Any, found: TableResults) -> None:
-    """Over the measures, a line for each arm, and for each kind of measure where there are several."""
-    kinds = list(dict.fromkeys(parts_of(measure)[0] for measure in found.measures))
-    places = list(dict.fromkeys(_place(measure) for measure in found.measures))
-    colours = dict(zip((arm.name for arm in found.table.arms), _colours(), strict=False))
+def _draw_over_measures(axes: Any, results: TableResults) -> None:
+    """Draw accuracy over the measures, with a line for each arm and kind of measure."""
+    kinds = list(dict.fromkeys(parse_measure(measure)[0] for measure in results.measures))
+    tick_labels = list(dict.fromkeys(_get_tick_label(measure) for measure in results.measures))
+    colors = dict(zip((arm.name for arm in results.table.arms), _cycle_colors(), strict=False))
     for style, kind in zip(("-", "--", ":", "-."), kinds, strict=False):
-        mine = [measure for measure in found.measures if parts_of(measure)[0] == kind]
-        for arm, colour in colours.items():
+        measures = [measure for measure in results.measures if parse_measure(measure)[0] == kind]
+        for arm, color in colors.items():
             points = [
-                (places.index(_place(measure)), found.figures[arm, measure])
-                for measure in mine
-                if (arm, measure) in found.figures
+                (tick_labels.index(_get_tick_label(measure)), results.estimates[arm, measure])
+                for measure in measures
+                if (arm, measure) in results.estimates
             ]
             if points:
-                x, figures = zip(*points, strict=True)
-                means, errors = [100 * figure.mean for figure in figures], _errors(figures)
-                label = arm if len(kinds) == 1 else f"{arm}, {KINDS[kind]}"
-                look = {"color": colour, "linestyle": style, "marker": "o", "markersize": 5, "capsize": 3}
-                axes.errorbar(x, means, errors, label=label, linewidth=1.6, **look)
-    axes.set_xticks(range(len(places)), places)
-    axes.set_xlabel("blocks that are tuned" if kinds[0] == "finetune" else "patches that are visible")
-    _finish(axes)
+                x, estimates = zip(*points, strict=True)
+                means = [100 * estimate.mean for estimate in estimates]
+                errors = _compute_error_bars(estimates)
+                label = arm if len(kinds) == 1 else f"{arm}, {MEASURE_NAMES[kind]}"
+                line = {"color": color, "linestyle": style, "marker": "o", "markersize": 5, "capsize": 3}
+                axes.errorbar(x, means, errors, label=label, linewidth=1.6, **line)
+    axes.set_xticks(range(len(tick_labels)), tick_labels)
+    axes.set_xlabel("fine-tuned blocks" if kinds[0] == "finetune" else "visible patches")
+    _format_axes(axes)
 
 
-def _place(measure: str) -> str:
-    """Of a measure on the axis of measures."""
-    kind, blocks, visible = parts_of(measure)
+def _get_tick_label(measure: str) -> str:
+    """Return the label of a measure on the x axis: the tuned blocks, or the percentage of visible patches."""
+    kind, blocks, visible = parse_measure(measure)
     return (blocks or "all") if kind == "finetune" else f"{visible or 100}%"
 
 
-def _draw_curve(axes: Any, found: TableResults) -> None:
-    for measure, colour in zip(found.measures, _colours(), strict=False):
+def _draw_over_axis(axes: Any, results: TableResults) -> None:
+    """Draw accuracy over the axis of the table, with a line for each measure."""
+    for measure, color in zip(results.measures, _cycle_colors(), strict=False):
         points = sorted(
-            (arm.x if arm.x is not None else place, found.figures[arm.name, measure])
-            for place, arm in enumerate(found.table.arms)
-            if (arm.name, measure) in found.figures
+            (arm.x if arm.x is not None else index, results.estimates[arm.name, measure])
+            for index, arm in enumerate(results.table.arms)
+            if (arm.name, measure) in results.estimates
         )
         if points:
-            x, figures = zip(*points, strict=True)
-            means = [100 * figure.mean for figure in figures]
-            errors = _errors(figures)
-            style = {"color": colour, "marker": "o", "markersize": 5, "linewidth": 1.6, "capsize": 3}
-            axes.errorbar(x, means, errors, label=name_of(measure), **style)
-    axes.set_xlabel(found.table.axis)
-    _finish(axes)
+            x, estimates = zip(*points, strict=True)
+            means = [100 * estimate.mean for estimate in estimates]
+            errors = _compute_error_bars(estimates)
+            line = {"color": color, "marker": "o", "markersize": 5, "linewidth": 1.6, "capsize": 3}
+            axes.errorbar(x, means, errors, label=format_measure(measure), **line)
+    axes.set_xlabel(results.table.axis)
+    _format_axes(axes)
 
 
-def _draw_bars(axes: Any, found: TableResults) -> None:
-    arms = found.table.arms
-    height = 0.8 / len(found.measures)
-    for row, (measure, colour) in enumerate(zip(found.measures, _colours(), strict=False)):
-        mine = [
-            (i, found.figures[a.name, measure])
-            for i, a in enumerate(arms)
-            if (a.name, measure) in found.figures
+def _draw_rows(axes: Any, results: TableResults) -> None:
+    """Draw a row for each arm, from top to bottom, with a point for each measure."""
+    arms = results.table.arms
+    spacing = 0.8 / len(results.measures)
+    for row, (measure, color) in enumerate(zip(results.measures, _cycle_colors(), strict=False)):
+        points = [
+            (i, results.estimates[arm.name, measure])
+            for i, arm in enumerate(arms)
+            if (arm.name, measure) in results.estimates
         ]
-        places = [len(arms) - 1 - i + (len(found.measures) / 2 - row - 0.5) * height for i, _ in mine]
-        means = [100 * figure.mean for _, figure in mine]
-        errors = _errors([figure for _, figure in mine])
-        axes.errorbar(means, places, xerr=errors, fmt="o", color=colour, capsize=2, label=name_of(measure))
+        y = [len(arms) - 1 - i + (len(results.measures) / 2 - row - 0.5) * spacing for i, _ in points]
+        means = [100 * estimate.mean for _, estimate in points]
+        errors = _compute_error_bars([estimate for _, estimate in points])
+        axes.errorbar(means, y, xerr=errors, fmt="o", color=color, capsize=2, label=format_measure(measure))
     axes.set_yticks(range(len(arms)), [arm.name for arm in reversed(arms)])
     axes.set_ylim(-0.6, len(arms) - 0.4)
     axes.set_xlabel("accuracy, %")
-    _legend(axes, 7)
-    axes.grid(axis="x", color=PLAIN, alpha=0.3, linewidth=0.7)
+    _add_legend(axes, 7)
+    axes.grid(axis="x", color=GRAY, alpha=0.3, linewidth=0.7)
 
 
-def _errors(figures: Sequence[Estimate]) -> list[list[float]]:
-    """How far down and up the intervals of accuracies reach, in percent."""
+def _compute_error_bars(estimates: Sequence[Estimate]) -> list[list[float]]:
+    """Return the lengths of the lower and the upper error bars, in percent."""
     return [
-        [100 * (figure.mean - figure.as_share[0]) for figure in figures],
-        [100 * (figure.as_share[1] - figure.mean) for figure in figures],
+        [100 * (estimate.mean - estimate.clipped_interval[0]) for estimate in estimates],
+        [100 * (estimate.clipped_interval[1] - estimate.mean) for estimate in estimates],
     ]
 
 
-def _finish(axes: Any) -> None:
+def _format_axes(axes: Any) -> None:
     axes.set_ylabel("accuracy, %")
-    _legend(axes, 8)
-    axes.grid(axis="y", color=PLAIN, alpha=0.3, linewidth=0.7)
+    _add_legend(axes, 8)
+    axes.grid(axis="y", color=GRAY, alpha=0.3, linewidth=0.7)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
 
-def _legend(axes: Any, size: int) -> None:
-    """What the colours mean, if anything is drawn already."""
+def _add_legend(axes: Any, font_size: int) -> None:
+    """Add a legend at the right, unless nothing is drawn yet."""
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=size, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.legend(fontsize=font_size, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def _colours() -> Iterator[str]:
-    yield from cycle(COLOURS)
+def _cycle_colors() -> Iterator[str]:
+    yield from cycle(COLORS)
 
 
-def draw(found: Sequence[TableResults], path: Path) -> None:
-    """Every table as a picture, one below the other."""
+def draw_tables(tables: Sequence[TableResults], path: Path) -> None:
+    """Draw all tables, one below the other, and save the figure as an image file."""
     from matplotlib.figure import Figure
 
-    ways = [_drawing(its) for its in found]
+    functions = [_choose_draw_function(results) for results in tables]
     heights = [
-        0.9 + 0.35 * len(its.table.arms) if way is _draw_bars else 3.0
-        for way, its in zip(ways, found, strict=True)
+        0.9 + 0.35 * len(results.table.arms) if function is _draw_rows else 3.0
+        for function, results in zip(functions, tables, strict=True)
     ]
     figure = Figure(figsize=(7, sum(heights)), dpi=100)
-    rows = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, way, its in zip(rows, ways, found, strict=True):
-        way(axes, its)
-        axes.set_title(its.table.title, fontsize=10, loc="left")
+    rows = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, function, results in zip(rows, functions, tables, strict=True):
+        function(axes, results)
+        axes.set_title(results.table.title, fontsize=10, loc="left")
     figure.tight_layout()
     figure.savefig(path)

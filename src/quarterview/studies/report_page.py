@@ -1,33 +1,41 @@
-"""The page of a study: one file that opens without a network, by light or dark, on a phone."""
+"""HTML report of a study: one file that loads nothing from a network."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from quarterview.studies.config import StudyConfig, read_budget
-from quarterview.studies.page import STYLE, accuracy, facts_list, table
-from quarterview.studies.plan import Planned, base_of
-from quarterview.studies.report_drawings import curve, is_curve
+from quarterview.studies.config import StudyConfig, parse_budget
+from quarterview.studies.page import CSS, format_accuracy, render_definition_list, render_table
+from quarterview.studies.plan import PlannedArm, make_base_config
+from quarterview.studies.report_drawings import draw_curve_svg, is_drawn_as_curve
+from quarterview.studies.rule import FindingResult
 from quarterview.studies.study import Arm, Study
-from quarterview.studies.study_results import Progress, TableResults, costs, name_of
+from quarterview.studies.study_results import StudyProgress, TableResults, format_costs, format_measure
 
-_MARKS = {"reproduced": "yes", "not reproduced": "no", "cannot tell": "maybe"}
+_ANSWER_CLASSES = {"reproduced": "yes", "not reproduced": "no", "cannot tell": "maybe"}
 
 
-def render(
+def render_page(
     study: Study,
     config: StudyConfig,
-    arms: Sequence[Planned],
-    found: Sequence[TableResults],
-    progress: Progress,
-    facts: Mapping[str, Any],
+    arms: Sequence[PlannedArm],
+    tables: Sequence[TableResults],
+    progress: StudyProgress,
+    provenance: Mapping[str, Any],
 ) -> str:
-    """The page as HTML. Nothing in it is loaded from elsewhere, and every text of a user is escaped."""
-    counts = {answer: sum(o.answer == answer for its in found for o in its.outcomes) for answer in _MARKS}
-    waiting = sum(len(its.waiting) for its in found)
-    told = ", ".join(f"{number} {answer}" for answer, number in counts.items())
+    """Return the HTML report. It loads nothing from elsewhere, and all text from users is escaped."""
+    counts = {
+        answer: sum(result.answer == answer for results in tables for result in results.finding_results)
+        for answer in _ANSWER_CLASSES
+    }
+    num_pending = sum(len(results.pending_claims) for results in tables)
+    summary = ", ".join(f"{count} {answer}" for answer, count in counts.items())
+    if num_pending:
+        summary += f", {num_pending} not evaluated yet"
     state = (
-        "" if progress.done == progress.asked else f" {progress.done} of {progress.asked} measures are done."
+        ""
+        if progress.num_done == progress.num_total
+        else f" {progress.num_done} of {progress.num_total} evaluations are done."
     )
     return "\n".join(
         [
@@ -35,86 +43,103 @@ def render(
             '<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>Study: {escape(study.name)}</title>",
-            f"<style>{STYLE}</style></head><body><main>",
+            f"<style>{CSS}</style></head><body><main>",
             f"<h1>{escape(study.purpose or study.name)}</h1>",
-            f"<p>{told}{f', {waiting} not measured yet' if waiting else ''}.{state}</p>",
-            *(_section(its, number) for number, its in enumerate(found)),
-            _reading(config, arms),
-            _facts(study, config, arms, facts),
+            f"<p>Findings: {summary}.{state}</p>",
+            *(_render_table_section(results, index) for index, results in enumerate(tables)),
+            _render_explanation(config, arms),
+            _render_settings(study, config, arms, provenance),
             "</main></body></html>\n",
         ]
     )
 
 
-def _section(found: TableResults, number: int) -> str:
-    its = found.table
+def _render_table_section(results: TableResults, index: int) -> str:
+    table = results.table
     rows = [
         [
             escape(arm.name),
-            *(f"{accuracy(found.figures.get((arm.name, m)))}{_paper(arm, m)}" for m in found.measures),
-            *costs(found, arm.name),
+            *(
+                f"{format_accuracy(results.estimates.get((arm.name, m)))}{_format_paper_accuracy(arm, m)}"
+                for m in results.measures
+            ),
+            *format_costs(results, arm.name),
         ]
-        for arm in its.arms
+        for arm in table.arms
     ]
-    boxes = "".join(
-        f'<section class="verdict {_MARKS[o.answer]}"><p class="word">{o.answer.capitalize()}</p>'
-        f"<p>{escape(o.finding.claim[:1].upper() + o.finding.claim[1:])}, by "
-        f"{escape(name_of(o.finding.measure))}.</p>"
-        f"<p><small>{escape(o.sentence)}</small></p></section>"
-        for o in found.outcomes
+    findings = "".join(_render_finding(result) for result in results.finding_results)
+    plot = (
+        f"<figure>{draw_curve_svg(results, f'c{index}')}</figure>"
+        if is_drawn_as_curve(results) and results.estimates
+        else ""
     )
-    drawn = f"<figure>{curve(found, f'c{number}')}</figure>" if is_curve(found) and found.figures else ""
-    source = f" <small>He et al. 2021, {escape(its.source)}</small>" if its.source else ""
-    caption = "Accuracy in percent, its 95% interval, and the paper's figure (ViT-L/16, ImageNet)"
-    heads = ["", *(name_of(measure) for measure in found.measures), "images/s", "GFLOP/image"]
+    source = f" <small>He et al. 2021, {escape(table.source)}</small>" if table.source else ""
+    caption = "Accuracy in percent, its 95% interval, and the accuracy in the paper (ViT-L/16, ImageNet)"
+    column_names = ["", *(format_measure(measure) for measure in results.measures), "images/s", "GFLOP/image"]
     return (
-        f"<section><h2>{escape(its.title)}{source}</h2>{drawn}{table(caption, heads, rows)}{boxes}</section>"
+        f"<section><h2>{escape(table.title)}{source}</h2>{plot}"
+        f"{render_table(caption, column_names, rows)}{findings}</section>"
     )
 
 
-def _paper(arm: Arm, measure: str) -> str:
-    paper = arm.paper.get(measure)
-    return "" if paper is None else f"<br><small>paper {paper:.1f}</small>"
+def _render_finding(result: FindingResult) -> str:
+    claim = result.finding.claim[:1].upper() + result.finding.claim[1:]
+    return (
+        f'<section class="verdict {_ANSWER_CLASSES[result.answer]}">'
+        f'<p class="word">{result.answer.capitalize()}</p>'
+        f"<p>{escape(claim)}, by {escape(format_measure(result.finding.measure))}.</p>"
+        f"<p><small>{escape(result.sentence)}</small></p></section>"
+    )
 
 
-def _reading(config: StudyConfig, arms: Sequence[Planned]) -> str:
-    kind = read_budget(config.budget)[0]
-    equal = (
-        "Arms are compared at equal computation: the more a picture costs, the fewer an arm sees."
+def _format_paper_accuracy(arm: Arm, measure: str) -> str:
+    accuracy = arm.paper.get(measure)
+    return "" if accuracy is None else f"<br><small>paper {accuracy:.1f}</small>"
+
+
+def _render_explanation(config: StudyConfig, arms: Sequence[PlannedArm]) -> str:
+    kind = parse_budget(config.budget)[0]
+    budget = (
+        "Arms are compared at equal computation: arms with more operations per image see fewer images."
         if kind == "flops"
-        else "Arms are compared at equal epochs: each sees as many pictures as any other, whatever they cost."
+        else "Arms are compared at equal epochs: all are trained on the same number of images."
     )
     return f"""<section><h2>How to read this</h2>
-<p>{equal} Each figure is a mean over {config.seeds} seeds, of which each draws other initial weights,
-another order and other labelled images, the same for all arms. An interval counts how much the seeds
-differ and how many test images there are.</p>
+<p>{budget} Each accuracy is a mean over {config.seeds} seeds. Each seed draws other initial weights, another
+order of the images and other labelled images, which are the same for all arms. A 95% interval includes the
+variance over seeds and over test images.</p>
 <p>The rule was fixed before the runs. A finding that one arm is ahead is
-<span class="cell yes">reproduced</span> if the whole 95% interval of the paired difference lies above 0,
-<span class="cell no">not reproduced</span> if it lies below, and cannot be told otherwise, or from a single
-seed. A finding that one arm is as good as another is reproduced if the interval lies above −1 point. Of forty
-findings of which none is so, one may be marked as reproduced by chance. The paper's figures are of another
-model, other pictures and a thousand times the computation: compare directions, not numbers.</p></section>"""
+<span class="cell yes">reproduced</span> if the whole 95% interval of the paired difference is above 0,
+<span class="cell no">not reproduced</span> if the whole interval is below 0, and
+<span class="cell maybe">cannot tell</span> otherwise or with a single seed. A finding that one arm is as good
+as another is reproduced if the whole interval is above −1 point. If none of forty findings were true, one
+would be expected to be marked as reproduced by chance. The accuracies in the paper are of a larger model, of
+ImageNet and of about a thousand times the computation: compare directions, not values.</p></section>"""
 
 
-def _facts(study: Study, config: StudyConfig, arms: Sequence[Planned], facts: Mapping[str, Any]) -> str:
-    base = base_of(study, config)
+def _render_settings(
+    study: Study, config: StudyConfig, arms: Sequence[PlannedArm], provenance: Mapping[str, Any]
+) -> str:
+    base = make_base_config(study, config)
     lengths = {
-        f"{one.arm.name}": f"{one.steps:,} updates, {one.steps * one.config.loop.batch_size:,} pictures"
-        for one in arms
-        if one.steps
+        planned.arm.name: f"{planned.steps:,} updates, "
+        f"{planned.steps * planned.config.loop.batch_size:,} images"
+        for planned in arms
+        if planned.steps
     }
-    what = {
-        "command": " ".join(facts["argv"]) or "called from Python",
-        "date": facts["date"],
+    values = {
+        "command": " ".join(provenance["argv"]) or "called from Python",
+        "date": provenance["date"],
         "network": f"{base.model.model}, images of {' × '.join(map(str, base.model.image_size))}",
         "base": f"{config.base}; budget {config.budget}; {config.seeds} seeds from {config.seed}",
-        "judged": f"{config.labels:,} labelled images; {config.tune_steps:,} updates of fine-tuning",
-        "time of the last start": facts["took"],
-        "versions": ", ".join(f"{name} {number}" for name, number in facts["versions"].items()),
-        "code": facts["git"] or "outside a repository",
-        "hardware": ", ".join(f"{name} {value}" for name, value in facts["hardware"].items() if value),
+        "evaluation": f"{config.labels:,} labelled images; {config.tune_steps:,} updates of fine-tuning",
+        "duration since the last start": provenance["took"],
+        "versions": ", ".join(f"{name} {version}" for name, version in provenance["versions"].items()),
+        "git commit": provenance["git"] or "none",
+        "hardware": ", ".join(f"{name} {value}" for name, value in provenance["hardware"].items() if value),
     }
     return (
-        f"<section><h2>What was run</h2><dl>{facts_list(what)}</dl>"
-        f"<details><summary>Length of each arm</summary><dl>{facts_list(lengths)}</dl></details></section>"
+        f"<section><h2>What was run</h2><dl>{render_definition_list(values)}</dl>"
+        "<details><summary>Training length of each arm</summary>"
+        f"<dl>{render_definition_list(lengths)}</dl></details></section>"
     )

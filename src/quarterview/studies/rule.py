@@ -1,15 +1,16 @@
-"""When a finding of the paper counts as reproduced. Fixed before any run, and never decided by eye.
+"""The rule that decides if a study reproduces a finding of the paper; it was fixed before any run.
 
-Two arms are compared by the test images that each told right, seeds paired: a seed gives both the same
-labelled images and the same order. The 95% interval of their difference is that of `evaluate.verdict`:
-it has a part for the seeds and a part for the test images. A finding that one arm is ahead is
+Two arms are compared by the test images that each classifies correctly. Seeds are paired: with the same
+seed both arms have the same labelled images in the same order. The difference of their accuracies has the
+95% interval of `quarterview.studies.verdict`, which includes the variance over seeds and over test images.
+A finding that one arm is ahead of another is
 
-    reproduced       if the whole interval lies above 0,
-    not reproduced   if it lies below 0,
-    cannot tell      otherwise, or from a single seed.
+    reproduced       if the whole interval is above 0,
+    not reproduced   if the whole interval is below 0,
+    cannot tell      otherwise, or with a single seed.
 
-A finding that one arm is as good as another is reproduced if the whole interval lies above minus the
-margin, which is a point, and not reproduced if it lies below that.
+A finding that one arm is as good as another (non-inferiority) is reproduced if the whole interval is above
+minus the margin, which is one percentage point, and not reproduced if the whole interval is below that.
 """
 
 from dataclasses import dataclass
@@ -18,61 +19,68 @@ from typing import Literal
 import numpy as np
 
 from quarterview.studies.study import Finding
-from quarterview.studies.verdict import Estimate, estimate, narrower, signed
+from quarterview.studies.verdict import (
+    Estimate,
+    describe_data_for_half_width,
+    estimate_mean,
+    format_interval,
+    format_signed_points,
+)
 
-Answer = Literal["reproduced", "not reproduced", "cannot tell"]
-MARGIN = 0.01
-"""By which an arm may be behind another and count as good."""
+FindingAnswer = Literal["reproduced", "not reproduced", "cannot tell"]
+NON_INFERIORITY_MARGIN = 0.01
+"""Largest loss of accuracy, as a fraction, with which an arm counts as good as another."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of a finding."""
+class FindingResult:
+    """The decision on a finding, with the difference that it depends on."""
 
     finding: Finding
-    answer: Answer
+    answer: FindingAnswer
     difference: Estimate
-    """Of the shares of test images told right, the first arm's less the other's."""
+    """Accuracy of the first arm minus that of the second; with baselines, the difference of the gains."""
     sentence: str
-    """The figures, and what it would take if it cannot be told."""
+    """Accuracies and interval, and the data that would decide it if the answer is "cannot tell"."""
 
 
-def decide(
+def decide_finding(
     finding: Finding,
     first: np.ndarray,
     second: np.ndarray,
-    over: tuple[np.ndarray, np.ndarray] | None = None,
-) -> Outcome:
-    """Compare two arms, or what they gain over others.
+    baselines: tuple[np.ndarray, np.ndarray] | None = None,
+) -> FindingResult:
+    """Decide if a finding is reproduced, by comparing two arms or their gains over baselines.
 
     Args:
-        first, second: bool [S, M], which test images the finding's two arms told right under each seed.
-        over: likewise of the arms that are taken off.
+        first, second: bool [S, M]: does each arm of the finding classify each test image correctly, for each
+            seed?
+        baselines: the same for the baselines of the first and the second arm (`Finding.over`).
     """
     one, two = first.astype(np.float64), second.astype(np.float64)
-    if over is not None:
-        one, two = one - over[0], two - over[1]
-    difference = estimate(one - two)
-    edge = 0.0 if finding.rule == "ahead" else -MARGIN
+    if baselines is not None:
+        one, two = one - baselines[0], two - baselines[1]
+    difference = estimate_mean(one - two)
+    threshold = 0.0 if finding.rule == "ahead" else -NON_INFERIORITY_MARGIN
     seeds = len(difference.by_seed)
-    answer: Answer = "cannot tell"
-    if seeds > 1 and difference.low > edge:
+    answer: FindingAnswer = "cannot tell"
+    if seeds > 1 and difference.low > threshold:
         answer = "reproduced"
-    elif seeds > 1 and difference.high < edge:
+    elif seeds > 1 and difference.high < threshold:
         answer = "not reproduced"
-    shown = signed if over is not None else _share
+    format_mean = format_signed_points if baselines is not None else _format_percent
     names = [finding.first, finding.second]
     if finding.second_measure is not None:
         names = [f"{names[0]} ({finding.measure})", f"{names[1]} ({finding.second_measure})"]
-    figures = (
-        f"{names[0]} {shown(float(one.mean()))}, {names[1]} {shown(float(two.mean()))}: "
-        f"{signed(difference.mean)} points, 95% interval {signed(difference.low)} to "
-        f"{signed(difference.high)}, {seeds} seed{'s' if seeds > 1 else ''}"
+    sentence = (
+        f"{names[0]} {format_mean(float(one.mean()))}, {names[1]} {format_mean(float(two.mean()))}: "
+        f"{format_signed_points(difference.mean)} points, 95% interval {format_interval(difference)}, "
+        f"{seeds} seed{'s' if seeds > 1 else ''}"
     )
     if answer == "cannot tell":
-        figures += "; " + narrower(difference, abs(difference.mean - edge))
-    return Outcome(finding, answer, difference, figures)
+        sentence += "; " + describe_data_for_half_width(difference, abs(difference.mean - threshold))
+    return FindingResult(finding, answer, difference, sentence)
 
 
-def _share(share: float) -> str:
-    return f"{share:.1%}"
+def _format_percent(fraction: float) -> str:
+    return f"{fraction:.1%}"

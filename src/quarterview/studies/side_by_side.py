@@ -1,6 +1,6 @@
-"""Work that is done piece by piece, several at a time, each in a process with a device of its own.
+"""Executors that run the tasks of a study: in this process, or in worker processes with a GPU each.
 
-A process takes one piece after another, so that what it imported and opened serves the next one.
+A worker process runs many tasks one after another, so that imports and opened images are reused.
 """
 
 import gc
@@ -22,158 +22,170 @@ import torch
 
 from quarterview.errors import RunError, UserError
 from quarterview.studies.measure import StoppedError
-from quarterview.training.trainer import stop_signals
+from quarterview.training.trainer import collect_stop_signals
 
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-class Piece(NamedTuple):
-    """A function of a module, and what it is given."""
+class Task(NamedTuple):
+    """A function call that a worker process can run."""
 
     name: str
-    """In messages."""
+    """Name in messages."""
     function: Callable[..., Any]
-    arguments: tuple[Any, ...]
+    """A function at module level, since it is sent to another process."""
+    args: tuple[Any, ...]
 
 
-class Done(NamedTuple):
-    """A piece that is done."""
+class TaskResult(NamedTuple):
+    """A finished task and the value that its function returned."""
 
-    piece: Piece
+    task: Task
     result: Any
 
 
-class Here:
-    """One piece after another in this process."""
+class SerialExecutor:
+    """Executor that runs the tasks one after another in this process."""
 
-    at_a_time = 1
+    num_jobs = 1
 
-    def __enter__(self) -> "Here":
+    def __enter__(self) -> "SerialExecutor":
         return self
 
     def __exit__(self, *_error: object) -> None:
         pass
 
-    def each(
-        self, pieces: Sequence[Piece], begun: Callable[[Piece], None] = lambda _: None
-    ) -> Iterator[Done]:
-        """Do them in order.
+    def run(
+        self, tasks: Sequence[Task], on_start: Callable[[Task], None] = lambda _: None
+    ) -> Iterator[TaskResult]:
+        """Run the tasks in order, and yield the result of each.
+
+        Args:
+            on_start: called with each task before the task starts.
 
         Raises:
-            StoppedError: if a signal came, after the piece unless it stops by itself.
+            StoppedError: if a signal came. A task that does not react to signals is finished first.
         """
-        with stop_signals() as asked:
-            for piece in pieces:
-                begun(piece)
-                done = Done(piece, piece.function(*piece.arguments))
+        with collect_stop_signals() as stop_signals:
+            for task in tasks:
+                on_start(task)
+                result = TaskResult(task, task.function(*task.args))
                 _free_memory()
-                if asked:
-                    raise StoppedError(asked[0])
-                yield done
+                if stop_signals:
+                    raise StoppedError(stop_signals[0])
+                yield result
 
 
-class Workers:
-    """Processes that are started when there is work, and end with this.
+class ProcessExecutor:
+    """Executor that runs tasks in parallel worker processes.
+
+    The processes are started by the first `run` that has tasks, and end with the context manager.
 
     Args:
-        at_a_time: how many.
+        num_jobs: number of worker processes.
     """
 
-    def __init__(self, at_a_time: int) -> None:
-        self.at_a_time = at_a_time
+    def __init__(self, num_jobs: int) -> None:
+        self.num_jobs = num_jobs
         self._pipes: dict[Connection, BaseProcess] = {}
 
-    def __enter__(self) -> "Workers":
+    def __enter__(self) -> "ProcessExecutor":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for pipe in self._pipes:
-            pipe.close()  # a process without work ends by this
-        left = list(self._pipes.values())
-        while left:
-            for process in left if kind is not None else ():
-                process.terminate()  # again and again: a run does not notice one in its last step
-            left[0].join(0.5)
-            left = [process for process in left if process.is_alive()]
+            pipe.close()  # ends an idle process
+        alive = list(self._pipes.values())
+        while alive:
+            for process in alive if kind is not None else ():
+                process.terminate()  # repeated, since a run does not notice a signal during its last step
+            alive[0].join(0.5)
+            alive = [process for process in alive if process.is_alive()]
         self._pipes.clear()
 
-    def each(
-        self, pieces: Sequence[Piece], begun: Callable[[Piece], None] = lambda _: None
-    ) -> Iterator[Done]:
-        """Do them all, each as soon as a process is free; yield what is done in the order in which it is.
+    def run(
+        self, tasks: Sequence[Task], on_start: Callable[[Task], None] = lambda _: None
+    ) -> Iterator[TaskResult]:
+        """Run all tasks, each as soon as a process is free, and yield results in the order of completion.
 
-        A signal is passed on, upon which a run stops after its step and anything else at once.
+        Signals are forwarded to the processes: a training run stops after its step, other tasks at once.
 
         Args:
-            begun: told of each piece that is given out.
+            on_start: called with each task before the task is sent to a process.
 
         Raises:
             StoppedError: if a signal came.
-            UserError, RunError: if a piece failed, with its reason.
+            UserError, RunError: if a task failed; the message names the task.
         """
-        waiting = list(pieces)
-        busy: dict[Connection, Piece] = {}
-        done: list[Done] = []
+        waiting = list(tasks)
+        busy: dict[Connection, Task] = {}
+        results: list[TaskResult] = []
         failure: Exception | None = None
         if waiting:
-            self._start()
-        with stop_signals() as asked:
+            self._start_processes()
+        with collect_stop_signals() as stop_signals:
             while True:
-                if asked or failure is not None:
-                    for pipe in busy:  # again and again, as above
+                if stop_signals or failure is not None:
+                    for pipe in busy:  # repeated, as in __exit__
                         self._pipes[pipe].terminate()
                 else:
                     for pipe in [pipe for pipe in self._pipes if pipe not in busy][: len(waiting)]:
                         busy[pipe] = waiting.pop(0)
-                        begun(busy[pipe])
-                        with suppress(OSError):  # of a process that died idle, of which its answer tells
+                        on_start(busy[pipe])
+                        with suppress(OSError):  # the process died while idle; _receive reports its exit code
                             pipe.send(busy[pipe])
-                yield from done  # now that nobody waits for the next piece
-                done.clear()
+                # Yield only now that the free processes have new tasks: the caller may take a while.
+                yield from results
+                results.clear()
                 if not busy:
                     break
                 for pipe in wait(list(busy), timeout=0.5):
                     assert isinstance(pipe, Connection)
-                    piece = busy.pop(pipe)
-                    answer = self._answer(pipe, piece)
+                    task = busy.pop(pipe)
+                    answer = self._receive(pipe, task)
                     if not isinstance(answer, Exception):
-                        done.append(Done(piece, answer))
-                    elif not asked:
+                        results.append(TaskResult(task, answer))
+                    elif not stop_signals:
                         failure = failure or answer
-        if asked:
-            raise StoppedError(asked[0])
+        if stop_signals:
+            raise StoppedError(stop_signals[0])
         if failure is not None:
             raise failure
 
-    def _start(self) -> None:
+    def _start_processes(self) -> None:
+        """Start the processes that are not running, with an even share of the GPUs and CPU threads."""
         context = multiprocessing.get_context("spawn")
-        gpus = visible_gpus()
-        threads = max(1, torch.get_num_threads() // self.at_a_time)
-        for slot in range(len(self._pipes), self.at_a_time):
-            ours, theirs = context.Pipe()
+        gpus = list_visible_gpus()
+        threads = max(1, torch.get_num_threads() // self.num_jobs)
+        for slot in range(len(self._pipes), self.num_jobs):
+            parent_pipe, child_pipe = context.Pipe()
             gpu = gpus[slot % len(gpus)] if gpus else None
-            process = context.Process(target=_serve, args=(theirs, gpu, threads))
-            with _environment(dict.fromkeys(_THREADS, str(threads))):  # which libraries read when they load
+            process = context.Process(target=_run_worker, args=(child_pipe, gpu, threads))
+            # Numerical libraries read these variables when they are loaded.
+            with _set_environment(dict.fromkeys(_THREAD_VARIABLES, str(threads))):
                 process.start()
-            theirs.close()
-            self._pipes[ours] = process
+            child_pipe.close()
+            self._pipes[parent_pipe] = process
 
-    def _answer(self, pipe: Connection, piece: Piece) -> Any:
-        """What a process found; an exception if it failed."""
+    def _receive(self, pipe: Connection, task: Task) -> Any:
+        """Return the value that a process sent, or the exception with which its task failed."""
         try:
             return pipe.recv()
         except (EOFError, ConnectionResetError):
             process = self._pipes.pop(pipe)
             pipe.close()
             process.join()
-            return RunError(f"{piece.name}: its process ended with exit code {process.exitcode}")
+            return RunError(
+                f"{task.name}: the process ended with exit code {process.exitcode}. Run the same command to "
+                "resume the study."
+            )
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Variables of the environment, for processes that are started meanwhile."""
+def _set_environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables inside the context, for processes that are started there."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -186,44 +198,49 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def visible_gpus() -> list[str]:
-    """The GPUs of this process, by the names that CUDA_VISIBLE_DEVICES has for them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [str(i) for i in range(torch.cuda.device_count())] if named is None else named.split(",")
+def list_visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, in the notation of CUDA_VISIBLE_DEVICES."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(torch.cuda.device_count())] if visible is None else visible.split(",")
 
 
-def _serve(pipe: Connection, gpu: str | None, threads: int) -> None:
-    """Do pieces until there are no more. What runs say is in their folders, not on the console."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent passes it on
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which it does, and which may have come here ignored
-    if gpu is not None:  # before anything asks for one of them
+def _run_worker(pipe: Connection, gpu: str | None, threads: int) -> None:
+    """Run tasks in a worker process until the parent closes the pipe; standard output is discarded."""
+    # A terminal sends SIGINT to all processes. The parent handles it, and stops the workers by SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # may be ignored in the parent, and would be so here
+    if gpu is not None:  # must be set before CUDA is initialized
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
-    Thread(target=_end_with_parent, daemon=True).start()
-    with Path(os.devnull).open("w") as nothing:
-        sys.stdout = nothing
+    Thread(target=_exit_with_parent, daemon=True).start()
+    with Path(os.devnull).open("w") as devnull:
+        sys.stdout = devnull
         while True:
             try:
-                piece = pipe.recv()
+                task = pipe.recv()
             except (EOFError, OSError):
                 return
             try:
-                answer = piece.function(*piece.arguments)
+                answer = task.function(*task.args)
             except StoppedError as stopped:
                 answer = stopped
             except UserError as error:
-                answer = UserError(f"{piece.name}: {error}")
+                answer = UserError(f"{task.name}: {error}")
             except (RunError, OSError, torch.OutOfMemoryError) as error:
-                answer = RunError(f"{piece.name}: {error}; the same command goes on")
+                reason = str(error).rstrip(".")
+                answer = RunError(f"{task.name}: {reason}. Run the same command to resume the study.")
             _free_memory()
             try:
                 pipe.send(answer)
-            except OSError:  # nobody waits for it any more
+            except OSError:  # the parent has closed the pipe
                 return
 
 
-def _end_with_parent() -> None:
-    """Stop as upon a signal when the parent was killed without any: nobody would pass one on."""
+def _exit_with_parent() -> None:
+    """Wait until the parent has ended, then send SIGTERM to this process until it ends.
+
+    This covers a parent that was killed by SIGKILL, which it cannot forward.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -233,7 +250,7 @@ def _end_with_parent() -> None:
 
 
 def _free_memory() -> None:
-    """Give back what a piece took of a GPU's memory, so that the next one may take as much."""
+    """Return the GPU memory of a finished task to the device, so that the next task can use all of it."""
     if torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()

@@ -1,45 +1,49 @@
-"""``quarterview study``: the paper's ablations and comparisons on anyone's images."""
+"""``quarterview study``: run the ablations of the MAE paper, or other studies, on the user's images."""
 
 from collections.abc import Sequence
 
 from quarterview.errors import EXIT_CODES
-from quarterview.studies.conduct import conduct
+from quarterview.studies.conduct import run_study
 from quarterview.studies.config import StudyConfig
-from quarterview.studies.study_results import TableResults, costs, name_of
+from quarterview.studies.study_results import TableResults, format_costs, format_measure
 from quarterview.studies.verdict import Estimate
 from quarterview.training.console import Console
 
 
 def main(config: StudyConfig, argv: Sequence[str]) -> int:
-    """Run the study, and show its tables and findings; returns the exit code."""
+    """Run the study, print its tables and findings, and return the exit code."""
     console = Console()
-    studied = conduct(config, argv)
-    if studied.status == "complete":
-        show_tables(studied.tables, console)
-        console.say(f"See {studied.report}")
+    result = run_study(config, argv)
+    if result.status == "complete":
+        print_tables(result.tables, console)
+        console.info(f"The report is {result.report}.")
     else:
-        console.say(f"stopped by {studied.status}; the same command goes on from there")
-    return EXIT_CODES[studied.status]
+        console.info(f"The study was stopped by {result.status}. Run the same command to resume it.")
+    return EXIT_CODES[result.status]
 
 
-def show_tables(found: Sequence[TableResults], console: Console) -> None:
-    """The tables, each with its findings."""
-    for its in found:
+def print_tables(tables: Sequence[TableResults], console: Console) -> None:
+    """Print all tables, each followed by its findings."""
+    for results in tables:
         rows = [
             [
                 arm.name,
-                *(_shown(its.figures.get((arm.name, m)), arm.paper.get(m)) for m in its.measures),
-                *costs(its, arm.name),
+                *(
+                    _format_accuracy(results.estimates.get((arm.name, m)), arm.paper.get(m))
+                    for m in results.measures
+                ),
+                *format_costs(results, arm.name),
             ]
-            for arm in its.table.arms
+            for arm in results.table.arms
         ]
-        heads = ["", *(f"{name_of(m)} (paper)" for m in its.measures), "images/s", "GFLOP/image"]
-        console.table(f"{its.table.title}, {its.table.source}".rstrip(", "), heads, rows)
-        for outcome in its.outcomes:
-            how = name_of(outcome.finding.measure)
-            console.say(f"{outcome.answer}: {outcome.finding.claim} ({how}): {outcome.sentence}")
+        measure_names = [f"{format_measure(m)} (paper)" for m in results.measures]
+        column_names = ["", *measure_names, "images/s", "GFLOP/image"]
+        console.table(f"{results.table.title}, {results.table.source}".rstrip(", "), column_names, rows)
+        for result in results.finding_results:
+            measure = format_measure(result.finding.measure)
+            console.info(f"{result.answer}: {result.finding.claim} ({measure}): {result.sentence}")
 
 
-def _shown(figure: Estimate | None, paper: float | None) -> str:
-    ours = "–" if figure is None else f"{figure.mean:.1%} ± {(figure.high - figure.low) / 2:.1%}"
-    return ours if paper is None else f"{ours} ({paper:.1f})"
+def _format_accuracy(estimate: Estimate | None, paper_accuracy: float | None) -> str:
+    ours = "–" if estimate is None else f"{estimate.mean:.1%} ± {(estimate.high - estimate.low) / 2:.1%}"
+    return ours if paper_accuracy is None else f"{ours} ({paper_accuracy:.1f})"

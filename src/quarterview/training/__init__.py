@@ -1,1 +1,1 @@
-"""The loop and what it needs: optimiser, schedule, checkpoints, ranks, logging. Never names MAE."""
+"""Training of any method: loop, optimizer, schedule, checkpoints, ranks and logging."""

@@ -1,4 +1,4 @@
-"""Where a run lives, how long it trains, on what, and how weights follow gradients."""
+"""Configuration of training: run folder, schedule, hardware and optimizer."""
 
 import math
 from typing import Annotated, Literal
@@ -25,23 +25,23 @@ class RunConfig:
     """Run."""
 
     out: Annotated[Text, FIRST, PATH, MAY_CHANGE] = ""
-    """Required: the run's folder; made if it is not there."""
+    """Required: the run's folder, created if missing."""
     log_every: Annotated[int, Ge(1), MAY_CHANGE] = 20
-    """Updates between rows of metrics."""
+    """Updates between rows in metrics.jsonl."""
     eval_every: Annotated[int | None, Ge(1), MAY_CHANGE] = None
-    """Updates between evaluations (validation and panel, or the test images of fine-tuning); by default a
-    twentieth of the run, and in fine-tuning after the last update alone."""
+    """Updates between evaluations: validation loss and panel, or test accuracy of fine-tuning. By default 20
+    evaluations a run, and in fine-tuning one after the last update."""
     checkpoint_every: Annotated[int | None, Ge(1), MAY_CHANGE] = None
-    """Updates between checkpoints; by default the clock decides."""
+    """Updates between checkpoints; by default --checkpoint-minutes decides."""
     checkpoint_minutes: Annotated[float, Gt(0), Le(1e9), MAY_CHANGE] = 10.0
-    """Minutes between checkpoints where --checkpoint-every is not given."""
+    """Minutes between checkpoints if --checkpoint-every is not given."""
     keep_checkpoints: Annotated[int, Ge(1), MAY_CHANGE] = 2
-    """How many of the newest checkpoints are kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: Annotated[int | None, Ge(1), MAY_CHANGE] = None
-    """Also write a checkpoint after every so many updates, and keep those for good."""
+    """Updates between checkpoints that are never deleted, written in addition to the others."""
 
-    def evaluation_every(self, total_steps: int) -> int:
-        """Updates between evaluations in a run of so many."""
+    def eval_interval(self, total_steps: int) -> int:
+        """Return the number of updates between evaluations of a run of `total_steps` updates."""
         return self.eval_every or max(self.log_every, total_steps // 20)
 
 
@@ -50,8 +50,8 @@ class ResumeConfig:
     """Resuming."""
 
     resume: Annotated[Text, PATH, MAY_CHANGE] = "auto"
-    """auto goes on from the run's newest checkpoint if there is one, never refuses to, and a path names the
-    run or the checkpoint to go on from."""
+    """auto resumes from the newest checkpoint in --out if there is one; never does not resume; a path names
+    the run or the checkpoint to resume from."""
 
 
 @part
@@ -59,18 +59,18 @@ class LoopConfig:
     """Schedule."""
 
     epochs: Annotated[float, Gt(0), Le(1e9), FIRST] = 800
-    """Passes over the training images; the updates are ceil(epochs × images / batch size)."""
+    """Passes over the training images. The number of updates is ceil(epochs × images / batch size)."""
     steps: Annotated[int | None, Ge(1)] = None
-    """Updates, instead of epochs."""
+    """Number of updates, instead of --epochs."""
     batch_size: Annotated[int, Ge(1), FIRST] = 256
-    """Images per update, over all ranks and accumulated parts."""
+    """Images per update, over all ranks and all --accum-iter parts."""
     accum_iter: Annotated[int, Ge(1), MAY_CHANGE] = 1
-    """Parts that a batch is cut into to save memory; gradients are those of the whole batch."""
+    """Number of parts that a batch is split into to save memory. The gradient is that of the whole batch."""
     seed: int = 0
-    """Seed of every random draw."""
+    """Seed of all random draws."""
 
     def total_steps(self, images: int) -> int:
-        """Updates of the whole run over a training set of so many images."""
+        """Return the number of updates of a run over a training set of `images` images."""
         return self.steps or math.ceil(self.epochs * images / self.batch_size)
 
 
@@ -79,21 +79,23 @@ class ComputeConfig:
     """Hardware."""
 
     device: Annotated[Device, FIRST, MAY_CHANGE] = "auto"
-    """Where to train; auto takes a CUDA GPU where there is one. mps is untested."""
+    """Device to use; auto is a CUDA GPU if there is one, else the CPU. mps is untested."""
     precision: Precision = "bf16"
-    """bf16 autocast, or float32 throughout."""
+    """bf16 (autocast) or fp32."""
     compile: Annotated[bool, MAY_CHANGE] = False
-    """Compile the model: slow to start, faster after; needs a C++ compiler on CPU."""
+    """Compile the model with torch.compile: a slower start, faster steps. Needs a C++ compiler on CPU."""
     grad_checkpointing: Annotated[bool, MAY_CHANGE] = False
-    """Keep the input of each block alone for the backward pass and compute the rest again: less memory for
-    about a third more work. Nothing else changes."""
+    """Recompute each block's activations in the backward pass: less memory, about a third more computation,
+    the same result."""
     deterministic: Annotated[bool, MAY_CHANGE] = False
-    """Use deterministic kernels only; bit-identical reruns on one GPU, too. CPU runs always are."""
+    """Use deterministic kernels only, so that reruns on one GPU are bit-identical. Reruns on CPU always
+    are."""
     parallel: Annotated[Literal["auto", "ddp", "fsdp"], MAY_CHANGE] = "auto"
-    """What each of several ranks holds: the whole model (ddp), a part of its weights and of the optimizer's
-    state (fsdp), or a part where the whole would take more than a quarter of a GPU (auto)."""
+    """Parallelism over several ranks: ddp replicates the model; fsdp shards weights and optimizer state; auto
+    shards if weights, gradients and optimizer state need more than a quarter of a GPU's memory."""
     ranks_per_copy: Annotated[int | None, Ge(1), MAY_CHANGE, RESEARCH] = None
-    """With fsdp, ranks that hold one copy of the model between them; by default those of one machine."""
+    """With fsdp, number of ranks that one replica of the model is sharded over; by default those of one
+    machine."""
 
 
 @part
@@ -101,20 +103,20 @@ class OptimConfig:
     """Optimizer. The defaults are the paper's (table 8)."""
 
     blr: Annotated[float, Gt(0)] = 1.5e-4
-    """Base learning rate: the rate is blr × batch size / 256."""
+    """Base learning rate; the learning rate is blr × batch size / 256."""
     lr: Annotated[float | None, Gt(0)] = None
-    """The peak learning rate itself, instead of --blr."""
+    """Peak learning rate, instead of --blr."""
     warmup_epochs: Annotated[float | None, Ge(0)] = None
-    """Epochs of linear warm-up from 0; by default 5% of the run, which is the paper's 40 of 800."""
+    """Epochs of linear warm-up from 0; by default 5% of the run, the paper's 40 of 800 epochs."""
     weight_decay: Annotated[float, Ge(0)] = 0.05
-    """Weight decay of matrices, the cls and the mask token; biases and norms have none."""
+    """Weight decay of weight matrices, the cls and the mask token. Biases and norms are not decayed."""
     clip_grad: Annotated[float | None, Gt(0)] = None
-    """Largest norm of the gradient; by default it is not clipped."""
+    """Maximum norm of the gradient; by default it is not clipped."""
     ema: Annotated[float | None, Gt(0), Lt(1)] = None
-    """Decay of an exponential moving average of the weights, such as 0.9999, kept beside them."""
+    """Decay of an exponential moving average (EMA) of the weights, such as 0.9999, saved beside them."""
 
     def peak_lr(self, batch_size: int) -> float:
-        """The highest learning rate of the run, for images per update over all ranks."""
+        """Return the peak learning rate for a batch size over all ranks."""
         return self.lr if self.lr is not None else self.blr * batch_size / 256
 
 
@@ -123,8 +125,8 @@ class LayerDecayConfig:
     """Optimizer of fine-tuning."""
 
     layer_decay: Annotated[float, Gt(0), Le(1)] = 0.75
-    """Each layer's learning rate as a share of that of the layer above it."""
+    """Ratio of each layer's learning rate to that of the layer above it."""
     min_lr: Annotated[float, Ge(0)] = 1e-6
-    """Where the cosine ends."""
+    """Learning rate at the end of the cosine schedule."""
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.999
-    """AdamW's second coefficient; the scratch recipe's is 0.95."""
+    """AdamW's beta2; the recipes scratch_* use 0.95."""

@@ -1,6 +1,6 @@
-"""What people see on their terminal: lines, tables, and how far something is.
+"""Terminal output: messages, tables and progress bars.
 
-Nothing else prints. Library code logs to the logger ``quarterview``, whose records `forward_logs` shows
+No other module prints. Library code logs to the logger ``quarterview``, whose records `forward_logs` shows
 while a command runs.
 """
 
@@ -23,19 +23,19 @@ _PLAIN_SECONDS = 15  # between progress lines where there is no terminal
 
 
 def escape(text: str) -> str:
-    """A text that rich prints as it is: markup escaped, and bytes of paths that are not UTF-8 written out."""
+    """Escape rich markup in a text, and bytes of paths that are not UTF-8."""
     return escape_markup(text.encode("utf-8", "backslashreplace").decode())
 
 
 class Console:
-    """Lines, tables and facts for the person who started a command.
+    """Prints messages and tables of a command.
 
     Args:
-        quiet: show nothing, as on other ranks than the first.
+        quiet: print nothing, as on all ranks but the first.
     """
 
-    _with_bar: ClassVar[RichConsole | None] = None
-    """The one that shows a progress bar now: all lines go through it, or they would be drawn into the bar."""
+    _active: ClassVar[RichConsole | None] = None
+    """The console with a progress bar at present. All messages go through it, so as not to break the bar."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -43,25 +43,25 @@ class Console:
 
     @property
     def rich(self) -> RichConsole:
-        """What prints."""
-        return self._own if self.quiet else Console._with_bar or self._own
+        """The rich console that prints."""
+        return self._own if self.quiet else Console._active or self._own
 
-    def say(self, text: str) -> None:
-        """Show a line."""
+    def info(self, text: str) -> None:
+        """Print a message."""
         self.rich.print(escape(text), soft_wrap=True)
 
-    def warn(self, text: str) -> None:
-        """Show a line that should not be overlooked."""
-        self.rich.print(f"[yellow]note:[/yellow] {escape(text)}", soft_wrap=True)
+    def warning(self, text: str) -> None:
+        """Print a message as a warning."""
+        self.rich.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
 
     def error(self, text: str) -> None:
-        """Show on standard error why a command ended."""
+        """Print an error to standard error."""
         RichConsole(stderr=True, highlight=False, quiet=self.quiet).print(
             f"[red]error:[/red] {escape(text)}", soft_wrap=True
         )
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Show a table, the first column aligned to the left and the others to the right."""
+        """Print a table, the first column left-aligned and the others right-aligned."""
         table = Table(title=title, title_justify="left", title_style="bold")
         for i, column in enumerate(columns):
             table.add_column(column, justify="left" if i == 0 else "right")
@@ -69,8 +69,8 @@ class Console:
             table.add_row(*map(escape, row))
         self.rich.print(table)
 
-    def facts(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """Show names and their values, one pair a line."""
+    def key_values(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Print names and values, one pair a line."""
         table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
         table.add_column(style="dim")
         table.add_column(overflow="fold")
@@ -80,13 +80,13 @@ class Console:
 
 
 class Progress:
-    """How far something is: a bar on a terminal, and elsewhere a line with the status now and then.
+    """A progress bar on a terminal, and a line with the status every 15 seconds elsewhere.
 
     Args:
-        console: where it is shown.
-        total: how many there are to do; 0 if that will be known later.
-        done: how many were done before.
-        unit: what is counted.
+        console: prints it.
+        total: total number of units; 0 if not known yet.
+        done: number of units completed before.
+        unit: name of the unit.
     """
 
     def __init__(self, console: Console, total: int = 0, done: int = 0, unit: str = "step") -> None:
@@ -108,37 +108,37 @@ class Progress:
         )
         self._bar.start()
         self._task = self._bar.add_task("", total=total or None, completed=done, status="")
-        Console._with_bar = self._bar.console
+        Console._active = self._bar.console
 
     def __call__(self, done: int, total: int) -> None:
-        """Move the bar to where so many of all are done, as library code reports it."""
+        """Set the number of completed units and their total, as a callback of library code."""
         self.total = total
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total)
 
     def advance(self, done: int) -> None:
-        """Move the bar to where so many are done."""
+        """Set the number of completed units."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
 
-    def show(self, done: int, status: str) -> None:
-        """Move the bar and set the text beside it, or say it in a line if the last one was long ago."""
+    def update(self, done: int, status: str) -> None:
+        """Set the number of completed units and the status. Without a bar, print both every 15 seconds."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, status=status)
         elif time.monotonic() - self._last_line >= _PLAIN_SECONDS or done == self.total:
             self._last_line = time.monotonic()
-            self.console.say(f"{self.unit} {done}/{self.total}  {status}")
+            self.console.info(f"{self.unit} {done}/{self.total}  {status}")
 
     def remaining(self, done: int) -> float:
-        """Seconds that the rest will take at the pace so far."""
+        """Return the estimated seconds until all units are completed."""
         elapsed = time.monotonic() - self._began
         return elapsed / max(1, done - self._done_before) * (self.total - done)
 
     def close(self) -> None:
-        """Take down the bar."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
-            self._bar = Console._with_bar = None
+            self._bar = Console._active = None
 
     def __enter__(self) -> Self:
         return self
@@ -149,8 +149,8 @@ class Progress:
         self.close()
 
 
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 45 s, 12 min, 3 h 05 min, 2 d 4 h."""
+def format_duration(seconds: float) -> str:
+    """Format seconds for people: 45 s, 12 min, 3 h 05 min, 2 d 4 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -161,24 +161,24 @@ def duration(seconds: float) -> str:
     return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
-# ---------------------------------------------------------------------- what library code logs
+# ---------------------------------------------------------------------- log records
 
 
 class _Handler(logging.Handler):
-    """Shows records on a console: INFO as a line, and what is above it as a note."""
+    """Prints log records on a console, those of WARNING and above as warnings."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(logging.INFO)
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        show = self.console.warn if record.levelno >= logging.WARNING else self.console.say
-        show(record.getMessage())
+        log = self.console.warning if record.levelno >= logging.WARNING else self.console.info
+        log(record.getMessage())
 
 
 @contextmanager
 def forward_logs(console: Console | None = None) -> Iterator[None]:
-    """Within this, what the package logs at INFO or above is shown on a console.
+    """Print what the package logs at INFO or above while in this context.
 
     Args:
         console: by default one that is quiet on all ranks of torchrun but the first.

@@ -1,4 +1,4 @@
-"""One process a run folder."""
+"""A lock that keeps a second process out of a run folder."""
 
 import errno
 import fcntl
@@ -12,36 +12,38 @@ from typing import IO
 
 from quarterview.errors import UserError
 
-MARKER = ".quarterview.lock"
-"""The file that makes a folder a run's."""
+LOCK_FILE = ".quarterview.lock"
+"""The locked file. A folder that has it is a run folder."""
 
 
 @contextmanager
-def lock(folder: Path, patience: float = 0.0) -> Iterator[None]:
-    """Hold a run folder for this process.
+def lock_folder(folder: Path, timeout: float = 0.0) -> Iterator[None]:
+    """Lock a run folder for this process.
 
-    A record lock belongs to the process that took it: workers forked from it do not inherit it,
-    and it is gone when that process is, so a run can be resumed right after it was killed.
+    The lock is a POSIX record lock, which belongs to one process: forked workers do not inherit it, and it
+    ends with the process, so a killed run can be resumed at once.
 
     Args:
-        patience: seconds to wait for another process to let go of it.
+        timeout: seconds to wait for another process to release the lock.
 
     Raises:
-        UserError: if another process holds it.
+        UserError: if another process has the lock, or the file system cannot lock files.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{folder} is a file, or lies in one; accepted: a folder") from None
-    with (folder / MARKER).open("a+", encoding="utf-8") as file:
-        until = time.monotonic() + patience
-        while not (taken := _take(file, folder)) and time.monotonic() < until:
+        raise UserError(
+            f"The run folder {folder} is a file, or is inside a file. Give --out a folder."
+        ) from None
+    with (folder / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        until = time.monotonic() + timeout
+        while not (locked := _try_lock(file, folder)) and time.monotonic() < until:
             time.sleep(0.1)
-        if not taken:
+        if not locked:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise UserError(
-                f"{folder} is in use by {holder}; accepted: a folder that no running process trains in"
+                f"The run folder {folder} is in use by {holder}. Wait until it ends, or give another --out."
             )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -49,11 +51,13 @@ def lock(folder: Path, patience: float = 0.0) -> Iterator[None]:
         yield
 
 
-def _take(file: IO[str], folder: Path) -> bool:
+def _try_lock(file: IO[str], folder: Path) -> bool:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise UserError(f"the file system of {folder} cannot lock files: {error}") from None
+            raise UserError(
+                f"The file system of {folder} cannot lock files: {error}. Give --out a folder on another one."
+            ) from None
         return False
     return True

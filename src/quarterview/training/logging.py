@@ -1,4 +1,4 @@
-"""The logger of a run: what it shows people, and what it records."""
+"""The logger of a run, which prints messages and records metrics."""
 
 import json
 import math
@@ -8,107 +8,107 @@ from pathlib import Path
 from typing import Any
 
 from quarterview.errors import UserError
-from quarterview.training.console import Console, Progress, duration
+from quarterview.training.console import Console, Progress, format_duration
 from quarterview.training.metric_writers import (
     JsonlWriter,
     MetricWriter,
     TensorBoardWriter,
-    cut_rows,
+    truncate_rows,
 )
 
-_SKIPPED = "skipped_steps.jsonl"
+_SKIPPED_FILE = "skipped_steps.jsonl"
 
 
-class Meter:
-    """Images per second and the share of time spent waiting for data, since the last reading.
+class ThroughputMeter:
+    """Measures images per second and the fraction of time spent waiting for data.
 
     Args:
-        clock: seconds, from any start.
+        clock: returns seconds since an arbitrary time.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
-        self.images, self.waited, self.paused, self._started = 0, 0.0, 0.0, clock()
+        self.num_images, self.wait_seconds, self.pause_seconds, self._started = 0, 0.0, 0.0, clock()
 
-    def read(self) -> tuple[float, float]:
-        """Images per second and waiting share in 0 … 1, not counting pauses; then start afresh."""
-        elapsed = self.clock() - self._started - self.paused
-        rate = self.images / elapsed if elapsed > 0 else 0.0
-        share = min(1.0, self.waited / elapsed) if elapsed > 0 else 0.0
-        self.images, self.waited, self.paused, self._started = 0, 0.0, 0.0, self.clock()
-        return rate, share
+    def read_and_reset(self) -> tuple[float, float]:
+        """Return images per second and the waiting fraction in [0, 1], without pauses, and reset both."""
+        elapsed = self.clock() - self._started - self.pause_seconds
+        rate = self.num_images / elapsed if elapsed > 0 else 0.0
+        waiting = min(1.0, self.wait_seconds / elapsed) if elapsed > 0 else 0.0
+        self.num_images, self.wait_seconds, self.pause_seconds, self._started = 0, 0.0, 0.0, self.clock()
+        return rate, waiting
 
 
 class RunLogger:
-    """Shows how a run goes, and records its metrics.
+    """Prints messages and progress of a run, and records its metrics.
 
     Args:
-        folder: the run's folder; None only shows.
-        quiet: show and record nothing, as on other ranks than the first.
+        folder: the run's folder; None to record nothing.
+        quiet: print and record nothing, as on all ranks but the first.
 
     Raises:
-        UserError: if the folder's name is not UTF-8, under which TensorBoard cannot write.
+        UserError: if the folder's name is not UTF-8, which TensorBoard needs.
     """
 
     def __init__(self, folder: Path | None = None, quiet: bool = False) -> None:
         if folder is not None and not _is_utf8(str(folder)):
             raise UserError(
-                f"the name of the run's folder {str(folder)!r} is not UTF-8, under which TensorBoard cannot "
-                "write. Give --out another name."
+                f"The name of the run's folder {str(folder)!r} is not UTF-8, which TensorBoard needs. Give "
+                "--out another name."
             )
         self.folder, self.quiet = folder, quiet
         self.console = Console(quiet)
         self._writers: list[MetricWriter] = []
         self._progress: Progress | None = None
 
-    def say(self, text: str) -> None:
-        """Show a line."""
-        self.console.say(text)
+    def info(self, text: str) -> None:
+        """Print a message."""
+        self.console.info(text)
 
-    def warn(self, text: str) -> None:
-        """Show a line that should not be overlooked."""
-        self.console.warn(text)
+    def warning(self, text: str) -> None:
+        """Print a message as a warning."""
+        self.console.warning(text)
 
     # ------------------------------------------------------------------ metrics
 
-    def open(self, at_step: int) -> None:
-        """Start recording at a step: whatever was recorded beyond it is removed."""
+    def open(self, step: int) -> None:
+        """Start recording at a step, and remove what was recorded after it."""
         if self.folder is None or self.quiet:
             return
-        cut_rows(self.folder / _SKIPPED, at_step)
-        record = JsonlWriter(self.folder, at_step)
+        truncate_rows(self.folder / _SKIPPED_FILE, step)
+        record = JsonlWriter(self.folder, step)
         self._writers = [record]
         self._writers.append(TensorBoardWriter(self.folder, record.history))
 
-    def row(self, row: Mapping[str, Any]) -> None:
-        """Record the metrics of a step, and show those that people follow."""
+    def log_metrics(self, row: Mapping[str, Any]) -> None:
+        """Record the metrics of a step, and print the most important ones."""
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
         for writer in self._writers:
             writer.write(finite)
         if self._progress is not None:
-            status = describe(row, self._progress.remaining(row["step"]))
-            self._progress.show(row["step"], status)
+            status = format_metrics(row, self._progress.remaining(row["step"]))
+            self._progress.update(row["step"], status)
 
-    def skipped(self, step: int, ids: list[int]) -> None:
-        """Record a step whose gradient was not finite, and the ids of the samples that were in it."""
-        self.warn(f"step {step} gave a gradient that is not finite; the weights were not changed by it")
+    def log_skipped_step(self, step: int, ids: list[int]) -> None:
+        """Record a skipped step, whose gradient was not finite, and the ids of its samples."""
+        self.warning(f"The gradient of step {step} is not finite. The step was skipped.")
         if self.folder is not None and not self.quiet:
-            with (self.folder / _SKIPPED).open("a", encoding="utf-8") as file:
+            with (self.folder / _SKIPPED_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "ids": ids}) + "\n")
 
     # ------------------------------------------------------------------ progress
 
     def start_progress(self, steps: int, done: int) -> None:
-        """Show a bar on a terminal, or a line now and then elsewhere."""
+        """Show a `Progress` of the run's steps."""
         self._progress = Progress(self.console, steps, done)
 
     def advance(self, step: int) -> None:
-        """Move the bar."""
+        """Set the number of completed steps."""
         if self._progress is not None:
             self._progress.advance(step)
 
     def close(self) -> None:
-        """Take down the bar and close the files."""
+        """Remove the progress bar and close the files."""
         if self._progress is not None:
             self._progress.close()
             self._progress = None
@@ -117,12 +117,12 @@ class RunLogger:
         self._writers = []
 
 
-def describe(row: Mapping[str, Any], remaining: float) -> str:
-    """A row of metrics in one line for people.
+def format_metrics(row: Mapping[str, Any], remaining: float) -> str:
+    """Format the most important metrics in one line.
 
     Args:
-        row: of a training step.
-        remaining: seconds that the rest of the run will take.
+        row: the metrics of a training step.
+        remaining: estimated seconds until the end of the run.
     """
     parts = [f"loss {row['loss']:.4f}"]
     if row.get("val_loss") is not None:
@@ -132,7 +132,7 @@ def describe(row: Mapping[str, Any], remaining: float) -> str:
     parts.append(f"lr {row['lr']:.2e}")
     parts.append(f"{row['images_per_s']:.0f} images/s")
     parts.append(f"data {row['data_wait']:.0%}")
-    parts.append(f"{duration(remaining)} left")
+    parts.append(f"{format_duration(remaining)} left")
     return "  ".join(parts)
 
 

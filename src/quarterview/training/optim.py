@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups, and the learning rate over a run."""
+"""AdamW, its parameter groups, and the learning rate schedule."""
 
 import math
 import re
@@ -8,54 +8,56 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quarterview.training.sharding import cut_like
+from quarterview.training.sharding import shard_like
 
-WARMUP_SHARE = 40 / 800
-"""The paper warms up for 40 of 800 epochs; shorter runs do in proportion."""
+WARMUP_RATIO = 40 / 800
+"""Ratio of the run that is warm-up by default: the paper's 40 of 800 epochs."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up from exactly 0, then half a cosine to the floor, a value for every update."""
+    """A learning rate for every update: linear warm-up from exactly 0, then half a cosine down to
+    `min_lr`."""
 
-    peak: float
+    peak_lr: float
     warmup_steps: int
     total_steps: int
-    floor: float = 0.0
+    min_lr: float = 0.0
 
     def lr(self, step: int) -> float:
-        """The learning rate of update `step`, counted from 0."""
+        """Return the learning rate of update `step`, counted from 0."""
         if step < self.warmup_steps:
-            return self.peak * step / self.warmup_steps
+            return self.peak_lr * step / self.warmup_steps
         progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
-        return self.floor + (self.peak - self.floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        return self.min_lr + (self.peak_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def warmup_steps(
+def compute_warmup_steps(
     warmup_epochs: float | None, steps_per_epoch: float, total_steps: int
 ) -> tuple[int, str | None]:
-    """The updates of warm-up, and what to say if it is not what was asked for.
+    """Return the number of warm-up updates, and a warning if it differs from the requested number, else None.
 
-    A warm-up as long as the run or longer would never reach the learning rate; it shrinks to the
-    paper's proportion, 5% of the run.
+    A warm-up that is as long as the run would never reach the peak learning rate. It is shortened to
+    `WARMUP_RATIO` of the run.
     """
-    proportion = round(total_steps * WARMUP_SHARE)
+    default = round(total_steps * WARMUP_RATIO)
     if warmup_epochs is None:
-        return proportion, None
-    asked = round(warmup_epochs * steps_per_epoch)
-    if asked < total_steps:
-        return asked, None
-    return proportion, (
-        f"a warm-up of {warmup_epochs:g} epochs ({asked} updates) does not fit a run of {total_steps} "
-        f"updates; it shrinks to {proportion}, the paper's proportion"
+        return default, None
+    requested = round(warmup_epochs * steps_per_epoch)
+    if requested < total_steps:
+        return requested, None
+    return default, (
+        f"The warm-up of {warmup_epochs:g} epochs ({requested} updates) does not fit a run of {total_steps} "
+        f"updates. It is shortened to {default} updates, 5% of the run as in the paper."
     )
 
 
-def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameter groups as the official code makes them: vectors and biases are not decayed.
+def param_groups_weight_decay(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Return AdamW's parameter groups of pre-training, as in the official code: vectors and biases are not
+    decayed.
 
-    So the cls and the mask token, which have three dimensions, are. Frozen parameters are in no
-    group. Each group carries the `names` of its parameters.
+    The cls and the mask token have three dimensions and are decayed. Frozen parameters are in no group. Each
+    group has the `names` of its parameters.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     plain = [(name, p) for name, p in named if p.ndim <= 1 or name.endswith(".bias")]
@@ -66,8 +68,8 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def layer_id(name: str, depth: int) -> int:
-    """The layer that a parameter of a vision transformer counts to, as in the official fine-tuning.
+def get_layer_id(name: str, depth: int) -> int:
+    """Return the layer index of a vision transformer's parameter, as in the official fine-tuning code.
 
     Tokens, positions and the patch embedding are layer 0, block i is layer i + 1, and everything
     after the blocks is layer depth + 1.
@@ -78,25 +80,25 @@ def layer_id(name: str, depth: int) -> int:
     return int(block[1]) + 1 if block else depth + 1
 
 
-def layer_decay_groups(
+def param_groups_layer_decay(
     module: nn.Module, weight_decay: float, layer_decay: float, depth: int, prefix: str = ""
 ) -> list[dict]:
-    """Parameter groups whose learning rates fall by `layer_decay` with every layer from the head.
+    """Return parameter groups with layer-wise learning rate decay, as in the official fine-tuning code.
 
-    As the official fine-tuning makes them: a group's ``lr_scale`` is ``layer_decay ** (depth + 1 - id)``
-    (see `layer_id`); vectors, biases, the cls token and the positions are not decayed. Frozen
-    parameters are in no group. Each group carries the `names` of its parameters.
+    A group's ``lr_scale`` is ``layer_decay ** (depth + 1 - id)`` (see `get_layer_id`). Vectors, biases, the
+    cls token and the positions have no weight decay. Frozen parameters are in no group. Each group has the
+    `names` of its parameters.
 
     Args:
-        depth: blocks of the transformer.
-        prefix: what stands before the transformer's names in `module`, such as ``"model."``.
+        depth: number of blocks of the transformer.
+        prefix: prefix of the transformer's parameter names in `module`, such as ``"model."``.
     """
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         own = name.removeprefix(prefix)
-        layer, plain = layer_id(own, depth), parameter.ndim <= 1 or own in ("cls_token", "pos_embed")
+        layer, plain = get_layer_id(own, depth), parameter.ndim <= 1 or own in ("cls_token", "pos_embed")
         group = groups.setdefault(
             (layer, plain),
             {
@@ -111,20 +113,20 @@ def layer_decay_groups(
     return list(groups.values())
 
 
-def adamw(
+def create_adamw(
     module: nn.Module, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
 ) -> torch.optim.AdamW:
-    """Fused AdamW over `decay_groups`; its learning rate is set at every step."""
-    return fused_adamw(decay_groups(module, weight_decay), betas)
+    """Create fused AdamW over `param_groups_weight_decay`. Its learning rate is 0 until it is set."""
+    return create_adamw_from_groups(param_groups_weight_decay(module, weight_decay), betas)
 
 
-def fused_adamw(groups: Sequence[dict], betas: tuple[float, float]) -> torch.optim.AdamW:
-    """Fused AdamW over groups of parameters, which may have an ``lr_scale``."""
+def create_adamw_from_groups(groups: Sequence[dict], betas: tuple[float, float]) -> torch.optim.AdamW:
+    """Create fused AdamW over parameter groups, which may have an ``lr_scale``."""
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state under the names of its parameters: ``exp_avg/blocks.0.norm1.bias``, …"""
+def get_optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state by parameter name: ``exp_avg/blocks.0.norm1.bias``, …"""
     return {
         f"{kind}/{name}": value
         for group in optimizer.param_groups
@@ -134,17 +136,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
+    """Load the state that `get_optimizer_tensors` returned."""
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             mine = [key for key in tensors if key.partition("/")[2] == name]
             optimizer.state[parameter] = {
-                key.partition("/")[0]: _placed(tensors[key], parameter) for key in mine
+                key.partition("/")[0]: _move_to_parameter(tensors[key], parameter) for key in mine
             }
 
 
-def _placed(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor of the state where its parameter is: cut likewise if it has the parameter's shape."""
+def _move_to_parameter(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Move a state tensor to its parameter's device, and shard it like the parameter if the shapes are
+    equal."""
     if tensor.shape == parameter.shape:
-        tensor = cut_like(tensor, parameter)
+        tensor = shard_like(tensor, parameter)
     return tensor.to(parameter.device, copy=True)

@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, commit and hardware, for ``run.json``, results and bug reports."""
+"""Provenance: versions, commit and hardware, for ``run.json``, results and bug reports."""
 
 import datetime
 import os
@@ -10,34 +10,35 @@ from typing import Any
 
 import torch
 
-from quarterview.versions import installed_version, own_version
+from quarterview.versions import get_installed_version, get_quarterview_version
 
 _PACKAGES = ("torch", "torchvision", "numpy", "pillow")
 _MORE_PACKAGES = (
     *("timm", "transformers", "safetensors", "pyarrow", "scikit-learn", "pydantic", "tyro"),
     *("tensorboard", "huggingface-hub", "onnx", "onnxruntime", "lightly"),
 )
-"""What a bug report says besides."""
+"""Further packages whose versions a bug report lists."""
 
 
-def provenance(argv: Sequence[str]) -> dict[str, Any]:
-    """What it takes to trace a result: the command line, versions, commit, hardware and date.
+def collect_provenance(argv: Sequence[str]) -> dict[str, Any]:
+    """Return what is needed to trace a result: command line, versions, commit, hardware and date.
 
     Args:
-        argv: the command line; empty where Python called.
+        argv: the command line; empty for a call from Python.
     """
     return {
         "argv": list(argv),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {"quarterview": own_version()} | {name: installed_version(name) for name in _PACKAGES},
+        "versions": {"quarterview": get_quarterview_version()}
+        | {name: get_installed_version(name) for name in _PACKAGES},
         "python": platform.python_version(),
-        "git": git_state(),
-        "hardware": hardware(),
+        "git": read_git_revision(),
+        "hardware": describe_hardware(),
     }
 
 
-def git_state() -> str | None:
-    """The commit of the working folder and whether it is changed; None outside a repository."""
+def read_git_revision() -> str | None:
+    """Return the commit of the working folder, ``-dirty`` if it was changed; None outside a repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
@@ -46,8 +47,8 @@ def git_state() -> str | None:
     return done.stdout.strip() or None
 
 
-def hardware() -> dict[str, Any]:
-    """What this runs on."""
+def describe_hardware() -> dict[str, Any]:
+    """Return the machine type, cores, torch threads and GPUs."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "machine": platform.machine(),
@@ -57,12 +58,14 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def environment() -> dict[str, str]:
-    """Versions, processor and devices, as a bug report needs them: names and values, in order."""
-    packages = {name: installed_version(name) or "not installed" for name in (*_PACKAGES, *_MORE_PACKAGES)}
+def describe_environment() -> dict[str, str]:
+    """Return versions, processor and devices by name, in the order of a bug report."""
+    packages = {
+        name: get_installed_version(name) or "not installed" for name in (*_PACKAGES, *_MORE_PACKAGES)
+    }
     cuda = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if torch.version.cuda else ""
     return {
-        "quarterview": own_version(),
+        "quarterview": get_quarterview_version(),
         **packages,
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "system": platform.platform(),

@@ -1,4 +1,4 @@
-"""Weights in and out: open those of others, convert them, export ours."""
+"""Load weights of this package and of other libraries, and export them to other libraries."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -9,41 +9,43 @@ if TYPE_CHECKING:
     from quarterview.weights.export.timm import export_timm
     from quarterview.weights.export.torch_export import export_torch_export
     from quarterview.weights.export.transformers import export_transformers
-    from quarterview.weights.export.verify import Exported
-    from quarterview.weights.facts import Facts, facts_of
+    from quarterview.weights.export.verify import ExportResult
+    from quarterview.weights.facts import ModelInfo, read_model_info
     from quarterview.weights.hub import push
     from quarterview.weights.loading import load, load_into
 
-_HOMES = {
-    "Exported": "export.verify",
-    "Facts": "facts",
+_MODULES = {
+    "ExportResult": "export.verify",
+    "ModelInfo": "facts",
     "export_onnx": "export.onnx",
     "export_safetensors": "export.safetensors",
     "export_timm": "export.timm",
     "export_torch_export": "export.torch_export",
     "export_transformers": "export.transformers",
-    "facts_of": "facts",
     "load": "loading",
     "load_into": "loading",
     "push": "hub",
+    "read_model_info": "facts",
 }
 
 __all__ = [
-    "Exported",
-    "Facts",
+    "ExportResult",
+    "ModelInfo",
     "export_onnx",
     "export_safetensors",
     "export_timm",
     "export_torch_export",
     "export_transformers",
-    "facts_of",
     "load",
     "load_into",
     "push",
+    "read_model_info",
 ]
 
 
-def __getattr__(name: str) -> Any:  # so that `quarterview.weights.config` loads no torch
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+def __getattr__(
+    name: str,
+) -> Any:  # lazy, so that importing `quarterview.weights.config` does not import torch
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Say what weights are, wherever they are from, and how two of them differ."""
+"""Describe weights of any supported source, and compare two of them."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -7,75 +7,84 @@ from typing import NamedTuple
 from torch import Tensor
 
 from quarterview.models.classifier import ClassifierConfig
-from quarterview.models.config import MAEConfig, ViTConfig, keep_count
+from quarterview.models.config import MAEConfig, ViTConfig, compute_num_visible
 from quarterview.training.metric_writers import read_metrics
-from quarterview.weights.loading import Weights, read
+from quarterview.weights.loading import Weights, read_weights
 
-_CLASSES_SHOWN = 12
-_PARTS = {
+_MAX_CLASSES_SHOWN = 12
+_PART_PREFIXES = {
     "embedding": ("patch_embed", "cls_token", "pos_embed"),
     "blocks": ("blocks", "norm", "fc_norm"),
     "decoder": ("decoder", "mask_token", "target"),
     "head": ("head",),
 }
-"""Where a parameter belongs, by how its name begins."""
+"""The parts of a model, and the prefixes of the names of their parameters."""
 
 
-def inspect(given: str) -> list[tuple[str, str]]:
-    """What is known about weights from anywhere: names and values, in order.
+def inspect_weights(source: str) -> list[tuple[str, str]]:
+    """Describe weights of any supported source: pairs of a property and its value, in display order.
 
     Raises:
-        UserError: if they are not understood.
+        UserError: if the weights cannot be read.
     """
-    weights = read(given)
+    weights = read_weights(source)
     config, shape = weights.config, weights.config.shape
     height, width = config.image_size
     several = f", {config.cls_tokens} cls tokens" if config.cls_tokens > 1 else ""
     rows = [
         ("kind", weights.kind),
-        ("weights", str(weights.file or given)),
-        ("model", f"{config.model}: {shape.width} wide, {shape.depth} blocks, {shape.heads} heads{several}"),
+        ("weights", str(weights.file or source)),
+        (
+            "model",
+            f"{config.model}: {shape.width} wide, {shape.depth} blocks, {shape.num_heads} heads{several}",
+        ),
         (
             "images",
-            f"{height}×{width}, {config.in_chans} channels, {config.patches} patches of {shape.patch_size}",
+            f"{height}×{width}, {config.in_chans} channels, "
+            f"{config.num_patches} patches of {shape.patch_size}×{shape.patch_size}",
         ),
-        ("parameters", ", ".join(f"{part} {count:,}" for part, count in parameters(weights.tensors).items())),
-        *(_task(config, weights) if isinstance(config, MAEConfig) else _head(config)),
-        ("mean", _numbers(config.mean)),
-        ("std", _numbers(config.std)),
-        ("good for", uses(weights)),
+        (
+            "parameters",
+            ", ".join(f"{part} {count:,}" for part, count in count_parameters(weights.tensors).items()),
+        ),
+        *(_describe_decoder(config, weights) if isinstance(config, MAEConfig) else _describe_head(config)),
+        ("mean", _format_numbers(config.mean)),
+        ("std", _format_numbers(config.std)),
+        ("usable with", describe_uses(weights)),
     ]
     rows += [("note", note) for note in weights.warnings]
-    return rows + _last_metrics(Path(given))
+    return rows + _describe_last_metrics(Path(source))
 
 
-def parameters(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """How many numbers each part holds."""
-    found: dict[str, int] = {}
+def count_parameters(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Return the number of parameters in each part of a model."""
+    counts: dict[str, int] = {}
     for name, tensor in tensors.items():
-        part = next(part for part, starts in _PARTS.items() if name.startswith(starts))
-        found[part] = found.get(part, 0) + tensor.numel()
-    return {part: found[part] for part in _PARTS if part in found}
+        part = next(part for part, prefixes in _PART_PREFIXES.items() if name.startswith(prefixes))
+        counts[part] = counts.get(part, 0) + tensor.numel()
+    return {part: counts[part] for part in _PART_PREFIXES if part in counts}
 
 
-def uses(weights: Weights) -> str:
-    """The commands that take such weights."""
+def describe_uses(weights: Weights) -> str:
+    """Return the commands that accept such weights, in words."""
     frozen = "knn, linear, embed, look, compare, finetune, export"
     if isinstance(weights.config, ClassifierConfig):
-        return f"classifying; {frozen}; pretrain --init-from takes its encoder"
-    if weights.has_decoder and weights.config.predicts_pictures:
+        return f"classification; {frozen}; pretrain --init-from (the encoder only)"
+    if weights.has_decoder and weights.config.can_reconstruct:
         return f"{frozen}, reconstruct, pretrain --init-from"
     if weights.has_decoder:
-        what = weights.config.described_target
-        return f"{frozen}, pretrain --init-from; not reconstruct, for {what} are no picture"
-    return f"{frozen}, pretrain --init-from with a fresh decoder; not reconstruct, which wants a trained one"
+        target = weights.config.target_description
+        return f"{frozen}, pretrain --init-from; not reconstruct, because {target} are not images"
+    return (
+        f"{frozen}, pretrain --init-from with a new decoder; not reconstruct, which needs a trained decoder"
+    )
 
 
-def _task(config: MAEConfig, weights: Weights) -> list[tuple[str, str]]:
+def _describe_decoder(config: MAEConfig, weights: Weights) -> list[tuple[str, str]]:
     if not weights.has_decoder:
         return [("decoder", "none")]
-    visible = keep_count(config.patches, config.mask_ratio)
-    predicted = f", {config.predict_share:.0%} of the hidden predicted" if config.predict_share < 1 else ""
+    visible = compute_num_visible(config.num_patches, config.mask_ratio)
+    predicted = f", {config.predict_ratio:.0%} of the masked predicted" if config.predict_ratio < 1 else ""
     fused = " ".join(map(str, config.fused_blocks))
     return [
         (
@@ -83,25 +92,25 @@ def _task(config: MAEConfig, weights: Weights) -> list[tuple[str, str]]:
             f"{config.decoder}, {config.decoder_width} wide, {config.decoder_depth} blocks, "
             f"{config.decoder_heads} heads",
         ),
-        ("masks", f"{config.mask}, {config.mask_ratio:.0%} hidden, {visible} patches visible{predicted}"),
-        ("target", config.described_target),
+        ("masks", f"{config.mask}, {config.mask_ratio:.0%} masked, {visible} patches visible{predicted}"),
+        ("target", config.target_description),
         *([("fused", f"blocks {fused} and the last")] if fused else []),
     ]
 
 
-def _head(config: ClassifierConfig) -> list[tuple[str, str]]:
-    names = f": {', '.join(config.class_names[:_CLASSES_SHOWN])}" if config.class_names else ""
-    more = ", …" if config.class_names and len(config.class_names) > _CLASSES_SHOWN else ""
+def _describe_head(config: ClassifierConfig) -> list[tuple[str, str]]:
+    names = f": {', '.join(config.class_names[:_MAX_CLASSES_SHOWN])}" if config.class_names else ""
+    more = ", …" if config.class_names and len(config.class_names) > _MAX_CLASSES_SHOWN else ""
     of_cls = "the cls token" if config.cls_tokens == 1 else "the mean of the cls tokens"
     read_from = "the mean of the patch tokens" if config.pool == "mean" else of_cls
     return [("head", f"{config.classes} classes{names}{more}, read from {read_from}")]
 
 
-def _numbers(values: tuple[float, ...] | None) -> str:
+def _format_numbers(values: tuple[float, ...] | None) -> str:
     return "not recorded" if values is None else " ".join(f"{value:.4f}" for value in values)
 
 
-def _last_metrics(path: Path) -> list[tuple[str, str]]:
+def _describe_last_metrics(path: Path) -> list[tuple[str, str]]:
     rows = read_metrics(path) if path.is_dir() else []
     if not rows:
         return []
@@ -113,93 +122,103 @@ def _last_metrics(path: Path) -> list[tuple[str, str]]:
     ]
 
 
-# ---------------------------------------------------------------------- two of them
+# ---------------------------------------------------------------------- comparison
 
 
-class Difference(NamedTuple):
-    """In what two weights differ."""
+class WeightsDifference(NamedTuple):
+    """The differences between two sets of weights."""
 
-    configs: list[tuple[str, str, str]]
-    """What differs of their kinds and configurations, see `configured`."""
-    parts: list[tuple[str, str, str, str, str]]
-    """The parts and how their tensors differ, see `parts`."""
-    tensors: list[tuple[str, str, str]]
-    """The names of tensors that only one has or that have other shapes, see `odd_tensors`."""
-    same: bool
-    """Whether they hold the same tensors."""
+    config_rows: list[tuple[str, str, str]]
+    """Differences of type and configuration, see `compare_configs`."""
+    part_rows: list[tuple[str, str, str, str, str]]
+    """Statistics of each part of the model, see `compare_parts`."""
+    mismatched_tensors: list[tuple[str, str, str]]
+    """Tensors that one side lacks or that differ in shape, see `find_mismatched_tensors`."""
+    is_identical: bool
+    """True if names and values of all tensors are equal."""
 
 
-def compare_weights(one: str, other: str) -> Difference:
-    """Compare two weights: their configurations, and their tensors part by part.
+def compare_weights(one: str, other: str) -> WeightsDifference:
+    """Compare the configurations and the tensors of two sets of weights.
 
     Raises:
-        UserError: if one of them is not understood.
+        UserError: if one of them cannot be read.
     """
-    first, second = read(one), read(other)
-    same = first.tensors.keys() == second.tensors.keys() and all(
+    first, second = read_weights(one), read_weights(other)
+    is_identical = first.tensors.keys() == second.tensors.keys() and all(
         tensor.equal(second.tensors[name]) for name, tensor in first.tensors.items()
     )
-    return Difference(
-        configured(first, second),
-        parts(first.tensors, second.tensors),
-        odd_tensors(first.tensors, second.tensors),
-        same,
+    return WeightsDifference(
+        compare_configs(first, second),
+        compare_parts(first.tensors, second.tensors),
+        find_mismatched_tensors(first.tensors, second.tensors),
+        is_identical,
     )
 
 
-def configured(first: Weights, second: Weights) -> list[tuple[str, str, str]]:
-    """What differs of two kinds and configurations; what only one has stands against a dash."""
+def compare_configs(first: Weights, second: Weights) -> list[tuple[str, str, str]]:
+    """Return rows (field, first, second) of the fields that differ; a dash where a side has no such field."""
     rows = [("kind", first.kind, second.kind)]
     for name in dict.fromkeys(f.name for weights in (first, second) for f in fields(weights.config)):
-        rows.append((name, _field(first, name), _field(second, name)))
+        rows.append((name, _format_field(first, name), _format_field(second, name)))
     return [row for row in rows if row[1] != row[2]]
 
 
-def _field(weights: Weights, name: str) -> str:
+def _format_field(weights: Weights, name: str) -> str:
     value = getattr(weights.config, name, None)
-    if isinstance(weights.config, MAEConfig) and not weights.has_decoder and name in _OF_A_DECODER:
+    if isinstance(weights.config, MAEConfig) and not weights.has_decoder and name in _DECODER_FIELDS:
         return "–"
     if name in ("mean", "std"):
-        return _numbers(value)
+        return _format_numbers(value)
     return "–" if value is None else " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-_OF_A_DECODER = {field.name for field in fields(MAEConfig)} - {field.name for field in fields(ViTConfig)}
+_DECODER_FIELDS = {field.name for field in fields(MAEConfig)} - {field.name for field in fields(ViTConfig)}
 
 
-def parts(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[tuple[str, str, str, str, str]]:
-    """A row for each part: how many tensors are equal, differ, by how much at most, and are alone."""
+def compare_parts(
+    first: dict[str, Tensor], second: dict[str, Tensor]
+) -> list[tuple[str, str, str, str, str]]:
+    """Return a row for each part: part, equal tensors, different ones, largest difference, unmatched ones.
+
+    Unmatched tensors are on one side only, or have another shape on the other side.
+    """
     rows = []
-    for part, starts in _PARTS.items():
-        mine, theirs = (
-            {name: tensor for name, tensor in tensors.items() if name.startswith(starts)}
+    for part, prefixes in _PART_PREFIXES.items():
+        one, other = (
+            {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
             for tensors in (first, second)
         )
-        both = [name for name in mine if name in theirs and mine[name].shape == theirs[name].shape]
-        changed = [name for name in both if not mine[name].equal(theirs[name].to(mine[name].dtype))]
-        gaps = [float((mine[name].double() - theirs[name].double()).abs().max()) for name in changed]
-        alone = len(mine.keys() | theirs.keys()) - len(both)
-        if mine or theirs:
-            shown = f"{max(gaps):.3g}" if gaps else "–"
-            rows.append((part, str(len(both) - len(changed)), str(len(changed)), shown, str(alone)))
+        both = [name for name in one if name in other and one[name].shape == other[name].shape]
+        changed = [name for name in both if not one[name].equal(other[name].to(one[name].dtype))]
+        differences = [float((one[name].double() - other[name].double()).abs().max()) for name in changed]
+        num_unmatched = len(one.keys() | other.keys()) - len(both)
+        if one or other:
+            largest = f"{max(differences):.3g}" if differences else "–"
+            rows.append((part, str(len(both) - len(changed)), str(len(changed)), largest, str(num_unmatched)))
     return rows
 
 
-def odd_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[tuple[str, str, str]]:
-    """The tensors of a part that both have, which only one has or which have another shape."""
+def find_mismatched_tensors(
+    first: dict[str, Tensor], second: dict[str, Tensor]
+) -> list[tuple[str, str, str]]:
+    """Return rows (name, first shape, second shape) of tensors that one side lacks or that differ in shape.
+
+    Parts that one side lacks completely, such as a decoder, are left out.
+    """
     shared = {
         part
-        for part, starts in _PARTS.items()
-        if all(any(name.startswith(starts) for name in tensors) for tensors in (first, second))
+        for part, prefixes in _PART_PREFIXES.items()
+        if all(any(name.startswith(prefixes) for name in tensors) for tensors in (first, second))
     }
     names = [
         name
         for name in dict.fromkeys([*first, *second])
-        if next(part for part, starts in _PARTS.items() if name.startswith(starts)) in shared
+        if next(part for part, prefixes in _PART_PREFIXES.items() if name.startswith(prefixes)) in shared
     ]
-    shapes = [(name, _shape(first.get(name)), _shape(second.get(name))) for name in names]
+    shapes = [(name, _format_shape(first.get(name)), _format_shape(second.get(name))) for name in names]
     return [row for row in shapes if row[1] != row[2]]
 
 
-def _shape(tensor: Tensor | None) -> str:
-    return "not" if tensor is None else "×".join(map(str, tensor.shape))
+def _format_shape(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else "×".join(map(str, tensor.shape))

@@ -1,4 +1,4 @@
-"""How a picture becomes the input of a model, said in each format's own way."""
+"""Describe how images are prepared for a model, in the format of each library."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -7,40 +7,43 @@ from typing import Any
 from quarterview.models.config import ViTConfig
 
 _PAPER_SIZE, _PAPER_CROP_PCT = (224, 224), 224 / 256
-_BICUBIC = 3  # Pillow's number for it
+_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From a picture to float [C, H, W]: crop centrally, resize, scale to 0…1, normalise."""
+    """Preparation of an image for a model: center crop, resize, scale to 0…1, normalise -> float [C, H, W].
+
+    The field names are keys of the JSON that exports contain, so they must not change.
+    """
 
     size: tuple[int, int]
-    """Height and width."""
+    """Height and width in pixels."""
     channels: int
-    """How many there are."""
+    """Number of channels."""
     mean: tuple[float, ...]
-    """Channel means, of pixels in 0…1, that are taken away."""
+    """Mean of each channel, for pixels in 0…1."""
     std: tuple[float, ...]
-    """Channel deviations that the rest is divided by."""
+    """Standard deviation of each channel, for pixels in 0…1."""
     recorded: bool
-    """Whether the model says its mean and std; if it does not they are 0 and 1, which change nothing."""
+    """False if the model does not record mean and std. They are then 0 and 1, which change nothing."""
     crop_pct: float
-    """Share of the sides of the largest central box that is looked at."""
+    """Side of the center crop, as a fraction of the side of the largest centered box of the same shape."""
     interpolation: str = "bicubic"
-    """With antialiasing."""
+    """Interpolation of the resizing, with antialiasing."""
 
-    def as_json(self) -> str:
-        """For the formats that have no way of their own."""
+    def to_json(self) -> str:
+        """Return all fields as JSON, for formats without a preprocessing description of their own."""
         return json.dumps(asdict(self))
 
 
-def preprocessing_of(config: ViTConfig, crop_pct: float | None = None) -> Preprocessing:
-    """What a model wants.
+def get_preprocessing(config: ViTConfig, crop_pct: float | None = None) -> Preprocessing:
+    """Return the preprocessing that a model expects.
 
     Args:
-        config: of the model.
-        crop_pct: that it was judged with; by default 0.875 for 224 × 224 pixels, as the paper's, and 1
-            for other sizes.
+        config: the model's configuration.
+        crop_pct: center-crop fraction that the model was evaluated with. By default 0.875 for 224 × 224
+            pixels, as in the paper, and 1 for other sizes.
     """
     height, width = config.image_size
     if crop_pct is None:
@@ -52,32 +55,32 @@ def preprocessing_of(config: ViTConfig, crop_pct: float | None = None) -> Prepro
     return Preprocessing((height, width), channels, mean, std, recorded, crop_pct)
 
 
-def for_timm(wanted: Preprocessing) -> dict[str, Any]:
-    """The fields of timm's ``pretrained_cfg``, which ``timm.data.resolve_data_config`` reads."""
+def to_timm_cfg(preprocessing: Preprocessing) -> dict[str, Any]:
+    """Return the fields of timm's ``pretrained_cfg`` that ``timm.data.resolve_data_config`` reads."""
     return {
-        "input_size": [wanted.channels, *wanted.size],
+        "input_size": [preprocessing.channels, *preprocessing.size],
         "fixed_input_size": True,
-        "interpolation": wanted.interpolation,
-        "crop_pct": wanted.crop_pct,
+        "interpolation": preprocessing.interpolation,
+        "crop_pct": preprocessing.crop_pct,
         "crop_mode": "center",
-        "mean": list(wanted.mean),
-        "std": list(wanted.std),
+        "mean": list(preprocessing.mean),
+        "std": list(preprocessing.std),
     }
 
 
-def for_transformers(wanted: Preprocessing) -> dict[str, Any]:
-    """The content of ``preprocessor_config.json``.
+def to_transformers_config(preprocessing: Preprocessing) -> dict[str, Any]:
+    """Return the content of ``preprocessor_config.json`` for transformers' ``ViTImageProcessor``.
 
-    ``ViTImageProcessor`` cannot crop: it resizes the whole picture to height × width.
+    ``ViTImageProcessor`` cannot crop: it resizes the whole image to height × width.
     """
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
-        "size": {"height": wanted.size[0], "width": wanted.size[1]},
+        "size": {"height": preprocessing.size[0], "width": preprocessing.size[1]},
         "resample": _BICUBIC,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(wanted.mean),
-        "image_std": list(wanted.std),
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
     }

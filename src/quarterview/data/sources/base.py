@@ -1,4 +1,4 @@
-"""What every set of images looks like to the rest of the program."""
+"""The interface of data sources, `Source`, and the tools that work on any of them."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,15 +12,16 @@ from quarterview.errors import UserError
 
 
 class BadSampleError(Exception):
-    """One image cannot be used: broken, hostile or empty. The loader replaces and records it."""
+    """An image cannot be used: it is broken, hostile or empty. The loader replaces and records it."""
 
 
-class Picture(NamedTuple):
-    """One decoded image.
+class DecodedImage(NamedTuple):
+    """A decoded image.
 
-    `pixels` is uint8 [C, H, W], or float32 [C, H, W] where the file holds more than eight bits:
-    16-bit integers divided by 65535, floating-point arrays as they are. `notes` says in a few
-    words each thing that was done to it beyond decoding, such as "CMYK converted to RGB".
+    Attributes:
+        pixels: uint8 [C, H, W]; or float32 [C, H, W] if the file holds more than eight bits: 16-bit integers
+            divided by 65535, floating-point arrays unchanged.
+        notes: a short remark on each conversion beyond decoding, such as "CMYK converted to RGB".
     """
 
     pixels: Tensor
@@ -28,119 +29,125 @@ class Picture(NamedTuple):
 
 
 class Source(Protocol):
-    """A sequence of images, some of which may be labelled or broken.
+    """A sequence of images, with or without labels. Some images may be broken.
 
-    Sources travel to worker processes by pickling, so they open files late and keep no handles.
+    Sources are pickled when they are sent to worker processes, so they open files late and keep no handles.
     """
 
     classes: Sequence[str] | None
-    """The names of the labels 0, 1, …; None where there are no labels, or they have no names."""
+    """The names of the labels 0, 1, …; None if there are no labels, or they have no names."""
 
     def __len__(self) -> int: ...
 
-    def image(self, index: int) -> Picture:
-        """Decode image `index`. Raises BadSampleError if that image is unusable, and UserError if the
-        set as a whole does not fit the request (a number of channels that cannot be met)."""
+    def image(self, index: int) -> DecodedImage:
+        """Decode image `index`.
+
+        Raises:
+            BadSampleError: if this image cannot be used.
+            UserError: if no image of the source can be used as requested, for instance with so many channels.
+        """
         ...
 
     def label(self, index: int) -> int | None: ...
 
     def name(self, index: int) -> str:
-        """What a person would call it: a path, or the set and the row."""
+        """Return the name of image `index` for people: its path, or the data set and the row."""
         ...
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits that change when the set changes; cheap even for large sets."""
+        """Return 16 hex digits that change when the data changes. Cheap even for large data sets."""
         ...
 
 
 class Croppable(Protocol):
-    """One image, of which a part may be had for less than the whole."""
+    """An image of which a crop can be decoded faster than the whole image."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the whole picture."""
+        """The height and width of the whole image, in pixels."""
         ...
 
-    def crop(self, box: Sequence[int], image_size: Sequence[int]) -> Picture:
-        """The part in `box` (top, left, height, width), resized to [C, *image_size].
+    def crop(self, box: Sequence[int], image_size: Sequence[int]) -> DecodedImage:
+        """Return the crop `box` (top, left, height, width), resized to [C, *image_size].
 
-        It may be made of a smaller copy of the image, if the box has at least `image_size` pixels in
-        it; so its pixels may differ a little from those of the whole picture. Raises BadSampleError if
-        the image turns out to be unusable.
+        It may be decoded at a reduced scale, if the box then still has at least `image_size` pixels. So its
+        pixels may differ slightly from a crop of the whole image.
+
+        Raises:
+            BadSampleError: if the image cannot be used.
         """
         ...
 
 
 class CropSource(Protocol):
-    """A source that may offer this where crops are cheaper than whole pictures; nothing else differs."""
+    """An optional method of a source whose crops can be decoded faster than whole images."""
 
     def croppable(self, index: int) -> Croppable:
-        """Open image `index`. Raises what `image` does, here or when it is cropped."""
+        """Open image `index`. Raises the errors of `Source.image`, now or when the image is cropped."""
         ...
 
 
 class ShardedSource(Protocol):
-    """A source may offer this where it lies in parts of which each is best read as a whole."""
+    """Optional methods of a source that is stored in shards, each of which is best read sequentially."""
 
     def shard_starts(self) -> np.ndarray:
-        """int64 [shards + 1]: the first image of each part, and the number of all."""
+        """Return int64 [num_shards + 1]: the first image of each shard, and the number of images."""
         ...
 
     @property
     def is_remote(self) -> bool:
-        """Whether it is read over a network."""
+        """True if the source is read over a network."""
         ...
 
 
-class Whole(NamedTuple):
-    """A picture that is there already, to be cropped."""
+class WholeImage(NamedTuple):
+    """A `Croppable` made from an image that is already decoded."""
 
-    picture: Picture
+    image: DecodedImage
 
     @property
     def size(self) -> tuple[int, int]:
-        _, height, width = self.picture.pixels.shape
+        _, height, width = self.image.pixels.shape
         return height, width
 
-    def crop(self, box: Sequence[int], image_size: Sequence[int]) -> Picture:
-        return self.picture._replace(pixels=crop_resize(self.picture.pixels, box, image_size))
+    def crop(self, box: Sequence[int], image_size: Sequence[int]) -> DecodedImage:
+        return self.image._replace(pixels=crop_resize(self.image.pixels, box, image_size))
 
 
-def croppable(source: Source, index: int) -> Croppable:
-    """Image `index` to be cropped, in the cheapest way that its source knows."""
-    own = getattr(source, "croppable", None)  # isinstance would take longer than some crops' decoding
-    return Whole(source.image(index)) if own is None else own(index)
+def open_croppable(source: Source, index: int) -> Croppable:
+    """Open image `index` for cropping, in the fastest way that its source offers."""
+    croppable = getattr(source, "croppable", None)  # isinstance would take longer than decoding some crops
+    return WholeImage(source.image(index)) if croppable is None else croppable(index)
 
 
-def shard_starts(source: Source) -> np.ndarray | None:
-    """Where the parts of a source begin, see `ShardedSource`; None if it has none."""
-    own = getattr(source, "shard_starts", None)
-    return None if own is None else own()
+def get_shard_starts(source: Source) -> np.ndarray | None:
+    """Return where the shards of a source begin, see `ShardedSource`; None if it has no shards."""
+    shard_starts = getattr(source, "shard_starts", None)
+    return None if shard_starts is None else shard_starts()
 
 
 def is_remote(source: Source) -> bool:
-    """Whether a source, or a part of it, is read over a network."""
+    """Return True if a source, or a part of it, is read over a network."""
     return bool(getattr(source, "is_remote", False))
 
 
-def remarks(source: Source) -> list[str]:
-    """What a source says of itself as a whole: a sentence for each thing that is odd about it."""
-    own = getattr(source, "remarks", None)
-    return [] if own is None else own()
+def get_remarks(source: Source) -> list[str]:
+    """Return a sentence on each unusual property of a source as a whole, such as skipped files."""
+    remarks = getattr(source, "remarks", None)
+    return [] if remarks is None else remarks()
 
 
-class Concatenated:
-    """Several sources, one after the other."""
+class ConcatenatedSource:
+    """The images of several sources, one source after the other."""
 
     def __init__(self, parts: Sequence[Source]) -> None:
-        self.parts = list(parts)
-        self.classes = self.parts[0].classes
-        if any(part.classes != self.classes for part in self.parts):
-            self.classes = None  # labels of different sets do not mean the same thing
-        self._mixed = self.classes is None and len(self.parts) > 1
+        self.sources = list(parts)
+        self.classes = self.sources[0].classes
+        if any(part.classes != self.classes for part in self.sources):
+            self.classes = None  # the labels of different data sets do not mean the same
+        self._mixed = self.classes is None and len(self.sources) > 1
         self._starts = [0]
-        for part in self.parts:
+        for part in self.sources:
             self._starts.append(self._starts[-1] + len(part))
 
     def __len__(self) -> int:
@@ -149,18 +156,18 @@ class Concatenated:
     def _find(self, index: int) -> tuple[Source, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside 0..{len(self) - 1}")
-        for part, start in zip(reversed(self.parts), reversed(self._starts[:-1]), strict=True):
+        for part, start in zip(reversed(self.sources), reversed(self._starts[:-1]), strict=True):
             if index >= start:
                 return part, index - start
         raise AssertionError("unreachable: starts[0] is 0")
 
-    def image(self, index: int) -> Picture:
+    def image(self, index: int) -> DecodedImage:
         part, inner = self._find(index)
         return part.image(inner)
 
     def croppable(self, index: int) -> Croppable:
         part, inner = self._find(index)
-        return croppable(part, inner)
+        return open_croppable(part, inner)
 
     def label(self, index: int) -> int | None:
         if self._mixed:
@@ -173,40 +180,39 @@ class Concatenated:
         return part.name(inner)
 
     def shard_starts(self) -> np.ndarray | None:
-        """As of a `ShardedSource`, a source without parts being one; None if no source has any."""
-        found = [shard_starts(part) for part in self.parts]
-        if all(starts is None for starts in found):
+        """Return where shards begin; a source without shards is one. None if no source has shards."""
+        per_source = [get_shard_starts(part) for part in self.sources]
+        if all(starts is None for starts in per_source):
             return None
-        own = [
-            np.array([0, len(part)]) if starts is None else starts
-            for part, starts in zip(self.parts, found, strict=True)
+        shifted = [
+            (np.array([0, len(part)]) if starts is None else starts)[:-1] + first
+            for part, starts, first in zip(self.sources, per_source, self._starts[:-1], strict=True)
         ]
-        begins = [starts[:-1] + first for starts, first in zip(own, self._starts[:-1], strict=True)]
-        return np.concatenate([*begins, [len(self)]])
+        return np.concatenate([*shifted, [len(self)]])
 
     @property
     def is_remote(self) -> bool:
-        return any(is_remote(part) for part in self.parts)
+        return any(is_remote(part) for part in self.sources)
 
     def remarks(self) -> list[str]:
-        return [line for part in self.parts for line in remarks(part)]
+        return [line for part in self.sources for line in get_remarks(part)]
 
     def fingerprint(self) -> str:
-        return digest(*(part.fingerprint() for part in self.parts))
+        return compute_digest(*(part.fingerprint() for part in self.sources))
 
 
-def digest(*parts: object) -> str:
-    """Sixteen hex digits of the parts' text, for fingerprints."""
+def compute_digest(*parts: object) -> str:
+    """Return a hash of the text of the parts, 16 hex digits, for fingerprints."""
     text = "\x1f".join(map(str, parts)).encode("utf-8", "surrogateescape")
     return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
-def labels_of(source: Source) -> list[int]:
-    """Every label of a labelled set. Raises UserError if an image has none."""
+def read_all_labels(source: Source) -> list[int]:
+    """Return the label of every image. Raises UserError if an image has none."""
     labels = [source.label(index) for index in range(len(source))]
     if any(label is None for label in labels):
         raise UserError(
-            "this needs labelled images, and these have no labels; accepted: a folder with one "
-            "sub-folder a class, parquet with a label column, .npz with `labels`, or torchvision sets"
+            "These images have no labels, which are needed. Give a folder with one sub-folder per class, "
+            "Parquet with a label column, .npz with `labels`, or a torchvision data set."
         )
     return [label for label in labels if label is not None]

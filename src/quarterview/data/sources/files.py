@@ -1,4 +1,4 @@
-"""Files of images on a disk, read whole: what is no plain file, and what has changed since it was found."""
+"""Read image files from a disk, and refuse what is not a regular file or has changed since it was found."""
 
 import os
 import stat
@@ -9,11 +9,11 @@ from quarterview.data.sources.base import BadSampleError
 from quarterview.errors import RunError
 
 MAX_BYTES = 1 << 30
-"""Larger files are refused unread: the largest image that is accepted has less, even unpacked."""
+"""The largest file that is read, in bytes. The largest accepted image is smaller, even uncompressed."""
 
-_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-"""The last, because a pipe would wait for someone to write into it."""
-_KINDS = {
+_OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+"""O_NONBLOCK, because opening a pipe would wait until somebody writes into it."""
+_FILE_TYPES = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
@@ -22,65 +22,65 @@ _KINDS = {
 }
 
 
-def kind_of(mode: int) -> str:
-    """What something that is no plain file is, by its `st_mode`."""
-    return _KINDS.get(stat.S_IFMT(mode), "no file")
+def describe_file_type(mode: int) -> str:
+    """Return what a path that is not a regular file is, from its `st_mode`."""
+    return _FILE_TYPES.get(stat.S_IFMT(mode), "not a regular file")
 
 
-def stamp(status: os.stat_result) -> int:
-    """A number below 2³² that changes when a file is written or replaced: of its size and its time."""
+def compute_signature(status: os.stat_result) -> int:
+    """Return a number below 2³² from size and modification time, which changes when a file is rewritten."""
     return zlib.crc32(b"%d %d" % (status.st_size, status.st_mtime_ns))
 
 
-def content(path: Path, stamped: int | None = None) -> bytes:
-    """All bytes of an image file.
+def read_file(path: Path, expected_signature: int | None = None) -> bytes:
+    """Return all bytes of an image file.
 
     Args:
-        path: of the file.
-        stamped: its `stamp` when it was found, if it was.
+        path: path of the file.
+        expected_signature: the file's signature when it was found; None to accept any.
 
     Raises:
-        BadSampleError: if it cannot be read, is too large, is no plain file, or is not the one found.
+        BadSampleError: if the file cannot be read, is too large, is not a regular file, or has changed.
     """
     try:
-        with os.fdopen(os.open(path, _FLAGS), "rb") as file:
+        with os.fdopen(os.open(path, _OPEN_FLAGS), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise BadSampleError(f"cannot be read: it is {kind_of(status.st_mode)}")
+                raise BadSampleError(f"cannot be read: it is {describe_file_type(status.st_mode)}")
             if status.st_size > MAX_BYTES:
                 raise BadSampleError(
-                    f"cannot be read: {status.st_size:,} bytes; accepted: up to {MAX_BYTES:,}"
+                    f"cannot be read: it has {status.st_size:,} bytes, more than {MAX_BYTES:,}"
                 )
-            if stamped is not None and stamp(status) != stamped:
-                raise BadSampleError("was changed after the images were looked for: another size or time")
+            if expected_signature is not None and compute_signature(status) != expected_signature:
+                raise BadSampleError("was changed after the folder was listed: another size or time")
             return file.read(status.st_size)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise BadSampleError(f"cannot be read: {error}") from error
 
 
-def stamped(path: Path) -> int | None:
-    """The `stamp` of a file; None if there is none."""
+def get_signature(path: Path) -> int | None:
+    """Return the signature of a file; None if the file does not exist."""
     try:
-        return stamp(path.stat())
+        return compute_signature(path.stat())
     except OSError:
         return None
 
 
-def check_unchanged(path: Path, before: int | None) -> None:
-    """Raises RunError if a file, of which much depends, is not the one whose stamp this is."""
-    if stamped(path) != before:
-        raise changed(path)
+def check_unchanged(path: Path, expected_signature: int | None) -> None:
+    """Raise RunError if a file does not have the expected signature any more."""
+    if get_signature(path) != expected_signature:
+        raise make_changed_error(path)
 
 
-def changed(path: str | Path) -> RunError:
-    """What is said of a file that is not the one that it was."""
+def make_changed_error(path: str | Path) -> RunError:
+    """Create the error for a file that has changed during a run."""
     return RunError(
-        f"{path} was changed, replaced or removed while this was running; accepted: the file as it was, "
-        "with which the same command goes on, or a new run"
+        f"{path} was changed, replaced or removed during the run. Restore the file and give the same command "
+        "to continue, or start a new run."
     )
 
 
-def printable(name: bytes) -> str:
-    """A name for people: what is no UTF-8, or would not be printed, in escapes."""
+def to_printable(name: bytes) -> str:
+    """Return a name with escapes for bytes that are not UTF-8 and for characters that cannot be printed."""
     text = name.decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

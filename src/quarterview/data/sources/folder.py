@@ -1,4 +1,4 @@
-"""Image files on a disk: a whole folder, or a list of paths."""
+"""Sources that read image files: a folder with its sub-folders, or a list of paths."""
 
 import hashlib
 import os
@@ -8,22 +8,22 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from quarterview.data.decode import SUFFIXES, croppable_file, decode
-from quarterview.data.sources.base import Croppable, Picture, digest
-from quarterview.data.sources.files import content, kind_of, printable, stamp
-from quarterview.errors import UserError
+from quarterview.data.decode import SUFFIXES, decode, open_croppable_file
+from quarterview.data.sources.base import Croppable, DecodedImage, compute_digest
+from quarterview.data.sources.files import compute_signature, describe_file_type, read_file, to_printable
+from quarterview.errors import UserError, unreadable
 
 
 class FolderSource:
-    """Every image file in a folder and its sub-folders, in an order that no file system decides.
+    """All image files in a folder and its sub-folders, sorted by name.
 
-    Hidden files and folders are skipped. Links are followed, but a folder is read once, under the first
-    name that leads to it. Where every image lies in a sub-folder, and there are at least two of these,
-    their names are the classes. A file that is written or replaced after it was found is a bad sample.
+    Hidden files and folders are skipped. Links are followed, but a folder is read only once, under the first
+    name that leads to it. If every image is in a sub-folder, and there are at least two sub-folders, their
+    names are the classes. A file that is written or replaced after it was found is a bad sample.
 
     Args:
         path: the folder.
-        channels: how many channels the pictures shall have.
+        channels: number of channels of the images that are returned.
 
     Raises:
         UserError: if there is no image, or the folder cannot be read.
@@ -32,77 +32,77 @@ class FolderSource:
     def __init__(self, path: str | os.PathLike[str], channels: int) -> None:
         self.path = Path(path)
         self.channels = channels
-        self.left_out: Counter[str] = Counter()
-        """What is no file that can be read, by its kind; files that are no images do not count."""
-        self._names = _Names()
-        self._stamps = array("I")
+        self.skipped: Counter[str] = Counter()
+        """Number of skipped entries by reason. Files that are not images are not counted."""
+        self._names = _NameList()
+        self._signatures = array("I")
         others: Counter[str] = Counter()
-        listed = hashlib.blake2b(digest_size=8)
+        names_hash = hashlib.blake2b(digest_size=8)
         tops: dict[str, int] = {}
         labels = array("q")
         try:
-            for name, status in _files(self.path, self.left_out):
-                suffix = _suffix(name)
+            for name, status in _walk_files(self.path, self.skipped):
+                suffix = _get_suffix(name)
                 if suffix not in SUFFIXES:
                     others[suffix or "without suffix"] += 1
                     continue
                 self._names.append(name)
-                self._stamps.append(stamp(status))
-                listed.update(b"%s\0%d\0" % (os.fsencode(name), status.st_size))
-                top = name.rpartition("/")[0].partition("/")[0]  # "" where it lies in the folder itself
+                self._signatures.append(compute_signature(status))
+                names_hash.update(b"%s\0%d\0" % (os.fsencode(name), status.st_size))
+                top = name.rpartition("/")[0].partition("/")[0]  # "" if it is in the folder itself
                 labels.append(tops.setdefault(top, len(tops)))
         except OSError as error:
-            raise UserError(f"cannot read the folder {self.path}: {error}") from error
+            raise unreadable(f"the folder {self.path}", error) from error
         if not len(self._names):
-            raise UserError(_nothing_found(self.path, others))
-        self._fingerprint = listed.hexdigest()
-        labelled = len(tops) >= 2 and "" not in tops
+            raise UserError(_format_not_found(self.path, others))
+        self._fingerprint = names_hash.hexdigest()
+        has_labels = len(tops) >= 2 and "" not in tops
         self.classes: Sequence[str] | None = (
-            [printable(os.fsencode(top)) for top in tops] if labelled else None
+            [to_printable(os.fsencode(top)) for top in tops] if has_labels else None
         )
-        self._labels = labels if labelled else None
+        self._labels = labels if has_labels else None
 
     def __len__(self) -> int:
         return len(self._names)
 
-    def image(self, index: int) -> Picture:
-        return decode(self._content(index), self.channels)
+    def image(self, index: int) -> DecodedImage:
+        return decode(self._read_file(index), self.channels)
 
     def croppable(self, index: int) -> Croppable:
-        return croppable_file(self._content(index), self.channels)
+        return open_croppable_file(self._read_file(index), self.channels)
 
-    def _content(self, index: int) -> bytes:
-        return content(self.path / self._names[index], self._stamps[index])
+    def _read_file(self, index: int) -> bytes:
+        return read_file(self.path / self._names[index], self._signatures[index])
 
     def label(self, index: int) -> int | None:
         return None if self._labels is None else self._labels[index]
 
     def name(self, index: int) -> str:
-        return printable(os.fsencode(self._names[index]))
+        return to_printable(os.fsencode(self._names[index]))
 
     def remarks(self) -> list[str]:
-        """What was left out, if anything was."""
-        kinds = ", ".join(f"{count} × {kind}" for kind, count in sorted(self.left_out.items()))
-        return [f"left out of {self.path}: {kinds}"] if kinds else []
+        """Return how many entries were skipped, if any were."""
+        kinds = ", ".join(f"{count} × {kind}" for kind, count in sorted(self.skipped.items()))
+        return [f"skipped in {self.path}: {kinds}"] if kinds else []
 
     def fingerprint(self) -> str:
-        """Over every file's relative name and size."""
+        """Return a hash of the relative name and the size of every file."""
         return self._fingerprint
 
 
 class ListSource:
-    """The image files that a text file names, one a line, relative to the text file's own folder.
+    """The image files listed in a text file, one path per line, relative to the folder of the text file.
 
-    A line may end in a tab and a label: integers everywhere, or class names everywhere. Blank lines and
-    lines that begin with ``#`` are skipped. Once the fingerprint was asked for, a file that is written or
-    replaced after that is a bad sample.
+    A line may end in a tab and a label; the labels are all integers or all class names. Blank lines and
+    lines that begin with ``#`` are skipped. A file that is written or replaced after `fingerprint` was
+    called is a bad sample.
 
     Args:
         path: the text file, in UTF-8.
-        channels: how many channels the pictures shall have.
+        channels: number of channels of the images that are returned.
 
     Raises:
-        UserError: if the list cannot be read, is empty, or labels some lines only.
+        UserError: if the list cannot be read, is empty, or labels only some lines.
     """
 
     def __init__(self, path: str | os.PathLike[str], channels: int) -> None:
@@ -111,31 +111,31 @@ class ListSource:
         try:
             text = self.path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the list {self.path} as UTF-8 text: {error}") from error
+            raise unreadable(f"the list {self.path} as UTF-8 text", error) from error
         lines = [line.rstrip("\r") for line in text.split("\n")]
         entries = [line.partition("\t") for line in lines if line.strip() and not line.startswith("#")]
         if not entries:
-            raise UserError(f"the list {self.path} names no image; accepted: a path a line")
-        self._names = _Names()
-        self._stamps: array[int] = array("I")
+            raise UserError(f"The list {self.path} names no image. Give one path per line.")
+        self._names = _NameList()
+        self._signatures: array[int] = array("I")
         for name, _, _ in entries:
             self._names.append(name)
-        given = [label.strip() for _, _, label in entries]
+        texts = [label.strip() for _, _, label in entries]
         self.classes: Sequence[str] | None
-        self.classes, self._labels = _labels_of_list(given, self.path)
+        self.classes, self._labels = _parse_labels(texts, self.path)
 
     def __len__(self) -> int:
         return len(self._names)
 
-    def image(self, index: int) -> Picture:
-        return decode(self._content(index), self.channels)
+    def image(self, index: int) -> DecodedImage:
+        return decode(self._read_file(index), self.channels)
 
     def croppable(self, index: int) -> Croppable:
-        return croppable_file(self._content(index), self.channels)
+        return open_croppable_file(self._read_file(index), self.channels)
 
-    def _content(self, index: int) -> bytes:
-        stamped = self._stamps[index] if self._stamps else None
-        return content(self.path.parent / self._names[index], stamped)
+    def _read_file(self, index: int) -> bytes:
+        stamped = self._signatures[index] if self._signatures else None
+        return read_file(self.path.parent / self._names[index], stamped)
 
     def label(self, index: int) -> int | None:
         return None if self._labels is None else self._labels[index]
@@ -144,7 +144,7 @@ class ListSource:
         return self._names[index]
 
     def fingerprint(self) -> str:
-        """Over every name, its label and its file's size, -1 for a file that is missing."""
+        """Return a hash of every name, its label and its size in bytes, -1 for a missing file."""
         rows, stamps = [], array("I")
         for i, name in enumerate(self._names):
             try:
@@ -154,13 +154,13 @@ class ListSource:
                 stamps.append(0)
             else:
                 rows.append((name, self.label(i), status.st_size))
-                stamps.append(stamp(status))
-        self._stamps = stamps
-        return digest(*rows)
+                stamps.append(compute_signature(status))
+        self._signatures = stamps
+        return compute_digest(*rows)
 
 
-class _Names:
-    """Many strings in two buffers: as many str objects would cost every worker gigabytes."""
+class _NameList:
+    """A list of many strings in two buffers. Python strings would cost every worker gigabytes."""
 
     def __init__(self) -> None:
         self._text = bytearray()
@@ -179,11 +179,11 @@ class _Names:
         return os.fsdecode(bytes(self._text[self._ends[index] : self._ends[index + 1]]))
 
 
-def _files(root: Path, left_out: Counter[str]) -> Iterator[tuple[str, os.stat_result]]:
-    """The relative name of every visible file and its status, folder by folder in the order of names.
+def _walk_files(root: Path, skipped: Counter[str]) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield the relative name and the status of every visible file, sorted by name in every folder.
 
-    Not recursive, as folders may lie in one another deeper than Python calls may; and every folder once, as
-    a few that link to one another would be met in any number of ways.
+    The walk is not recursive, because folders may be nested deeper than Python's calls. Every folder is
+    entered once, because folders that link to one another have endlessly many paths.
     """
     seen: set[tuple[int, int]] = set()
     waiting: list[Iterator[tuple[str, os.stat_result]]] = [iter([("", root.stat())])]
@@ -194,52 +194,53 @@ def _files(root: Path, left_out: Counter[str]) -> Iterator[tuple[str, os.stat_re
         elif stat.S_ISREG(status.st_mode):
             yield name, status
         elif not stat.S_ISDIR(status.st_mode):
-            left_out[kind_of(status.st_mode)] += 1
+            skipped[describe_file_type(status.st_mode)] += 1
         elif (status.st_dev, status.st_ino) in seen:
-            left_out["a folder met before"] += 1
+            skipped["folder that was already read"] += 1
         else:
             seen.add((status.st_dev, status.st_ino))
-            waiting.append(_visible(root, f"{name}/" if name else "", left_out))
+            waiting.append(_list_visible(root, f"{name}/" if name else "", skipped))
 
 
-def _visible(root: Path, prefix: str, left_out: Counter[str]) -> Iterator[tuple[str, os.stat_result]]:
-    """The relative names of what a folder holds, in order, and what is known of each."""
+def _list_visible(root: Path, prefix: str, skipped: Counter[str]) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield the relative name and the status of every visible entry of a folder, sorted by name."""
     with os.scandir(root / prefix) as entries:
         visible = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
     for entry in visible:
         try:
             status = entry.stat()
-        except OSError:  # also of a link to itself, and of what was there a moment ago
-            left_out["a link that leads nowhere" if entry.is_symlink() else "gone at once"] += 1
+        except OSError:  # a link to itself, or an entry that was just removed
+            skipped["broken link" if entry.is_symlink() else "removed meanwhile"] += 1
         else:
             yield prefix + entry.name, status
 
 
-def _suffix(name: str) -> str:
+def _get_suffix(name: str) -> str:
     stem, dot, suffix = name.rpartition("/")[2].rpartition(".")
     return (dot + suffix).lower() if stem else ""
 
 
-def _nothing_found(path: Path, others: Counter[str]) -> str:
-    seen = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+def _format_not_found(path: Path, others: Counter[str]) -> str:
+    examples = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
     return (
-        f"no image in the folder {path}; looked there and in its sub-folders for {', '.join(SUFFIXES)}; "
-        f"saw {others.total()} other files" + (f": {seen}" if seen else "")
+        f"No image in the folder {path} and its sub-folders, but {others.total()} other files"
+        + (f" ({examples})" if examples else "")
+        + f". Give a folder with files of these types: {', '.join(SUFFIXES)}."
     )
 
 
-def _labels_of_list(given: list[str], path: Path) -> tuple[list[str] | None, list[int] | None]:
-    """The class names, if the labels are names, and the labels, if there are any."""
-    missing = given.count("")
-    if missing == len(given):
+def _parse_labels(texts: list[str], path: Path) -> tuple[list[str] | None, list[int] | None]:
+    """Return the class names, None if the labels are integers, and the labels, None if there are none."""
+    missing = texts.count("")
+    if missing == len(texts):
         return None, None
     if missing:
         raise UserError(
-            f"the list {path} labels {len(given) - missing} of {len(given)} images; accepted: all or none"
+            f"The list {path} has labels for {len(texts) - missing} of {len(texts)} images. Label all."
         )
     try:
-        return None, [int(label) for label in given]
+        return None, [int(label) for label in texts]
     except ValueError:
-        classes = sorted(set(given))
-        numbers = {label: number for number, label in enumerate(classes)}
-        return classes, [numbers[label] for label in given]
+        classes = sorted(set(texts))
+        indices = {label: index for index, label in enumerate(classes)}
+        return classes, [indices[label] for label in texts]

@@ -1,14 +1,17 @@
-"""A packed store: images made small once, in a few large files, to be read at random.
+"""Read packed stores: images, resized once by `quarterview pack`, in a few large files with random access.
 
-``store.json`` describes the whole. Shard i holds the images from ``i × shard_size`` on, in four files:
+``store.json`` describes the store. Shard i holds the images from ``i × shard_size`` on, in four files:
 
-- ``00000.bin``: the images one after the other, each a JPEG file, or its pixels [H, W, C];
-- ``00000.npy``: for each image a row of `INDEX`, which says where it is and what;
-- ``00000.jsonl``: for each image a line: its name, and what was done to it or why it is broken;
+- ``00000.bin``: the concatenated images, each a JPEG file, or its pixels [H, W, C];
+- ``00000.npy``: a row of `INDEX_DTYPE` per image, with its offset, length, label, size and encoding;
+- ``00000.jsonl``: a line per image: its name, and the conversions applied to it or why it is broken;
 - ``00000.json``: sizes and checksums of the other three; written last, and repeated in ``store.json``.
 
-docs/pack.md says it all. A store may come from anywhere, so nothing in it is trusted: its indexes are checked
-when it is opened, and every image against its checksum when a process first reads it.
+docs/pack.md has the full format. A store may be hostile, so nothing in it is trusted: its indexes are checked
+when it is opened, and each image is checked against its checksum when a process first reads it.
+
+This format is our own because of safety at the same speed: Arrow IPC must be memory-mapped to be as fast, and
+a mapped file that shrinks ends the process by SIGBUS (docs/log.md, 2026-12-01).
 """
 
 import hashlib
@@ -24,41 +27,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quarterview.data.decode import MAX_PIXELS, croppable_file, decode
-from quarterview.data.sources.base import BadSampleError, Croppable, Picture, digest
+from quarterview.data.decode import MAX_PIXELS, decode, open_croppable_file
+from quarterview.data.sources.base import BadSampleError, Croppable, DecodedImage, compute_digest
 from quarterview.data.transforms.crop import crop_resize
-from quarterview.errors import UserError
+from quarterview.errors import UserError, unreadable
 
-RECORD = "store.json"
+STORE_JSON = "store.json"
 FORMAT = "quarterview packed store 1"
-"""What ``store.json`` says it is; another layout will have another number."""
+"""The format in ``store.json``. A different layout will have a different number."""
 
 BROKEN, JPEG, UINT8, FLOAT32 = range(4)
-"""How an image is stored: not at all, as it could not be read; as a JPEG file; as pixels [H, W, C]."""
+"""The encodings of an image: none, because it is broken; a JPEG file; or pixels [H, W, C] of a dtype."""
 
-INDEX = np.dtype(
+INDEX_DTYPE = np.dtype(
     [
         *(("offset", "<u8"), ("length", "<u8")),  # of the image in the .bin file, in bytes
-        *(("line", "<u8"), ("line_length", "<u8")),  # of its line in the .jsonl file
-        ("label", "<i8"),  # -1 if it has none
+        *(("line", "<u8"), ("line_length", "<u8")),  # of the image's line in the .jsonl file, in bytes
+        ("label", "<i8"),  # -1 for none
         *(("height", "<u4"), ("width", "<u4")),  # 0 if it is broken
         ("checksum", "<u4"),  # CRC-32 of the image's bytes
-        ("encoding", "<u2"),  # one of the four above
-        ("noted", "<u2"),  # 1 if something was done to it
+        ("encoding", "<u2"),  # BROKEN, JPEG, UINT8 or FLOAT32
+        ("noted", "<u2"),  # 1 if the line has notes on conversions
     ]
 )
-"""The index of a shard: 56 bytes an image."""
+"""The dtype of the index of a shard: 56 bytes per image."""
 
-MOST_LABELS = 1 << 40
-"""A store's labels are below this."""
-_MOST_LINE = 1 << 20  # bytes said of an image
-_HEADER_BYTES = 4096  # at most, of a .npy file
-_TYPES = {UINT8: np.dtype("u1"), FLOAT32: np.dtype("<f4")}
-_MEND = "accepted: the `quarterview pack` that wrote it once more, which writes damaged shards anew"
+LABEL_LIMIT = 1 << 40
+"""The labels of a store are smaller than this."""
+_MAX_LINE_BYTES = 1 << 20  # of an image's line in a .jsonl file
+_MAX_NPY_HEADER_BYTES = 4096  # of a .npy file
+_PIXEL_DTYPES = {UINT8: np.dtype("u1"), FLOAT32: np.dtype("<f4")}
+_REPAIR = "Run the `quarterview pack` command that wrote the store again, which repairs damaged shards."
 
 
 class Row(NamedTuple):
-    """A row of `INDEX`."""
+    """A row of `INDEX_DTYPE`."""
 
     offset: int
     length: int
@@ -73,7 +76,7 @@ class Row(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Sizes and checksums (BLAKE2b of 16 bytes, in hex) of the files of a shard."""
+    """The sizes and checksums (BLAKE2b of 16 bytes, in hex) of the files of a shard."""
 
     images: int
     broken: int
@@ -84,7 +87,7 @@ class Shard(NamedTuple):
 
 
 class Store(NamedTuple):
-    """What ``store.json`` says."""
+    """The description of a store in ``store.json``."""
 
     images: int
     channels: int
@@ -94,18 +97,19 @@ class Store(NamedTuple):
 
 
 class PackedSource:
-    """The images of a packed store, which `quarterview pack` writes.
+    """A data source of the images in a packed store, which `quarterview pack` writes.
 
-    Files are opened for each read and nothing is mapped, so a store that shrinks under a running process
-    gives broken samples, never a crash. The indexes are held in memory. Once its checksum was found right,
-    a crop of an image of raw pixels reads the rows it needs and no more.
+    Files are opened for each read and never memory-mapped, so a store that shrinks while it is read gives
+    broken samples, never a crash. The indexes are kept in memory. Once the checksum of an image of raw pixels
+    has been verified, a crop of it reads only the pixel rows that it needs.
 
     Args:
-        path: the folder.
-        channels: how many channels the pictures shall have: the store's, or any number if that is 1.
+        path: folder of the store.
+        channels: number of channels of the images that are returned: that of the store, or any number if the
+            store has one channel.
 
     Raises:
-        UserError: if the store is incomplete or damaged, or has other channels.
+        UserError: if the store is incomplete or damaged, or has another number of channels.
     """
 
     def __init__(self, path: str | os.PathLike[str], channels: int) -> None:
@@ -114,13 +118,13 @@ class PackedSource:
         self.classes: Sequence[str] | None = self._store.classes
         if self._store.channels not in (1, channels):
             raise UserError(
-                f"{self.path} holds images of {self._store.channels} channels, not {channels}; accepted: "
-                f"--in-chans {self._store.channels}"
+                f"{self.path} contains images of {self._store.channels} channels, not {channels}. Use "
+                f"--in-chans {self._store.channels}."
             )
         self._rows = np.concatenate(
             [read_index(self.path, i, shard, self._store) for i, shard in enumerate(self._store.shards)]
         )
-        self._sound = np.zeros(len(self), bool)  # images whose checksum was found right
+        self._is_verified = np.zeros(len(self), bool)  # whether the checksum of each image was verified
 
     def __len__(self) -> int:
         return self._store.images
@@ -131,112 +135,117 @@ class PackedSource:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
 
-    def image(self, index: int) -> Picture:
-        row = self._row(index)
+    def image(self, index: int) -> DecodedImage:
+        row = self._get_row(index)
         if row.encoding == JPEG:
-            pixels = decode(self._whole(index, row).tobytes(), self.channels).pixels
+            pixels = decode(self._read_checked(index, row).tobytes(), self.channels).pixels
         else:
-            pixels = self._fit(self._pixels(index, row, 0, row.height)).contiguous()
-        return Picture(pixels, self._notes(index, row))
+            pixels = self._expand_channels(self._read_pixel_rows(index, row, 0, row.height)).contiguous()
+        return DecodedImage(pixels, self._get_notes(index, row))
 
     def croppable(self, index: int) -> Croppable:
-        row = self._row(index)
+        row = self._get_row(index)
         if row.encoding == JPEG:
-            file = croppable_file(self._whole(index, row).tobytes(), self.channels)
-            return _PackedFile(file, self._notes(index, row))
+            file = open_croppable_file(self._read_checked(index, row).tobytes(), self.channels)
+            return _PackedFile(file, self._get_notes(index, row))
         return _PackedPixels(self, index, row)
 
-    def crop(self, index: int, row: Row, box: Sequence[int], image_size: Sequence[int]) -> Picture:
-        """A crop of an image of raw pixels."""
+    def crop(self, index: int, row: Row, box: Sequence[int], image_size: Sequence[int]) -> DecodedImage:
+        """Return a crop of an image of raw pixels: [C, *image_size]. See `Croppable.crop`."""
         top, left, height, width = box
-        rows = self._pixels(index, row, top, height)  # [C, height, W]
+        rows = self._read_pixel_rows(index, row, top, height)  # [C, height, W]
         cropped = crop_resize(rows, (0, left, height, width), image_size)
-        return Picture(self._fit(cropped), self._notes(index, row))
+        return DecodedImage(self._expand_channels(cropped), self._get_notes(index, row))
 
     def label(self, index: int) -> int | None:
         label = int(self._rows["label"][index])
         return label if label >= 0 else None
 
     def name(self, index: int) -> str:
-        """As its source called it."""
-        name = self._line(index).get("name")
+        """Return the name that the image had in the source that was packed."""
+        name = self._read_line(index).get("name")
         return name if isinstance(name, str) else f"{self.path} image {index}"
 
     def shard_starts(self) -> np.ndarray:
-        """int64 [shards + 1]: the first image of each shard, and the number of all."""
+        """Return int64 [num_shards + 1]: the first image of each shard, and the number of images."""
         return np.cumsum([0, *(shard.images for shard in self._store.shards)], dtype=np.int64)
 
     def fingerprint(self) -> str:
-        """Over the indexes, which hold every label and the checksum of every image, and the names."""
+        """Return a digest of the indexes, which hold all labels and images' checksums, and of the names."""
         _, channels, _, classes, shards = self._store
-        return digest(channels, classes, *((shard.npy_blake2b, shard.jsonl_blake2b) for shard in shards))
+        return compute_digest(
+            channels, classes, *((shard.npy_blake2b, shard.jsonl_blake2b) for shard in shards)
+        )
 
-    def _row(self, index: int) -> Row:
+    def _get_row(self, index: int) -> Row:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside 0..{len(self) - 1}")
         row = Row(*self._rows[index].item())
         if row.encoding == BROKEN:
-            raise BadSampleError(str(self._line(index).get("broken", "was broken when it was packed")))
+            raise BadSampleError(str(self._read_line(index).get("broken", "was broken when it was packed")))
         return row
 
-    def _pixels(self, index: int, row: Row, top: int, height: int) -> Tensor:
-        """Some rows of an image of raw pixels: [C, height, W], as they lie in the file, channels last."""
-        shape, kind = (row.width, self._store.channels), _TYPES[row.encoding]
-        stride = row.width * self._store.channels * kind.itemsize
-        if self._sound[index]:
-            data = self._read(index, "bin", row.offset + top * stride, height * stride)
+    def _read_pixel_rows(self, index: int, row: Row, top: int, height: int) -> Tensor:
+        """Read rows of an image of raw pixels: [C, height, W], channels last in memory, as in the file."""
+        dtype = _PIXEL_DTYPES[row.encoding]
+        stride = row.width * self._store.channels * dtype.itemsize
+        if self._is_verified[index]:
+            data = self._read_range(index, "bin", row.offset + top * stride, height * stride)
         else:
-            data = self._whole(index, row)[top * stride : (top + height) * stride]
-        return torch.from_numpy(data.view(kind).reshape(height, *shape)).permute(2, 0, 1)
+            data = self._read_checked(index, row)[top * stride : (top + height) * stride]
+        pixels = data.view(dtype).reshape(height, row.width, self._store.channels)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
-    def _fit(self, pixels: Tensor) -> Tensor:
+    def _expand_channels(self, pixels: Tensor) -> Tensor:
         return pixels.expand(self.channels, -1, -1)
 
-    def _whole(self, index: int, row: Row) -> np.ndarray:
-        """All bytes of an image, checked: uint8 [length]."""
-        data = self._read(index, "bin", row.offset, row.length)
-        if not self._sound[index]:
+    def _read_checked(self, index: int, row: Row) -> np.ndarray:
+        """Read all bytes of an image and verify their checksum: uint8 [length]."""
+        data = self._read_range(index, "bin", row.offset, row.length)
+        if not self._is_verified[index]:
             if zlib.crc32(data.data) != row.checksum:
-                raise BadSampleError("is damaged: its checksum is not that of the image that was packed")
-            if row.encoding == FLOAT32 and not np.isfinite(data.view(_TYPES[FLOAT32])).all():
-                raise BadSampleError("the image holds values that are not finite")
-            self._sound[index] = True
+                raise BadSampleError("is damaged: its checksum differs from that in the index")
+            if row.encoding == FLOAT32 and not np.isfinite(data.view(_PIXEL_DTYPES[FLOAT32])).all():
+                raise BadSampleError("values that are not finite")
+            self._is_verified[index] = True
         return data
 
-    def _notes(self, index: int, row: Row) -> tuple[str, ...]:
-        notes = self._line(index).get("notes") if row.noted else ()
+    def _get_notes(self, index: int, row: Row) -> tuple[str, ...]:
+        notes = self._read_line(index).get("notes") if row.noted else ()
         return tuple(map(str, notes)) if isinstance(notes, list) else ()
 
-    def _line(self, index: int) -> dict[str, Any]:
-        """What is said of an image in words; nothing if that is damaged."""
+    def _read_line(self, index: int) -> dict[str, Any]:
+        """Return an image's line in the .jsonl file; empty if the line is damaged."""
         row = Row(*self._rows[index].item())
         try:
-            line = json.loads(self._read(index, "jsonl", row.line, row.line_length).tobytes())
+            line = json.loads(self._read_range(index, "jsonl", row.line, row.line_length).tobytes())
         except (BadSampleError, ValueError, RecursionError):
             return {}
         return line if isinstance(line, dict) else {}
 
-    def _read(self, index: int, suffix: str, offset: int, length: int) -> np.ndarray:
-        """Bytes of a file of an image's shard: uint8 [length]."""
+    def _read_range(self, index: int, suffix: str, offset: int, length: int) -> np.ndarray:
+        """Read bytes of a file of an image's shard: uint8 [length]."""
         data = np.empty(length, np.uint8)
         name = f"{index // self._store.shard_size:05d}.{suffix}"
         try:
             handle = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                read = 0
-                while read < length and (more := os.preadv(handle, [data.data[read:]], offset + read)):
-                    read += more
+                num_read = 0
+                while num_read < length and (
+                    more := os.preadv(handle, [data.data[num_read:]], offset + num_read)
+                ):
+                    num_read += more
             finally:
                 os.close(handle)
         except OSError as error:
             raise BadSampleError(f"cannot be read: {error}") from error
-        if read != length:
-            raise BadSampleError(f"cannot be read: {name} ends before it")
+        if num_read != length:
+            raise BadSampleError(f"cannot be read: {name} is too short")
         return data
 
 
 class _PackedPixels(NamedTuple):
-    """An image of raw pixels, of which the rows of a crop alone are read."""
+    """A `Croppable` image of raw pixels, which reads only the rows of a crop."""
 
     source: PackedSource
     index: int
@@ -246,12 +255,12 @@ class _PackedPixels(NamedTuple):
     def size(self) -> tuple[int, int]:
         return self.row.height, self.row.width
 
-    def crop(self, box: Sequence[int], image_size: Sequence[int]) -> Picture:
+    def crop(self, box: Sequence[int], image_size: Sequence[int]) -> DecodedImage:
         return self.source.crop(self.index, self.row, box, image_size)
 
 
 class _PackedFile(NamedTuple):
-    """An image that is stored as a file, and what was done to it before."""
+    """A `Croppable` image that is stored as a JPEG file, with the notes on its conversions when packed."""
 
     file: Croppable
     notes: tuple[str, ...]
@@ -260,7 +269,7 @@ class _PackedFile(NamedTuple):
     def size(self) -> tuple[int, int]:
         return self.file.size
 
-    def crop(self, box: Sequence[int], image_size: Sequence[int]) -> Picture:
+    def crop(self, box: Sequence[int], image_size: Sequence[int]) -> DecodedImage:
         return self.file.crop(box, image_size)._replace(notes=self.notes)
 
 
@@ -268,10 +277,10 @@ class _PackedFile(NamedTuple):
 
 
 def is_store(folder: Path) -> bool:
-    """Whether a folder is a packed store, complete or not."""
-    record = folder / RECORD
+    """Return True if a folder is a packed store, complete or not."""
+    record = folder / STORE_JSON
     try:
-        if not record.is_file():  # a pipe would wait for someone to write into it
+        if not record.is_file():  # opening a pipe would wait for a writer
             return False
         with record.open("rb") as file:
             return FORMAT.rpartition(" ")[0].encode() in file.read(100)
@@ -279,57 +288,56 @@ def is_store(folder: Path) -> bool:
         return False
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """``store.json``, complete or not.
+def read_store_json(folder: Path) -> dict[str, Any]:
+    """Read the ``store.json`` of a store, complete or not.
 
     Raises:
-        UserError: if it is not there, or no record of a store.
+        UserError: if the file does not exist, or is not the description of a packed store.
     """
-    path = folder / RECORD
+    path = folder / STORE_JSON
     try:
         record = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{folder} is no packed store, it holds no {RECORD}; accepted: what `quarterview pack` wrote"
+            f"{folder} is not a packed store: it contains no {STORE_JSON}. Give a folder that "
+            "`quarterview pack` wrote."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"cannot read {path}: {error}; accepted: to pack the images once more, into a new folder"
-        ) from error
+        raise unreadable(path, error, "Pack the images again, into a new folder.") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        found = record.get("format") if isinstance(record, dict) else record
-        raise UserError(f"{path} describes {found!r}; accepted: {FORMAT!r}")
+        actual = record.get("format") if isinstance(record, dict) else record
+        raise UserError(f"{path} has the format {actual!r}. Give a packed store of the format {FORMAT!r}.")
     return record
 
 
 def read_store(folder: Path) -> Store:
-    """What a complete store holds.
+    """Read and check the description of a complete store.
 
     Raises:
-        UserError: if it is incomplete, or its record is damaged.
+        UserError: if the store is incomplete, or ``store.json`` is damaged.
     """
-    record = read_record(folder)
+    record = read_store_json(folder)
     if record.get("complete") is not True:
         raise UserError(
-            f"the packed store {folder} is not complete; accepted: the `quarterview pack` that began it once "
-            "more, each of its parts if it has several"
+            f"The packed store {folder} is not complete. Run the `quarterview pack` command that began it "
+            "again, with each --part if it has several."
         )
     try:
-        store = _store_of(record)
+        store = _parse_store(record)
     except (KeyError, TypeError, ValueError):
         store = None
-    if store is None or not _is_possible(store):
-        raise UserError(f"{folder / RECORD} is damaged; {_MEND}")
+    if store is None or not _is_consistent(store):
+        raise UserError(f"{folder / STORE_JSON} is damaged. {_REPAIR}")
     return store
 
 
-def _store_of(record: dict[str, Any]) -> Store:
+def _parse_store(record: dict[str, Any]) -> Store:
     settings, shards = record["settings"], [Shard(**shard) for shard in record["shards"]]
     return Store(settings["images"], settings["channels"], settings["shard_size"], record["classes"], shards)
 
 
-def _is_possible(store: Store) -> bool:
-    """Whether numbers are numbers, and the shards hold the images between them."""
+def _is_consistent(store: Store) -> bool:
+    """Return True if all numbers are valid, and the shards' image counts agree with the store's."""
     images, channels, shard_size, classes, shards = store
     numbers = [images, channels, shard_size, *(number for shard in shards for number in shard[:4])]
     return (
@@ -339,95 +347,101 @@ def _is_possible(store: Store) -> bool:
         and len(shards) == -(-images // shard_size)
         and all(
             shard.images == len(ids)
-            for shard, ids in zip(shards, shard_ranges(images, shard_size), strict=True)
+            for shard, ids in zip(shards, get_shard_ranges(images, shard_size), strict=True)
         )
         and (classes is None or (type(classes) is list and all(type(name) is str for name in classes)))
     )
 
 
-def shard_ranges(images: int, size: int) -> Iterator[range]:
-    """The images that each shard holds."""
-    return (range(start, min(start + size, images)) for start in range(0, images, size))
+def get_shard_ranges(num_images: int, shard_size: int) -> Iterator[range]:
+    """Yield the range of images in each shard."""
+    return (range(start, min(start + shard_size, num_images)) for start in range(0, num_images, shard_size))
 
 
-def read_index(folder: Path, number: int, shard: Shard, store: Store) -> np.ndarray:
-    """The index of a shard, checked against its checksum, its shard's files and itself.
+def read_index(folder: Path, shard_index: int, shard: Shard, store: Store) -> np.ndarray:
+    """Read the index of a shard, and check its checksum, its consistency, and the sizes of the shard's files.
 
     Raises:
-        UserError: if anything is amiss.
+        UserError: if the shard cannot be read, or a check fails.
     """
-    stem = folder / f"{number:05d}"
+    stem = folder / f"{shard_index:05d}"
     try:
         for suffix, expected in (("bin", shard.bin_bytes), ("jsonl", shard.jsonl_bytes)):
             path = stem.with_suffix(f".{suffix}")
-            if (found := path.stat().st_size) != expected:
-                raise UserError(f"{path} has {found} bytes instead of {expected}; {_MEND}")
+            if (size := path.stat().st_size) != expected:
+                raise UserError(f"{path} has {size} bytes, expected {expected}. {_REPAIR}")
         path = stem.with_suffix(".npy")
-        if path.stat().st_size > INDEX.itemsize * shard.images + _HEADER_BYTES:
-            raise UserError(f"{path} is larger than an index of {shard.images} images; {_MEND}")
+        if path.stat().st_size > INDEX_DTYPE.itemsize * shard.images + _MAX_NPY_HEADER_BYTES:
+            raise UserError(f"{path} is larger than an index of {shard.images} images. {_REPAIR}")
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read a shard of the packed store {folder}: {error}; {_MEND}") from error
-    if blake2b(data) != shard.npy_blake2b:
-        raise UserError(f"{path} is damaged: its checksum is not the one in {RECORD}; {_MEND}")
-    rows = rows_of(data)
-    if rows is None or len(rows) != shard.images or not _is_sound(rows, shard, store):
-        raise UserError(f"{path} is no index of its shard; {_MEND}")
+        raise unreadable(f"a shard of the packed store {folder}", error, _REPAIR) from error
+    if compute_blake2b(data) != shard.npy_blake2b:
+        raise UserError(f"{path} is damaged: its checksum differs from that in {STORE_JSON}. {_REPAIR}")
+    rows = parse_index(data)
+    if rows is None or len(rows) != shard.images or not _is_valid(rows, shard, store):
+        raise UserError(f"{path} is not a valid index of its shard. {_REPAIR}")
     return rows
 
 
-def rows_of(data: bytes) -> np.ndarray | None:
-    """The array of a ``.npy`` file of rows of `INDEX`; None if it is anything else."""
+def parse_index(data: bytes) -> np.ndarray | None:
+    """Return the rows in the bytes of a ``.npy`` file of `INDEX_DTYPE`; None if they are anything else."""
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
-        shape, _, kind = np.lib.format.read_array_header_1_0(file)
-        if version != (1, 0) or kind != INDEX or len(shape) != 1:
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if version != (1, 0) or dtype != INDEX_DTYPE or len(shape) != 1:
             return None
-        return np.frombuffer(data, INDEX, offset=file.tell()).reshape(shape)
-    except Exception:  # of the header's parser, which raises nearly everything
+        return np.frombuffer(data, INDEX_DTYPE, offset=file.tell()).reshape(shape)
+    except Exception:  # the header's parser raises many types
         return None
 
 
-def _is_sound(rows: np.ndarray, shard: Shard, store: Store) -> bool:
-    """Whether all that the rows say can be true of the shard's files."""
-    encoding, there = rows["encoding"], rows["encoding"] != BROKEN
+def _is_valid(rows: np.ndarray, shard: Shard, store: Store) -> bool:
+    """Return True if the rows of an index are possible, given the sizes of the shard's files."""
+    encoding, is_stored = rows["encoding"], rows["encoding"] != BROKEN
     pixels = rows["height"].astype(np.uint64) * rows["width"]  # fits: 2**32 squared at most
-    samples = pixels.clip(0, MAX_PIXELS + 1) * np.uint64(store.channels)
+    values = pixels.clip(0, MAX_PIXELS + 1) * np.uint64(store.channels)
     raw = [encoding == UINT8, encoding == FLOAT32]
-    size = np.select(raw, [samples, samples * np.uint64(4)], rows["length"])
-    known = MOST_LABELS if store.classes is None else len(store.classes)
-    good = (encoding <= FLOAT32) & (rows["label"] >= -1) & (rows["label"] < known) & (rows["length"] == size)
-    good &= _is_inside(rows["line"], rows["line_length"], shard.jsonl_bytes)
-    good &= rows["line_length"] <= _MOST_LINE
-    good &= _is_inside(rows["offset"], rows["length"], shard.bin_bytes)
-    good &= ~there | ((pixels > 0) & (pixels <= MAX_PIXELS) & (rows["length"] > 0))
-    return bool(good.all())
+    size = np.select(raw, [values, values * np.uint64(4)], rows["length"])
+    num_labels = LABEL_LIMIT if store.classes is None else len(store.classes)
+    is_valid = (
+        (encoding <= FLOAT32)
+        & (rows["label"] >= -1)
+        & (rows["label"] < num_labels)
+        & (rows["length"] == size)
+    )
+    is_valid &= _is_inside(rows["line"], rows["line_length"], shard.jsonl_bytes)
+    is_valid &= rows["line_length"] <= _MAX_LINE_BYTES
+    is_valid &= _is_inside(rows["offset"], rows["length"], shard.bin_bytes)
+    is_valid &= ~is_stored | ((pixels > 0) & (pixels <= MAX_PIXELS) & (rows["length"] > 0))
+    return bool(is_valid.all())
 
 
 def _is_inside(offset: np.ndarray, length: np.ndarray, end: int) -> np.ndarray:
+    """Return where ``offset + length <= end``, without integer overflow."""
     return (offset <= end) & (length <= end - offset.clip(0, end))
 
 
-def blake2b(data: bytes) -> str:
-    """The checksum of an index or of a file of lines."""
+def compute_blake2b(data: bytes) -> str:
+    """Return the checksum of an index or a .jsonl file, in hex."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def damage(folder: Path, number: int, shard: Shard, store: Store) -> list[str]:
-    """What is wrong with a shard, all of whose bytes are read; nothing if it is sound.
+def find_damage(folder: Path, shard_index: int, shard: Shard, store: Store) -> list[str]:
+    """Read all bytes of a shard, and return a sentence on each damage; empty if there is none.
 
     Raises:
-        UserError: if its index is amiss.
+        UserError: if the index of the shard is damaged.
     """
-    stem = folder / f"{number:05d}"
-    rows = read_index(folder, number, shard, store)
-    wrong = []
-    if blake2b(stem.with_suffix(".jsonl").read_bytes()) != shard.jsonl_blake2b:
-        wrong.append(f"{stem}.jsonl is damaged: its checksum is not the one in {RECORD}")
+    stem = folder / f"{shard_index:05d}"
+    rows = read_index(folder, shard_index, shard, store)
+    damage = []
+    if compute_blake2b(stem.with_suffix(".jsonl").read_bytes()) != shard.jsonl_blake2b:
+        damage.append(f"{stem}.jsonl is damaged: its checksum differs from that in {STORE_JSON}")
     with stem.with_suffix(".bin").open("rb") as file:
-        for place, row in enumerate(rows):
+        for i, row in enumerate(rows):
             file.seek(int(row["offset"]))
             if zlib.crc32(file.read(int(row["length"]))) != row["checksum"]:
-                wrong.append(f"image {number * store.shard_size + place} in {stem}.bin is damaged")
-    return wrong
+                damage.append(f"image {shard_index * store.shard_size + i} in {stem}.bin is damaged")
+    return damage

@@ -1,8 +1,8 @@
-"""Whole remote shards on a local disk, as many as a number of bytes allows.
+"""A cache of whole remote shards on a local disk, up to a number of bytes; the least recently used go first.
 
-Any number of processes share the folder. A shard is written under another name and renamed when it is
-whole; the space it will take is counted from the beginning, so that the sum never exceeds the limit. The ones
-used least recently go first. Files are opened for each read, so that one that is taken away does no harm.
+Any number of processes can share the folder. A shard is written under another name, and renamed when it is
+complete. Its full size is reserved before the copy starts, so that the sum never exceeds the limit. Files are
+opened for each read, so that it does no harm if another process removes one.
 """
 
 import fcntl
@@ -14,139 +14,139 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from quarterview.data.sources.base import digest
-from quarterview.data.sources.shards import ShardFile, is_remote, local_range, read_range
+from quarterview.data.sources.base import compute_digest
+from quarterview.data.sources.shards import ShardFile, is_remote, read_local_range, read_range
 
-_PIECE = 32 << 20  # bytes asked for at a time
+_COPY_CHUNK = 32 << 20  # bytes per request
 _PARTIAL, _SUFFIX = ".partial-", ".shard"
-_SINGLY = 4  # reads of a remote shard by a process, before it asks for the whole
+_MAX_SINGLE_READS = 4  # reads of a remote shard by a process, before it copies the shard
 
 
 class ShardCache:
     """Local copies of remote shards.
 
     Args:
-        folder: where they lie, in a folder ``quarterview-shards`` in it; made if it is not there.
-        most_bytes: that they may take.
+        folder: folder of the cache. The copies are in its sub-folder ``quarterview-shards``, which is made.
+        max_bytes: largest total size of the copies, in bytes.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], most_bytes: int) -> None:
-        self.parent, self.most_bytes = Path(folder), most_bytes
-        self.folder = self.parent / "quarterview-shards"  # nothing else is there to be removed
-        self._is_full = False  # the disk, or it cannot be written
-        self._fetching = threading.Lock()  # record locks do not hold between threads
+    def __init__(self, folder: str | os.PathLike[str], max_bytes: int) -> None:
+        self.parent, self.max_bytes = Path(folder), max_bytes
+        self.folder = self.parent / "quarterview-shards"  # its own folder, because files in it are removed
+        self._is_disabled = False  # True once the disk is full or cannot be written
+        self._fetch_lock = threading.Lock()  # record locks do not exclude threads of one process
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.parent, "most_bytes": self.most_bytes}
+        return {"folder": self.parent, "max_bytes": self.max_bytes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
 
     def read(self, shard: ShardFile, offset: int, length: int) -> bytes | None:
-        """Bytes of the local copy of a shard; None if there is none."""
+        """Return bytes of the local copy of a shard; None if there is no copy."""
         path = self._path(shard)
         try:
-            data = local_range(path, offset, length)
+            data = read_local_range(path, offset, length)
         except OSError:
             return None
-        with suppress(OSError):  # another's copy
+        with suppress(OSError):  # the copy belongs to another user
             os.utime(path)
         return data
 
     def fetch(self, shard: ShardFile) -> bool:
-        """Copy a shard, unless there is a copy, or another process is making it. Whether there is one now.
+        """Copy a shard, unless another process is copying it. Return True if a complete copy exists now.
 
         Raises:
             RunError: if the shard cannot be read.
         """
         if self._path(shard).exists():
             return True
-        if shard.size > self.most_bytes or self._is_full or not self._fetching.acquire(blocking=False):
+        if shard.size > self.max_bytes or self._is_disabled or not self._fetch_lock.acquire(blocking=False):
             return False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             return self._fetch(shard)
-        except OSError:  # no space, or not ours to write: reading goes on without
-            self._is_full = True
+        except OSError:  # no space, or no permission: continue without a cache
+            self._is_disabled = True
             return False
         finally:
-            self._fetching.release()
+            self._fetch_lock.release()
 
     def _path(self, shard: ShardFile) -> Path:
-        return self.folder / (digest(*shard) + _SUFFIX)
+        return self.folder / (compute_digest(*shard) + _SUFFIX)
 
     def _fetch(self, shard: ShardFile) -> bool:
         target = self._path(shard)
         partial = target.with_name(_PARTIAL + target.name)
         handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            if not _locked_alone(handle, partial):
+            if not _try_lock(handle, partial):
                 return target.exists()
             try:
                 if target.exists():  # another process has just made it
                     return True
-                with self._settled():
+                with self._lock_folder():
                     os.ftruncate(handle, 0)
-                    if not self._make_room(shard.size, partial):
+                    if not self._free_space(shard.size, partial):
                         return False
-                    os.ftruncate(handle, shard.size)  # what it will take, for others to see
-                whole = _copy(shard, handle)
-                if whole:
+                    os.ftruncate(handle, shard.size)  # reserves the space
+                is_complete = _copy_shard(shard, handle)
+                if is_complete:
                     os.fsync(handle)
                     partial.replace(target)
             finally:
                 with suppress(FileNotFoundError):
                     partial.unlink()
-            return whole
+            return is_complete
         finally:
             os.close(handle)
 
     @contextmanager
-    def _settled(self) -> Iterator[None]:
-        """While no other process makes room."""
+    def _lock_folder(self) -> Iterator[None]:
+        """Hold the lock under which one process at a time frees and reserves space."""
         with (self.folder / ".lock").open("a") as file:
             fcntl.lockf(file, fcntl.LOCK_EX)
             yield
 
-    def _make_room(self, size: int, own: Path) -> bool:
-        """Remove what was used least recently until there is room. False if there is none even so."""
+    def _free_space(self, size: int, own: Path) -> bool:
+        """Remove the least recently used copies until `size` bytes are free. False if that is impossible."""
         copies: list[tuple[float, int, Path]] = []
-        taken = 0
+        used = 0
         for path in self.folder.iterdir():
             if path == own or not path.name.endswith(_SUFFIX):
                 continue
             with suppress(FileNotFoundError):
                 status = path.stat()
                 is_partial = path.name.startswith(_PARTIAL)
-                if is_partial and _is_left_behind(path):
+                if is_partial and _is_abandoned(path):
                     path.unlink()
                     continue
-                taken += status.st_size
+                used += status.st_size
                 if not is_partial:
                     copies.append((status.st_mtime, status.st_size, path))
-        if taken - sum(freed for _, freed, _ in copies) + size > self.most_bytes:
-            return False  # for what others write at this moment
+        if used - sum(freed for _, freed, _ in copies) + size > self.max_bytes:
+            return False  # because of copies that are being written now
         for _, freed, path in sorted(copies):
-            if taken + size <= self.most_bytes:
+            if used + size <= self.max_bytes:
                 break
             path.unlink(missing_ok=True)
-            taken -= freed
+            used -= freed
         return True
 
 
 class ShardReader:
-    """Reads parts of shards: from a disk, from the copy of a remote one, or from where it is.
+    """Reads byte ranges of shards: from a disk, the cached copy of a remote shard, or its server.
 
-    A remote shard is copied once a process has read several parts of it, so that a few images of many shards,
-    such as the held-out ones, do not copy all of them.
+    A remote shard is copied once a process has read several ranges of it, so that reading a few images of
+    many shards, such as the held-out ones, does not copy all of these.
 
     Args:
-        cache: where copies are kept; None keeps none.
+        cache: cache for copies of remote shards; None for no copies.
     """
 
     def __init__(self, cache: ShardCache | None) -> None:
         self.cache = cache
-        self._asked: Counter[str] = Counter()
+        self._num_reads: Counter[str] = Counter()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"cache": self.cache}
@@ -155,31 +155,31 @@ class ShardReader:
         self.__init__(**state)
 
     def read(self, shard: ShardFile, offset: int, length: int) -> bytes:
-        """Bytes of a shard, fewer where it ends before.
+        """Return bytes of a shard, fewer at its end.
 
         Raises:
             OSError: if a local file cannot be read.
-            RunError: if a remote one cannot.
+            RunError: if a remote file cannot be read.
         """
         if self.cache is not None and is_remote(shard.path):
-            data = self._copied(self.cache, shard, offset, length)
+            data = self._read_copy(self.cache, shard, offset, length)
             if data is not None:
                 return data
         return read_range(shard.path, offset, length)
 
-    def _copied(self, cache: ShardCache, shard: ShardFile, offset: int, length: int) -> bytes | None:
+    def _read_copy(self, cache: ShardCache, shard: ShardFile, offset: int, length: int) -> bytes | None:
         data = cache.read(shard, offset, length)
         if data is not None:
             return data
-        self._asked[shard.path] += 1
-        if self._asked[shard.path] <= _SINGLY or not cache.fetch(shard):
+        self._num_reads[shard.path] += 1
+        if self._num_reads[shard.path] <= _MAX_SINGLE_READS or not cache.fetch(shard):
             return None
-        del self._asked[shard.path]
+        del self._num_reads[shard.path]
         return cache.read(shard, offset, length)
 
 
-def _locked_alone(handle: int, path: Path) -> bool:
-    """Whether this process holds the file now, and it is still the one of that name."""
+def _try_lock(handle: int, path: Path) -> bool:
+    """Lock a file without waiting. Return True if that worked and `path` still names this file."""
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.fstat(handle).st_ino == path.stat().st_ino
@@ -187,8 +187,8 @@ def _locked_alone(handle: int, path: Path) -> bool:
         return False
 
 
-def _is_left_behind(partial: Path) -> bool:
-    """Whether nobody writes this copy any more, as its process was killed."""
+def _is_abandoned(partial: Path) -> bool:
+    """Return True if no process writes a partial copy any more, because its process was killed."""
     try:
         with partial.open("r+b") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -197,10 +197,10 @@ def _is_left_behind(partial: Path) -> bool:
     return True
 
 
-def _copy(shard: ShardFile, handle: int) -> bool:
-    """Whether all bytes came."""
-    for offset in range(0, shard.size, _PIECE):
-        length = min(_PIECE, shard.size - offset)
+def _copy_shard(shard: ShardFile, handle: int) -> bool:
+    """Copy a shard into an open file. Return False if the server returned too few bytes."""
+    for offset in range(0, shard.size, _COPY_CHUNK):
+        length = min(_COPY_CHUNK, shard.size - offset)
         data = read_range(shard.path, offset, length)
         if len(data) != length:
             return False

@@ -1,1 +1,1 @@
-"""What is done to an image on its way to the model."""
+"""Transforms of images before they reach the model."""

@@ -1,1 +1,1 @@
-"""Weights of others, read as ours."""
+"""Convert weights of other libraries to the names and configurations of this package."""

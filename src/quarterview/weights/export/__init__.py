@@ -1,1 +1,1 @@
-"""Weights of ours, written as others read them."""
+"""Export models to the formats of other libraries."""

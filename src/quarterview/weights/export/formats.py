@@ -1,4 +1,4 @@
-"""Export a model of ours in the format that was asked for."""
+"""Export weights in the format that the configuration names."""
 
 import logging
 from collections.abc import Mapping
@@ -10,68 +10,70 @@ from quarterview.errors import UserError
 from quarterview.models.config import MAEConfig
 from quarterview.weights.config import ExportConfig
 from quarterview.weights.export import onnx, safetensors, timm, torch_export, transformers
-from quarterview.weights.export.folder import check_folder, write_folder
-from quarterview.weights.export.verify import Exported, Model
-from quarterview.weights.facts import Facts, facts_of
-from quarterview.weights.loading import open_model, read
+from quarterview.weights.export.folder import check_output_folder, write_folder
+from quarterview.weights.export.verify import ExportResult, Model
+from quarterview.weights.facts import ModelInfo, read_model_info
+from quarterview.weights.loading import build_model, read_weights
 
 LOGGER = logging.getLogger("quarterview")
-_FILES: dict[str, ModuleType] = {
+_SINGLE_FILE_MODULES: dict[str, ModuleType] = {
     "onnx": onnx,
     "safetensors": safetensors,
     "torch-export": torch_export,
 }
-"""The formats that are one file, which the export's folder holds beside the card."""
+"""The modules of the formats that consist of one file, beside the model card."""
 
 
-def export(config: ExportConfig) -> Exported:
-    """Export the weights of a run and compare them with our forward.
+def export(config: ExportConfig) -> ExportResult:
+    """Export the weights of a run, and compare the outputs of the export with those of the model.
 
-    What the weights do not record, and should, is logged at WARNING.
+    Missing normalisation statistics and a missing license are logged at level WARNING.
 
     Raises:
-        UserError: if there are no such weights, the target cannot hold them or is not installed, or
-            the folder holds something else.
-        RunError: if the target's forward differs from ours by more than `verify.LIMIT`.
+        UserError: if there are no such weights, the format does not support them, a package is not installed,
+            or the folder contains other files.
+        RunError: if an output differs by more than `verify.TOLERANCE`.
     """
-    check_folder(Path(config.out))
-    weights = read(config.run, config.ema)
-    facts = facts_of(config.run, config.ema, config.licence)
+    check_output_folder(Path(config.out))
+    weights = read_weights(config.run, config.ema)
+    info = read_model_info(config.run, config.ema, config.license)
     if isinstance(weights.config, MAEConfig) and not weights.has_decoder:
-        config, facts = _without_decoder(config), replace(facts, decoder=False)
-    model = open_model(weights)
-    done = _export(model, config, facts)
+        config, info = _drop_decoder(config), replace(info, has_decoder=False)
+    model = build_model(weights)
+    result = _export(model, config, info)
     if model.config.mean is None or model.config.std is None:
-        LOGGER.warning("these weights record no mean and std, so 0 and 1 were written, which change nothing")
-    if facts.started_from and not facts.licence:
         LOGGER.warning(
-            "the weights started from %s, whose licence is not recorded; --licence says it",
-            facts.started_from,
+            "The weights record no mean and std. The export contains 0 and 1, which change nothing."
         )
-    return done
+    if info.base_model and not info.license:
+        LOGGER.warning(
+            "The weights started from %s, whose license is not recorded. State it with --license.",
+            info.base_model,
+        )
+    return result
 
 
-def _without_decoder(config: ExportConfig) -> ExportConfig:
-    """The export of an encoder alone.
+def _drop_decoder(config: ExportConfig) -> ExportConfig:
+    """Return the configuration for an export of the encoder alone.
 
     Raises:
-        UserError: if it takes a decoder.
+        UserError: if the configuration names a part that needs a decoder.
     """
     if "mae" in config.parts:
         raise UserError(f"{config.run} has no decoder, which the part mae needs. Give --parts vit.")
     return replace(config, parts=("vit",)) if config.to == "transformers" else config
 
 
-def _export(model: Model, config: ExportConfig, facts: Facts) -> Exported:
+def _export(model: Model, config: ExportConfig, info: ModelInfo) -> ExportResult:
     if config.to == "timm":
-        return timm.export_timm(model, config.out, facts)
+        return timm.export_timm(model, config.out, info)
     if config.to == "transformers":
-        return transformers.export_transformers(model, config.out, facts, config.parts or None)
+        return transformers.export_transformers(model, config.out, info, config.parts or None)
     if config.to == "onnx":
-        onnx.check_installed()
-    form = _FILES[config.to]
+        onnx.check_packages()
+    module = _SINGLE_FILE_MODULES[config.to]
 
     def write(folder: Path) -> Mapping[str, float]:
-        return form.write(model, folder / form.FILE, facts)
+        return module.write_and_verify(model, folder / module.FILE_NAME, info)
 
-    return write_folder(model, config.out, facts, form.target(model), write)
+    return write_folder(model, config.out, info, module.describe_format(model), write)

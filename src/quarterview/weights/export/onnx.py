@@ -1,4 +1,4 @@
-"""To ONNX, for any number of images, checked in ONNX Runtime."""
+"""Export to ONNX with a dynamic batch size, and verify in ONNX Runtime."""
 
 import json
 from collections.abc import Mapping
@@ -8,123 +8,133 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quarterview.errors import UserError
+from quarterview.errors import missing_package
 from quarterview.models.classifier import Classifier
-from quarterview.versions import own_version
-from quarterview.weights.export.folder import staged
-from quarterview.weights.export.model_card import Target
-from quarterview.weights.export.torch_export import names, program, silence
-from quarterview.weights.export.verify import Exported, Model, accept, compare, versions
-from quarterview.weights.facts import Facts
-from quarterview.weights.preprocessing import preprocessing_of
+from quarterview.versions import get_quarterview_version
+from quarterview.weights.export.folder import staging_folder
+from quarterview.weights.export.model_card import FormatInfo
+from quarterview.weights.export.torch_export import get_output_names, suppress_output, trace_program
+from quarterview.weights.export.verify import (
+    ExportResult,
+    Model,
+    check_tolerance,
+    compare_outputs,
+    get_package_versions,
+)
+from quarterview.weights.facts import ModelInfo
+from quarterview.weights.preprocessing import get_preprocessing
 
-FILE = "model.onnx"
-PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-_ONE_FILE = 1_900_000_000
-"""Bytes of weights beyond which they lie in a file beside the graph: Protobuf ends at 2 GiB."""
+FILE_NAME = "model.onnx"
+_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+_MAX_SINGLE_FILE_BYTES = 1_900_000_000
+"""Larger weights are written to a second file beside the graph, because Protobuf is limited to 2 GiB."""
 
 
-def export_onnx(model: Model, path: str | Path, facts: Facts | None = None) -> Exported:
-    """Write an ONNX file with the input ``images``, float32 [B, C, H, W], for any B.
+def export_onnx(model: Model, path: str | Path, info: ModelInfo | None = None) -> ExportResult:
+    """Write an ONNX file with the input ``images``, float32 [B, C, H, W], for any batch size B.
 
-    The outputs are, of a masked autoencoder, ``tokens`` [B, K + L, D] (K of cls, then the patches) and
-    ``pooled`` [B, D], the mean of the patches' tokens; of a classifier ``logits`` [B, classes]. How
-    pictures are prepared is in the model's metadata. Weights of more than 1.9 GB go into a second
-    file, ``NAME.data``.
+    The outputs of a masked autoencoder are ``tokens`` [B, K + L, D] (K cls tokens, then L patch tokens) and
+    ``pooled`` [B, D], the mean of the patch tokens; the output of a classifier is ``logits`` [B, classes].
+    The model's metadata describe the preprocessing. Weights of more than 1.9 GB are written to a second file,
+    ``NAME.data``.
 
     Args:
-        path: of the file; one of that name is replaced.
-        facts: where the weights come from; fingerprint and licence go into the metadata.
+        model: the model to export.
+        path: the file to write; an existing one is replaced.
+        info: how the model was trained; fingerprint and license are written to the metadata.
 
     Raises:
         UserError: if a package of the extra ``quarterview[onnx]`` is not installed.
-        RunError: if the file cannot be written, or its forward in ONNX Runtime differs from ours.
+        RunError: if the file cannot be written, or its outputs in ONNX Runtime differ from those of `model`.
     """
     path = Path(path)
-    check_installed()
-    with staged(path.parent, path.name) as folder:
-        differences = write(model, folder / path.name, facts or Facts())
-    return Exported(path, differences, versions(*PACKAGES))
+    check_packages()
+    with staging_folder(path.parent, path.name) as folder:
+        differences = write_and_verify(model, folder / path.name, info or ModelInfo())
+    return ExportResult(path, differences, get_package_versions(*_PACKAGES))
 
 
-def check_installed() -> None:
-    """Raises UserError unless everything that an export to ONNX takes is installed."""
+def check_packages() -> None:
+    """Check that the packages of the extra ``quarterview[onnx]`` are installed; raise UserError if not."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError(f"exporting to onnx needs {error.name}: pip install 'quarterview[onnx]'") from None
+        raise missing_package(error.name or "onnx", "--to onnx", "onnx") from None
 
 
-def write(model: Model, file: Path, facts: Facts) -> Mapping[str, float]:
-    """Write the file, open it again in ONNX Runtime and compare."""
-    size = sum(p.numel() for p in model.parameters()) * torch.float32.itemsize
-    with silence():
-        made: Any = torch.onnx.export(
-            program(model),
+def write_and_verify(model: Model, file: Path, info: ModelInfo) -> Mapping[str, float]:
+    """Write the file, run it in ONNX Runtime, and return the largest difference of each output."""
+    num_bytes = sum(p.numel() for p in model.parameters()) * torch.float32.itemsize
+    with suppress_output():
+        onnx_program: Any = torch.onnx.export(
+            trace_program(model),
             dynamo=True,
             input_names=["images"],
-            output_names=list(names(model)),
-            dynamic_shapes={"images": {0: "batch"}},  # gives the axis its name
+            output_names=list(get_output_names(model)),
+            dynamic_shapes={"images": {0: "batch"}},  # the name of the axis
             verbose=False,
         )
-        made.model.metadata_props.update(_metadata(model, facts))
-        for node in made.model.graph:
-            node.metadata_props.clear()  # it names the files of this machine
-        made.save(str(file), external_data=size > _ONE_FILE)
-    differences = _compare(model, file)
-    accept("onnx", differences)
+        onnx_program.model.metadata_props.update(_make_metadata(model, info))
+        for node in onnx_program.model.graph:
+            node.metadata_props.clear()  # stack traces with paths of this machine
+        onnx_program.save(str(file), external_data=num_bytes > _MAX_SINGLE_FILE_BYTES)
+    differences = _compare_with_onnxruntime(model, file)
+    check_tolerance("onnx", differences)
     return differences
 
 
-def _metadata(model: Model, facts: Facts) -> dict[str, str]:
-    wanted = preprocessing_of(model.config, facts.crop_pct)
-    about: dict[str, Any] = {
-        "quarterview": own_version(),
+def _make_metadata(model: Model, info: ModelInfo) -> dict[str, str]:
+    preprocessing = get_preprocessing(model.config, info.crop_pct)
+    metadata: dict[str, Any] = {
+        "quarterview": get_quarterview_version(),
         "model": model.config.model,
-        "size": list(wanted.size),
-        "mean": list(wanted.mean),
-        "std": list(wanted.std),
-        "interpolation": wanted.interpolation,
-        "crop_pct": wanted.crop_pct,
+        "size": list(preprocessing.size),
+        "mean": list(preprocessing.mean),
+        "std": list(preprocessing.std),
+        "interpolation": preprocessing.interpolation,
+        "crop_pct": preprocessing.crop_pct,
         "preparation": "crop the central box, resize, scale to 0…1, then (pixel - mean) / std",
     }
     if isinstance(model, Classifier) and model.config.class_names:
-        about["class_names"] = list(model.config.class_names)
-    if facts.fingerprint:
-        about["data"] = facts.fingerprint
-    if facts.licence:
-        about["license"] = facts.licence
-    return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in about.items()}
+        metadata["class_names"] = list(model.config.class_names)
+    if info.fingerprint:
+        metadata["data"] = info.fingerprint
+    if info.license:
+        metadata["license"] = info.license
+    return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in metadata.items()}
 
 
-def _compare(model: Model, file: Path) -> dict[str, float]:
+def _compare_with_onnxruntime(model: Model, file: Path) -> dict[str, float]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
+    options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
-    def theirs(images: Tensor) -> Mapping[str, Tensor]:
-        found = session.run(list(names(model)), {"images": images.numpy()})
-        return {name: torch.from_numpy(value) for name, value in zip(names(model), found, strict=True)}
+    names = list(get_output_names(model))
 
-    return compare(model, theirs)
+    def run_exported(images: Tensor) -> Mapping[str, Tensor]:
+        values = session.run(names, {"images": images.numpy()})
+        return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
+
+    return compare_outputs(model, run_exported)
 
 
-def target(model: Model) -> Target:
-    """What a card says of the file."""
-    outputs = f"{', '.join(names(model))}{',' if len(names(model)) == 1 else ''}"
-    return Target(
+def describe_format(model: Model) -> FormatInfo:
+    """Return the model card's description of the format."""
+    names = get_output_names(model)
+    outputs = f"{', '.join(names)}{',' if len(names) == 1 else ''}"
+    return FormatInfo(
         name="onnx",
         library="onnx",
-        load="import onnxruntime\n\n"
+        load_code="import onnxruntime\n\n"
         'session = onnxruntime.InferenceSession("FOLDER/model.onnx")\n'
         f'{outputs} = session.run(None, {{"images": images}})  # NumPy, float32 [B, C, H, W]',
-        packages=PACKAGES,
+        packages=_PACKAGES,
         notes=(
-            "Any B. `session.get_modelmeta().custom_metadata_map` says how pictures are prepared: "
+            "B is any batch size. `session.get_modelmeta().custom_metadata_map` describes the preprocessing: "
             "size, mean, std, interpolation, crop_pct.",
         ),
     )

@@ -1,8 +1,8 @@
-"""To Hugging Face transformers.
+"""Export to Hugging Face transformers.
 
-The files are written here, not by ``save_pretrained``: transformers 5.23 gives a decoder's blocks names
-(``decoder.decoder_encoder.layer.0…``) that transformers 4 does not know and leaves random. Ours are
-those of the checkpoints on the Hub, which both generations open.
+The weights are not written by ``save_pretrained``: transformers 5.23 gives the decoder's blocks names
+(``decoder.decoder_encoder.layer.0…``) that transformers 4 does not know and leaves random. This module writes
+the names of the checkpoints on the Hub, which both versions read.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quarterview import rng
-from quarterview.errors import RunError, UserError, unknown
+from quarterview.errors import RunError, UserError, missing_package, unknown
 from quarterview.models.classifier import Classifier
 from quarterview.models.config import MAEConfig
 from quarterview.models.mae import MaskedAutoencoder
@@ -25,22 +25,22 @@ from quarterview.models.vit import LAYER_NORM_EPS, MLP_RATIO
 from quarterview.training.checkpoint import save_weights
 from quarterview.weights.config import TransformersPart
 from quarterview.weights.export.folder import write_folder
-from quarterview.weights.export.model_card import Target
-from quarterview.weights.export.timm import timm_holds
+from quarterview.weights.export.model_card import FormatInfo
+from quarterview.weights.export.timm import is_supported_by_timm
 from quarterview.weights.export.verify import (
-    BATCHES,
-    Exported,
+    BATCH_SIZES,
+    ExportResult,
     Model,
-    accept,
-    compare,
-    difference,
-    random_images,
-    reference,
+    check_tolerance,
+    compare_outputs,
+    compute_relative_difference,
+    make_random_images,
+    make_reference_model,
 )
-from quarterview.weights.facts import Facts
-from quarterview.weights.preprocessing import for_transformers, preprocessing_of
+from quarterview.weights.facts import ModelInfo
+from quarterview.weights.preprocessing import get_preprocessing, to_transformers_config
 
-_NAMES = {
+_TRANSFORMERS_NAMES = {  # outside the blocks
     "cls_token": "vit.embeddings.cls_token",
     "pos_embed": "vit.embeddings.position_embeddings",
     "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
@@ -52,76 +52,77 @@ _NAMES = {
     "decoder_norm": "decoder.decoder_norm",
     "decoder_pred": "decoder.decoder_pred",
 }
-_STACKS = {"blocks": "vit.encoder.layer", "decoder_blocks": "decoder.decoder_layers"}
-_IN_A_BLOCK = {
+_STACK_NAMES = {"blocks": "vit.encoder.layer", "decoder_blocks": "decoder.decoder_layers"}
+_BLOCK_NAMES = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
     "attn.proj": "attention.output.dense",
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
-_CLASSES = {"mae": "ViTMAEForPreTraining", "vit": "ViTModel", "classifier": "ViTForImageClassification"}
+_CLASS_NAMES = {"mae": "ViTMAEForPreTraining", "vit": "ViTModel", "classifier": "ViTForImageClassification"}
 
 
 def export_transformers(
     model: Model,
     folder: str | Path,
-    facts: Facts | None = None,
+    info: ModelInfo | None = None,
     parts: Sequence[TransformersPart] | None = None,
-) -> Exported:
-    """Write a folder with a sub-folder for each class of transformers that can hold the model.
+) -> ExportResult:
+    """Write a folder with a sub-folder for each model class of transformers that supports the model.
 
-    ``mae/`` is for ``ViTMAEForPreTraining``, ``vit/`` for ``ViTModel`` and, of a classifier that reads
-    the cls token, ``classifier/`` for ``ViTForImageClassification``. The LayerNorm epsilon is 1e-6, the
-    position tables are filled, and each has a ``preprocessor_config.json``.
+    ``mae/`` is for ``ViTMAEForPreTraining``, ``vit/`` for ``ViTModel``, and ``classifier/`` for
+    ``ViTForImageClassification`` (only classifiers that read the cls token). ``layer_norm_eps`` is 1e-6, the
+    position embeddings are included, and each sub-folder has a ``preprocessor_config.json``.
 
     Args:
-        facts: where the weights come from, for the card.
-        parts: which of them; by default ``mae`` and ``vit``, or ``classifier`` and ``vit``.
+        model: the model to export.
+        folder: new, empty, or an earlier export.
+        info: how the model was trained, for the model card.
+        parts: the sub-folders to write; by default ``mae`` and ``vit``, or ``classifier`` and ``vit``.
 
     Raises:
-        UserError: if transformers cannot hold a part, or is not installed (the extra
-            ``quarterview[transformers]``), or the folder holds something else.
-        RunError: if transformers' forward differs from ours; then nothing is written.
+        UserError: if transformers does not support a part, or is not installed (the extra
+            ``quarterview[transformers]``), or the folder contains other files.
+        RunError: if the outputs in transformers differ from those of `model`. Nothing is then written.
     """
-    parts = tuple(default_parts(model) if parts is None else dict.fromkeys(parts))
-    check_expressible(model, parts)
+    parts = tuple(get_default_parts(model) if parts is None else dict.fromkeys(parts))
+    check_supported(model, parts)
     try:
         import transformers  # noqa: F401
     except ImportError:
-        raise UserError(
-            "exporting to transformers needs it: pip install 'quarterview[transformers]'"
-        ) from None
-    facts = facts or Facts()
-    return write_folder(model, folder, facts, target(model, parts), partial(_write, model, facts, parts))
+        raise missing_package("transformers", "--to transformers", "transformers") from None
+    info = info or ModelInfo()
+    write = partial(_write_and_verify, model, info, parts)
+    return write_folder(model, folder, info, describe_format(model, parts), write)
 
 
-def default_parts(model: Model) -> tuple[TransformersPart, ...]:
-    """The parts of an export where none are named."""
+def get_default_parts(model: Model) -> tuple[TransformersPart, ...]:
+    """Return the parts that are exported by default."""
     return ("classifier", "vit") if isinstance(model, Classifier) else ("mae", "vit")
 
 
-# ---------------------------------------------------------------------- what transformers can hold
+# ---------------------------------------------------------------------- supported models
 
 
-def check_expressible(model: Model, parts: Sequence[str]) -> None:
-    """Raises UserError unless transformers can hold these parts of a model."""
+def check_supported(model: Model, parts: Sequence[str]) -> None:
+    """Check that transformers supports some parts of a model; raise UserError if not."""
     for part in parts:
         if part not in get_args(TransformersPart):
             raise unknown("part", part, get_args(TransformersPart))
     if not parts:
-        raise UserError(f"no part to export; accepted: {' '.join(default_parts(model))}")
+        raise UserError(f"No part to export is given. Give --parts {' '.join(get_default_parts(model))}.")
     for part in parts:
-        broken = list(_limits(model, part))
-        if broken:
+        unsupported = list(_list_unsupported(model, part))
+        if unsupported:
             raise UserError(
-                f"transformers' {_CLASSES[part]} cannot hold {' or '.join(broken)}; accepted: "
-                f"{_way_out(model, part)}"
+                f"{_CLASS_NAMES[part]} of transformers does not support {' or '.join(unsupported)}. "
+                f"{_suggest_alternatives(model)}"
             )
 
 
-def _limits(model: Model, part: str) -> Iterator[str]:
-    """What a class of transformers cannot hold of a model, by name."""
+def _list_unsupported(model: Model, part: str) -> Iterator[str]:
+    """Yield the properties of a model that the transformers class of a part does not support."""
     if model.config.cls_tokens > 1:
         yield f"{model.config.cls_tokens} cls tokens (only one)"
     if isinstance(model, Classifier):
@@ -133,61 +134,67 @@ def _limits(model: Model, part: str) -> Iterator[str]:
     if part == "classifier":
         yield "a masked autoencoder, which has no head"
     if part == "mae":
-        yield from _limits_of_pretraining(model.config)
+        yield from _list_unsupported_by_mae(model.config)
 
 
-def _limits_of_pretraining(config: MAEConfig) -> Iterator[str]:
+def _list_unsupported_by_mae(config: MAEConfig) -> Iterator[str]:
     if config.image_size[0] != config.image_size[1]:
-        yield f"a {config.image_size} image (only squares)"
+        yield f"images of {config.image_size[0]} × {config.image_size[1]} pixels (only square ones)"
     if config.encoder_mask_tokens:
         yield "mask tokens in the encoder"
     if config.decoder == "cross":
         yield "a cross-attention decoder"
     if config.fused_blocks:
-        yield "a decoder that is given fused blocks"
+        yield "a decoder with fused blocks"
     if config.decoder_depth == 0:
         yield "a decoder without blocks"
     if config.predict_all:
         yield "predictions of visible patches"
     if config.target != "pixels":
-        yield f"predictions of {config.described_target}"
+        yield f"predictions of {config.target_description}"
     if config.mask != "random" or config.mask_unit > 1:
         squares = " of squares" if config.mask_unit > 1 else ""
         yield f"{config.mask} masks{squares} (only random ones)"
 
 
-def _way_out(model: Model, part: str) -> str:
-    holds = [name for name in get_args(TransformersPart) if name != part and not any(_limits(model, name))]
-    others = "onnx, torch-export or safetensors"
-    if timm_holds(model):
-        others = f"timm, {others}"
-    return f"the part {' or '.join(holds)}, or {others}" if holds else others
+def _suggest_alternatives(model: Model) -> str:
+    """Return a sentence with the parts and formats that support a model."""
+    parts = [name for name in get_args(TransformersPart) if not any(_list_unsupported(model, name))]
+    formats = "onnx, torch-export or safetensors"
+    if is_supported_by_timm(model):
+        formats = f"timm, {formats}"
+    use_parts = f"Use --parts {' or '.join(parts)}, or" if parts else "Use"
+    return f"{use_parts} --to {formats}."
 
 
 # ---------------------------------------------------------------------- writing
 
 
-def _write(
-    model: Model, facts: Facts, parts: Sequence[TransformersPart], folder: Path
+def _write_and_verify(
+    model: Model, info: ModelInfo, parts: Sequence[TransformersPart], folder: Path
 ) -> Mapping[str, float]:
     differences = dict[str, float]()
-    wanted = for_transformers(preprocessing_of(model.config, facts.crop_pct))
+    preprocessor_config = to_transformers_config(get_preprocessing(model.config, info.crop_pct))
     for part in parts:
-        there = folder / part
-        there.mkdir()
-        save_weights(there / "model.safetensors", renamed(model, part), {"format": "pt"})
-        config = _config(model, part)
-        config.architectures = [_CLASSES[part]]
-        (there / "preprocessor_config.json").write_text(json.dumps(wanted, indent=1) + "\n", "utf-8")
-        with _quiet():
-            config.save_pretrained(there)
-            compared = _compare_mae(model, there) if part == "mae" else _compare(model, there, part)
-        differences |= {f"{part}: {name}": value for name, value in compared.items()}
-    accept("transformers", differences)
+        part_folder = folder / part
+        part_folder.mkdir()
+        save_weights(part_folder / "model.safetensors", rename_weights(model, part), {"format": "pt"})
+        config = _make_config(model, part)
+        config.architectures = [_CLASS_NAMES[part]]
+        text = json.dumps(preprocessor_config, indent=1) + "\n"
+        (part_folder / "preprocessor_config.json").write_text(text, "utf-8")
+        with _suppress_logging():
+            config.save_pretrained(part_folder)
+            if part == "mae":
+                part_differences = _compare_mae_outputs(model, part_folder)
+            else:
+                part_differences = _compare_part_outputs(model, part_folder, part)
+        differences |= {f"{part}: {name}": value for name, value in part_differences.items()}
+    check_tolerance("transformers", differences)
     return differences
 
 
-def _config(model: Model, part: TransformersPart) -> Any:
+def _make_config(model: Model, part: TransformersPart) -> Any:
     from transformers import ViTConfig, ViTMAEConfig
 
     config, shape = model.config, model.config.shape
@@ -195,7 +202,7 @@ def _config(model: Model, part: TransformersPart) -> Any:
     encoder: dict[str, Any] = {
         "hidden_size": shape.width,
         "num_hidden_layers": shape.depth,
-        "num_attention_heads": shape.heads,
+        "num_attention_heads": shape.num_heads,
         "intermediate_size": MLP_RATIO * shape.width,
         "image_size": height if height == width else [height, width],
         "patch_size": shape.patch_size,
@@ -219,123 +226,130 @@ def _config(model: Model, part: TransformersPart) -> Any:
     )
 
 
-def renamed(model: Model, part: TransformersPart) -> dict[str, Tensor]:
-    """The weights of one part under the names of transformers' checkpoints."""
-    left = () if part == "mae" else ("decoder", "mask_token", "target.")
-    ours = {name: value for name, value in model.state_dict().items() if not name.startswith(left)}
-    theirs = dict(item for name, value in ours.items() for item in _rename(name, value))
+def rename_weights(model: Model, part: TransformersPart) -> dict[str, Tensor]:
+    """Return the weights of one part under the names of transformers' checkpoints on the Hub."""
+    excluded = () if part == "mae" else ("decoder", "mask_token", "target.")
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(excluded)}
+    renamed = dict(item for name, value in weights.items() for item in _rename_tensor(name, value))
     if part == "vit":
-        return {name.removeprefix("vit."): v for name, v in theirs.items() if name.startswith("vit.")}
-    return theirs
+        return {name.removeprefix("vit."): v for name, v in renamed.items() if name.startswith("vit.")}
+    return renamed
 
 
-def _rename(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _rename_tensor(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield a tensor under its name in transformers; query, key and value of a qkv tensor separately."""
     block = re.fullmatch(r"(blocks|decoder_blocks)\.(\d+)\.(.+)\.(weight|bias)", name)
     if block is None:
         stem, _, leaf = name.rpartition(".")
-        yield (_NAMES[name], value) if name in _NAMES else (f"{_NAMES[stem]}.{leaf}", value)
+        names = _TRANSFORMERS_NAMES
+        yield names[name] if name in names else f"{names[stem]}.{leaf}", value
         return
     stack, index, part, leaf = block.groups()
-    prefix = f"{_STACKS[stack]}.{index}"
+    prefix = f"{_STACK_NAMES[stack]}.{index}"
     if part != "attn.qkv":
-        yield f"{prefix}.{_IN_A_BLOCK[part]}.{leaf}", value
+        yield f"{prefix}.{_BLOCK_NAMES[part]}.{leaf}", value
         return
-    for which, third in zip(("query", "key", "value"), torch.chunk(value, 3), strict=True):
-        yield f"{prefix}.attention.attention.{which}.{leaf}", third.contiguous()
+    for projection, chunk in zip(("query", "key", "value"), torch.chunk(value, 3), strict=True):
+        yield f"{prefix}.attention.attention.{projection}.{leaf}", chunk.contiguous()
 
 
-# ---------------------------------------------------------------------- opening again
+# ---------------------------------------------------------------------- verification
 
 
-def _open(folder: Path, part: str, **options: Any) -> Any:
-    """What transformers makes of a part, once it has said that every weight is in its place."""
+def _load_exported(folder: Path, part: str, **options: Any) -> Any:
+    """Load a part with transformers, and check that no weight is missing, unexpected or of another shape."""
     import transformers
 
-    kind = getattr(transformers, _CLASSES[part])
-    theirs, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+    model_class = getattr(transformers, _CLASS_NAMES[part])
+    model, loading_info = model_class.from_pretrained(folder, output_loading_info=True, **options)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[problem]:
+        if loading_info[problem]:
             raise RunError(
-                f"{_CLASSES[part]} of transformers {transformers.__version__} reports "
-                f"{problem.replace('_', ' ')}: {', '.join(sorted(map(str, info[problem])))}"
+                f"{_CLASS_NAMES[part]} of transformers {transformers.__version__} reports {problem}: "
+                f"{', '.join(sorted(map(str, loading_info[problem])))}. Try another version of transformers."
             )
-    return theirs.eval()
+    return model.eval()
 
 
-def _compare(model: Model, folder: Path, part: str) -> dict[str, float]:
+def _compare_part_outputs(model: Model, folder: Path, part: str) -> dict[str, float]:
+    """Return the relative differences of the logits of a classifier, or of the tokens of an encoder."""
     if part == "classifier":
-        classifier = _open(folder, part)
-        return compare(model, lambda images: {"logits": classifier(images).logits})
-    vit = _open(folder, part, add_pooling_layer=False)
-    return compare(model, lambda images: {"tokens": vit(images).last_hidden_state})
+        classifier = _load_exported(folder, part)
+        return compare_outputs(model, lambda images: {"logits": classifier(images).logits})
+    vit = _load_exported(folder, part, add_pooling_layer=False)
+    return compare_outputs(model, lambda images: {"tokens": vit(images).last_hidden_state})
 
 
 @torch.no_grad()
-def _compare_mae(model: Model, folder: Path) -> dict[str, float]:
-    """The largest differences of the loss and of the predictions, with the same noise."""
-    ours, theirs = reference(model), _open(folder, "mae")
-    assert isinstance(ours, MaskedAutoencoder)
-    found = {"loss": 0.0, "predictions": 0.0}
-    for count in BATCHES:
-        images = random_images(model.config, count)
-        with rng.seeded(0, "verify an export's masks", count):
-            noise = torch.rand(count, ours.config.patches)
-        expected, seen = ours(images, noise=noise), theirs(images, noise=noise)
-        predictions = seen.logits[expected.mask].view_as(expected.pred)  # ascending, as ours
-        found["loss"] = max(found["loss"], difference(expected.loss, seen.loss))
-        found["predictions"] = max(found["predictions"], difference(expected.pred, predictions))
-    return found
+def _compare_mae_outputs(model: Model, folder: Path) -> dict[str, float]:
+    """Return the largest relative differences of loss and predictions, with the same mask noise."""
+    reference, exported = make_reference_model(model), _load_exported(folder, "mae")
+    assert isinstance(reference, MaskedAutoencoder)
+    differences = {"loss": 0.0, "predictions": 0.0}
+    for batch_size in BATCH_SIZES:
+        images = make_random_images(model.config, batch_size)
+        with rng.seeded(0, "verify an export's masks", batch_size):
+            noise = torch.rand(batch_size, reference.config.num_patches)
+        expected, actual = reference(images, noise=noise), exported(images, noise=noise)
+        predictions = actual.logits[expected.mask].view_as(expected.pred)  # both in ascending patch order
+        for name, difference in (
+            ("loss", compute_relative_difference(expected.loss, actual.loss)),
+            ("predictions", compute_relative_difference(expected.pred, predictions)),
+        ):
+            differences[name] = max(differences[name], difference)
+    return differences
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' bars and notes, which would tell of the check and not of the export."""
+def _suppress_logging() -> Iterator[None]:
+    """Suppress progress bars and messages of transformers below level ERROR during verification."""
     import transformers
 
     logging = transformers.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, has_progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        if bars:
+        if has_progress_bar:
             logging.enable_progress_bar()
 
 
-# ---------------------------------------------------------------------- the card
+# ---------------------------------------------------------------------- model card
 
 
-def target(model: Model, parts: Sequence[str]) -> Target:
-    """What a card says of an export to transformers."""
+def describe_format(model: Model, parts: Sequence[str]) -> FormatInfo:
+    """Return the model card's description of the format."""
     lines = {
         "mae": 'model = ViTMAEForPreTraining.from_pretrained("FOLDER/mae")  # loss, predictions',
         "vit": 'model = ViTModel.from_pretrained("FOLDER/vit", add_pooling_layer=False)  # last_hidden_state',
         "classifier": 'model = ViTForImageClassification.from_pretrained("FOLDER/classifier")  # logits',
     }
-    names = ", ".join(["AutoImageProcessor", *(_CLASSES[part] for part in parts)])
+    names = ", ".join(["AutoImageProcessor", *(_CLASS_NAMES[part] for part in parts)])
     processor = f'processor = AutoImageProcessor.from_pretrained("FOLDER/{parts[0]}")'
-    return Target(
+    imports = f"from transformers import {names}\n"
+    return FormatInfo(
         name="transformers",
         library="transformers",
-        load="\n".join([f"from transformers import {names}\n", processor, *(lines[part] for part in parts)]),
+        load_code="\n".join([imports, processor, *(lines[part] for part in parts)]),
         packages=("transformers",),
         notes=(
-            "From the Hub, name the sub-folder: "
-            f'`{_CLASSES[parts[0]]}.from_pretrained("OWNER/NAME", subfolder="{parts[0]}")`.',
-            "`ViTImageProcessor` resizes the whole picture; cut out the central box first, as below, where "
-            "pictures have another shape.",
+            "To load from the Hub, name the sub-folder: "
+            f'`{_CLASS_NAMES[parts[0]]}.from_pretrained("OWNER/NAME", subfolder="{parts[0]}")`.',
+            "`ViTImageProcessor` resizes the whole image. If images have another aspect ratio, apply the "
+            "center crop described below first.",
             *(
-                ("The pooler of a `ViTModel` without `add_pooling_layer=False` would be random.",)
+                ("Without `add_pooling_layer=False`, `ViTModel` has a randomly initialised pooler.",)
                 if "vit" in parts
                 else ()
             ),
             *(
                 (
-                    "transformers 5 makes the fixed position tables trainable when it opens this; set "
-                    "`requires_grad` of `vit.embeddings.position_embeddings` and `decoder.decoder_pos_embed` "
-                    "to false before you go on training.",
+                    "transformers 5 makes the fixed position embeddings trainable when it loads this model. "
+                    "Set `requires_grad` of `vit.embeddings.position_embeddings` and "
+                    "`decoder.decoder_pos_embed` to False before you continue training.",
                 )
                 if "mae" in parts
                 else ()

@@ -1,4 +1,4 @@
-"""Does an export compute what our model computes? Each is opened again in its target, and compared."""
+"""Verify that an exported model, run by its target library, computes the same as the original model."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,37 +17,37 @@ from quarterview.models.mae import MaskedAutoencoder
 
 Model = MaskedAutoencoder | Classifier
 
-LIMIT = 1e-4
-"""The largest `difference` from our forward, in float32, with which an export is let out."""
-BATCHES = (1, 3)
-"""How many images an export is tried on; several counts, because a batch must not be fixed."""
+TOLERANCE = 1e-4
+"""Largest accepted `compute_relative_difference` between an export and the original model, in float32."""
+BATCH_SIZES = (1, 3)
+"""Batch sizes that an export is verified with; several, because the batch size must be dynamic."""
 
 
 @dataclass(frozen=True)
-class Exported:
-    """What an export wrote, and how near it is to our forward."""
+class ExportResult:
+    """The path of an export, and its differences from the original model."""
 
     path: Path
-    """The folder or the file."""
+    """The folder or file that was written."""
     differences: Mapping[str, float]
-    """Of each output, see `difference`, on random images in float32."""
+    """`compute_relative_difference` of each output, by name, on random images in float32."""
     versions: Mapping[str, str]
-    """Of the packages that it was compared in."""
+    """Versions of the packages that the export was verified with, by name."""
 
     @property
-    def largest(self) -> float:
-        """The largest of the differences."""
+    def max_difference(self) -> float:
+        """The largest difference of all outputs."""
         return max(self.differences.values())
 
 
-def versions(*packages: str) -> dict[str, str]:
-    """The installed versions of torch and of these packages."""
+def get_package_versions(*packages: str) -> dict[str, str]:
+    """Return the installed versions of torch and of the given packages, by name."""
     return {name: version(name) for name in ("torch", *packages)}
 
 
-def reference(model: Model) -> Model:
-    """A copy of a model to compare with: in float32, on the CPU, in evaluation mode."""
-    with torch.device("meta"):  # draws nothing and takes no memory
+def make_reference_model(model: Model) -> Model:
+    """Return a copy of a model in float32, on the CPU, in evaluation mode."""
+    with torch.device("meta"):  # no random initialisation, no memory
         copy = (
             MaskedAutoencoder(model.config)
             if isinstance(model, MaskedAutoencoder)
@@ -58,19 +58,19 @@ def reference(model: Model) -> Model:
     return copy.eval()
 
 
-def random_images(config: ViTConfig, count: int) -> Tensor:
-    """Standard normal images that are the same every time: float32 [count, C, H, W]."""
-    with rng.seeded(0, "verify an export", count):
-        return torch.randn(count, config.in_chans, *config.image_size)
+def make_random_images(config: ViTConfig, batch_size: int) -> Tensor:
+    """Return standard normal images, the same in every call: float32 [batch_size, C, H, W]."""
+    with rng.seeded(0, "verify an export", batch_size):
+        return torch.randn(batch_size, config.in_chans, *config.image_size)
 
 
 @torch.no_grad()
-def outputs(model: Model, images: Tensor) -> dict[str, Tensor]:
-    """What exports return, by our forward.
+def compute_outputs(model: Model, images: Tensor) -> dict[str, Tensor]:
+    """Compute with a model of this package the outputs that exports have.
 
     Returns:
-        `tokens`, float [B, K + L, D]; of a masked autoencoder their mean without cls too, `pooled`,
-        float [B, D]; of a classifier `logits`, float [B, classes].
+        `tokens`, float [B, K + L, D]; for a masked autoencoder also `pooled`, the mean of the patch tokens,
+        float [B, D]; for a classifier also `logits`, float [B, classes].
     """
     tokens = model.encode(images)
     if isinstance(model, Classifier):
@@ -78,46 +78,49 @@ def outputs(model: Model, images: Tensor) -> dict[str, Tensor]:
     return {"tokens": tokens, "pooled": tokens[:, model.config.cls_tokens :].mean(dim=1)}
 
 
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    """The largest absolute difference as a share of our largest number.
+def compute_relative_difference(expected: Tensor, actual: Tensor) -> float:
+    """Return the largest absolute difference, divided by the largest absolute expected value.
 
-    A share, because the scale of logits and of tokens without a norm is whatever training made of it.
-    Infinite where the shapes differ or a number is not finite.
+    The difference is relative because the scale of logits and of tokens without a norm is arbitrary. It is
+    infinite if the shapes differ or a value is not finite.
     """
-    if ours.shape != theirs.shape:
+    if expected.shape != actual.shape:
         return math.inf
-    largest = float((ours.double() - theirs.double()).abs().max())
-    share = largest / (float(ours.double().abs().max()) or 1.0)
-    return share if math.isfinite(share) else math.inf
+    largest = float((expected.double() - actual.double()).abs().max())
+    relative = largest / (float(expected.double().abs().max()) or 1.0)
+    return relative if math.isfinite(relative) else math.inf
 
 
 @torch.no_grad()
-def compare(model: Model, theirs: Callable[[Tensor], Mapping[str, Tensor]]) -> dict[str, float]:
-    """The largest difference of each output from our forward, over batches of several sizes.
+def compare_outputs(model: Model, run_exported: Callable[[Tensor], Mapping[str, Tensor]]) -> dict[str, float]:
+    """Return the largest relative difference of each output between an export and its model.
 
     Args:
-        theirs: float [B, C, H, W] -> some of what `outputs` returns, as the target computes it.
+        model: the original model.
+        run_exported: runs the export: float [B, C, H, W] -> some of the outputs of `compute_outputs`, by
+            name.
     """
-    ours, found = reference(model), dict[str, float]()
-    for count in BATCHES:
-        images = random_images(model.config, count)
-        expected = outputs(ours, images)
-        for name, value in theirs(images).items():
-            found[name] = max(found.get(name, 0.0), difference(expected[name], value))
-    return found
+    reference, differences = make_reference_model(model), dict[str, float]()
+    for batch_size in BATCH_SIZES:
+        images = make_random_images(model.config, batch_size)
+        expected = compute_outputs(reference, images)
+        for name, value in run_exported(images).items():
+            difference = compute_relative_difference(expected[name], value)
+            differences[name] = max(differences.get(name, 0.0), difference)
+    return differences
 
 
-def accept(target: str, differences: Mapping[str, float]) -> None:
-    """Let an export out.
+def check_tolerance(format_name: str, differences: Mapping[str, float]) -> None:
+    """Check that no output of an export differs by more than `TOLERANCE`.
 
     Raises:
-        RunError: if an output differs by more than `LIMIT` from our forward.
+        RunError: otherwise, naming the outputs.
     """
-    wrong = {name: value for name, value in differences.items() if not value <= LIMIT}
+    wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
     if wrong:
-        seen = ", ".join(f"{name} by {value:.1e}" for name, value in wrong.items())
+        outputs = ", ".join(f"{name} by {value:.1e}" for name, value in wrong.items())
         raise RunError(
-            f"the export to {target}, opened again, differs from this model's own forward: {seen} of the "
-            f"largest number; at most {LIMIT:.0e} is let out, so nothing was written. Another version of "
-            f"{target} may be the cause"
+            f"The outputs of the export to {format_name} differ from those of the model: {outputs}, relative "
+            f"to the largest value, and at most {TOLERANCE:.0e} is accepted. Nothing was written. Try "
+            f"another version of {format_name}."
         )
