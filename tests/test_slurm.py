@@ -346,7 +346,7 @@ def test_a_job_requeued_twice_equals_an_uninterrupted_one(tmp_path):
     assert 5 <= stops[0] < stops[1] < steps
     log = next((parts / "slurm").glob("*_0_log.out")).read_text()
     assert log.count("Requeued job") == 2
-    assert log.count("going on from") == 2
+    assert log.count("Resuming from") == 2
     one, two = (checkpoint.load(checkpoint.find_newest(path / "checkpoints")) for path in (whole, parts))
     assert one.state["step"] == two.state["step"] == steps
     for kind, named in one.tensors.items():
