@@ -115,7 +115,6 @@ def test_the_license_flag_is_written_to_the_model_card(call, file, tmp_path):
 @pytest.mark.parametrize(
     ("to", "package", "extra"),
     [
-        ("timm", "timm", "timm"),
         ("transformers", "transformers", "transformers"),
         ("onnx", "onnxruntime", "onnx"),
         ("onnx", "onnxscript", "onnx"),

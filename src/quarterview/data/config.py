@@ -133,6 +133,6 @@ class AugmentConfig:
     flip: bool = True
     """Flip images horizontally with probability 0.5."""
     randaugment: Annotated[Text | None, BeforeValidator(_parse_none)] = RANDAUGMENT
-    """Policy string of timm's RandAugment, or none. Needs 8-bit RGB images and quarterview[timm]."""
+    """Policy string of timm's RandAugment, or none. Needs 8-bit RGB images."""
     erase_prob: Annotated[float, Ge(0), Le(1)] = 0.25
     """Probability of random erasing: a rectangle of the image is replaced by noise."""

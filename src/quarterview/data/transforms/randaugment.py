@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quarterview import rng
 from quarterview.data.config import RANDAUGMENT
-from quarterview.errors import UserError, invalid, missing_package
+from quarterview.errors import UserError, invalid
 
 _MAX_TRANSLATE_RATIO = 0.45  # maximum translation of RandAugment, as a fraction of the shorter side
 _ERASE_SCALE = (0.02, 1 / 3)  # area of the rectangle, as a fraction of the image area
@@ -51,7 +51,7 @@ def check_randaugment_policy(policy: str) -> None:
     """Check a policy string.
 
     Raises:
-        UserError: if the policy is invalid, or timm is not installed.
+        UserError: if the policy is invalid.
     """
     _create_randaugment(policy, 32, (0.5,))
 
@@ -60,10 +60,8 @@ def check_randaugment_policy(policy: str) -> None:
 def _create_randaugment(
     policy: str, short_side: int, fill_color: tuple[float, ...]
 ) -> Callable[[Image.Image], Image.Image]:
-    try:
-        from timm.data.auto_augment import rand_augment_transform
-    except ImportError:
-        raise missing_package("timm", "--randaugment (unless none)", extra="timm") from None
+    from timm.data.auto_augment import rand_augment_transform  # slow to import
+
     try:
         return rand_augment_transform(
             policy,

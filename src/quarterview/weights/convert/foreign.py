@@ -237,10 +237,8 @@ def read_card_license(folder: Path) -> str:
 
 
 def _read_timm(name: str) -> ForeignWeights:
-    try:
-        import timm
-    except ImportError:
-        raise missing_package("timm", f"timm:{name}", "timm") from None
+    import timm
+
     try:
         vit: Any = timm.create_model(name, pretrained=True)
     except Exception as error:  # timm, the network and the Hub's cache raise errors of many types

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quarterview.errors import missing_package, not_supported
+from quarterview.errors import not_supported
 from quarterview.models.classifier import Classifier
 from quarterview.models.config import MODEL_SIZES
 from quarterview.models.vit import MLP_RATIO
@@ -53,15 +53,10 @@ def export_timm(model: Model, folder: str | Path, info: ModelInfo | None = None)
         info: how the model was trained, for the model card.
 
     Raises:
-        UserError: if timm does not support the model, or is not installed (the extra ``quarterview[timm]``),
-            or the folder contains other files.
+        UserError: if timm does not support the model, or the folder contains other files.
         RunError: if timm's outputs differ from those of `model`. Nothing is then written.
     """
     _check_supported(model)
-    try:
-        import timm  # noqa: F401
-    except ImportError:
-        raise missing_package("timm", "--to timm", "timm") from None
     info = info or ModelInfo()
     return write_folder(model, folder, info, describe_format(model), partial(_write_and_verify, model, info))
 
