@@ -219,7 +219,7 @@ def test_supervised_pretraining_needs_labels(tmp_path):
     import numpy as np
 
     np.save(tmp_path / "x.npy", np.zeros((20, 16, 16, 3), np.uint8))
-    with pytest.raises(UserError, match="Labels are needed, and these images have none"):
+    with pytest.raises(UserError, match="These images have no labels, which are needed"):
         qv.pretrain(config(tmp_path / "run", "supervised", data=(str(tmp_path / "x.npy"),)))
 
 
